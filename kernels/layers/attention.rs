@@ -1,0 +1,163 @@
+use burn::config::Config;
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+
+use super::{Linear, LinearConfig};
+use crate::ops::{self, Mask};
+
+/// Configuration of an [`Attention`] layer.
+#[derive(Config, Debug)]
+pub struct AttentionConfig {
+    /// Width of input and output.
+    pub d_model: usize,
+    /// Number of query heads.
+    pub n_heads: usize,
+    /// Number of key-value heads; `None` is as many as query heads.
+    pub n_kv_heads: Option<usize>,
+    /// Width of a head; `None` is `d_model / n_heads`.
+    pub d_head: Option<usize>,
+    /// Width of the keys' and values' input; `None` is `d_model`.
+    pub d_context: Option<usize>,
+    /// Whether query, key and value projections have a bias.
+    #[config(default = true)]
+    pub bias: bool,
+    /// Whether the output projection has a bias.
+    #[config(default = true)]
+    pub output_bias: bool,
+}
+
+/// Multi-head attention with separate projections for query, key, value and output.
+#[derive(Module, Debug)]
+pub struct Attention {
+    /// `[n_heads * d_head, d_model]`.
+    pub query: Linear,
+    /// `[n_kv_heads * d_head, d_context]`.
+    pub key: Linear,
+    /// `[n_kv_heads * d_head, d_context]`.
+    pub value: Linear,
+    /// `[d_model, n_heads * d_head]`.
+    pub output: Linear,
+    n_heads: usize,
+    n_kv_heads: usize,
+}
+
+impl AttentionConfig {
+    /// An untrained layer.
+    pub fn init(&self, device: &Device) -> Attention {
+        let n_kv_heads = self.n_kv_heads.unwrap_or(self.n_heads);
+        let d_head = self.d_head.unwrap_or(self.d_model / self.n_heads);
+        let d_context = self.d_context.unwrap_or(self.d_model);
+        let linear = |d_in, d_out, bias| LinearConfig::new(d_in, d_out).with_bias(bias).init(device);
+        Attention {
+            query: linear(self.d_model, self.n_heads * d_head, self.bias),
+            key: linear(d_context, n_kv_heads * d_head, self.bias),
+            value: linear(d_context, n_kv_heads * d_head, self.bias),
+            output: linear(self.n_heads * d_head, self.d_model, self.output_bias),
+            n_heads: self.n_heads,
+            n_kv_heads,
+        }
+    }
+}
+
+impl Attention {
+    /// Self-attention: `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
+        self.cross(x.clone(), x, mask)
+    }
+
+    /// Cross-attention of `x` (`[batch, queries, d_model]`) to `context` (`[batch, keys, d_context]`).
+    pub fn cross(&self, x: Tensor<3>, context: Tensor<3>, mask: &Mask) -> Tensor<3> {
+        let query = self.queries(x);
+        let (key, value) = self.keys_values(context);
+        self.merge(ops::attention(query, key, value, mask, None))
+    }
+
+    /// Self-attention over the cached past and `x`; the cache grows by `x`'s length.
+    pub fn cached(&self, x: Tensor<3>, cache: &mut KvCache, mask: &Mask) -> Tensor<3> {
+        let query = self.queries(x.clone());
+        let (key, value) = self.keys_values(x);
+        let (key, value) = cache.append(key, value);
+        self.merge(ops::attention(query, key, value, mask, None))
+    }
+
+    /// `[batch, seq, d_model] -> [batch, n_heads, seq, d_head]`.
+    pub fn queries(&self, x: Tensor<3>) -> Tensor<4> {
+        split_heads(self.query.forward(x), self.n_heads)
+    }
+
+    /// `[batch, seq, d_context] ->` keys and values, each `[batch, n_kv_heads, seq, d_head]`.
+    pub fn keys_values(&self, context: Tensor<3>) -> (Tensor<4>, Tensor<4>) {
+        (
+            split_heads(self.key.forward(context.clone()), self.n_kv_heads),
+            split_heads(self.value.forward(context), self.n_kv_heads),
+        )
+    }
+
+    /// Joins the heads and projects: `[batch, n_heads, seq, d_head] -> [batch, seq, d_model]`.
+    pub fn merge(&self, x: Tensor<4>) -> Tensor<3> {
+        let [batch, n_heads, seq, d_head] = x.dims();
+        self.output.forward(x.swap_dims(1, 2).reshape([batch, seq, n_heads * d_head]))
+    }
+}
+
+fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
+    let [batch, seq, width] = x.dims();
+    x.reshape([batch, seq, n_heads, width / n_heads]).swap_dims(1, 2) // [batch, n_heads, seq, d_head]
+}
+
+/// Keys and values of the tokens so far, in a buffer of fixed capacity allocated at the first use.
+#[derive(Clone, Debug)]
+pub struct KvCache {
+    key: Option<Tensor<4>>,
+    value: Option<Tensor<4>>,
+    len: usize,
+    capacity: usize,
+}
+
+impl KvCache {
+    /// An empty cache for at most `capacity` tokens per row.
+    pub fn new(capacity: usize) -> Self {
+        Self { key: None, value: None, len: 0, capacity }
+    }
+
+    /// How many tokens it holds.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets all tokens past the first `len`, keeping the buffer.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+
+    /// Stores new keys and values, `[batch, kv_heads, new, d_head]`, and returns all held so far.
+    ///
+    /// # Panics
+    /// If they do not fit into the capacity.
+    pub fn append(&mut self, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let new = key.dims()[2];
+        let end = self.len + new;
+        assert!(end <= self.capacity, "cache of {} tokens cannot hold {end}", self.capacity);
+        let held = (
+            store(&mut self.key, key, self.len, self.capacity),
+            store(&mut self.value, value, self.len, self.capacity),
+        );
+        self.len = end;
+        held
+    }
+}
+
+fn store(buffer: &mut Option<Tensor<4>>, new: Tensor<4>, at: usize, capacity: usize) -> Tensor<4> {
+    let [batch, heads, seq, d_head] = new.dims();
+    let held = buffer
+        .take()
+        .unwrap_or_else(|| Tensor::zeros([batch, heads, capacity, d_head], (&new.device(), new.dtype())));
+    let held = held.slice_assign([0..batch, 0..heads, at..at + seq, 0..d_head], new);
+    *buffer = Some(held.clone());
+    held.narrow(2, 0, at + seq)
+}

@@ -1,0 +1,15 @@
+//! Layers: parameters and the function over them.
+
+mod attention;
+mod embedding;
+mod linear;
+mod mlp;
+mod norm;
+mod position;
+
+pub use attention::{Attention, AttentionConfig, KvCache};
+pub use embedding::Embedding;
+pub use linear::{Linear, LinearConfig};
+pub use mlp::{GatedMlp, GatedMlpConfig, Mlp, MlpConfig};
+pub use norm::{BatchNorm, LayerNorm, RmsNorm};
+pub use position::LearnedPositions;

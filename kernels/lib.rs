@@ -1,0 +1,7 @@
+//! Modality-free mathematics: tensor functions ([`ops`]) and the layers built on them ([`layers`]).
+//!
+//! Nothing here knows a model's name, a file, a token or a pixel. The residual wiring of a model is
+//! not here either: it is spelled in the model's own file.
+
+pub mod layers;
+pub mod ops;

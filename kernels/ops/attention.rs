@@ -1,0 +1,132 @@
+use burn::tensor::module::attention as scaled_dot_product;
+use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{Bool, Device, Int, Tensor};
+
+/// Which keys a query may attend to.
+///
+/// With fewer queries than keys (a cache holds the past) the last query is aligned with the last key.
+#[derive(Clone, Debug)]
+pub enum Mask {
+    /// Every key.
+    Full,
+    /// The keys up to the query's own position.
+    Causal,
+    /// Causal, and besides every query of row `b` sees the first `prefix[b]` keys; `[batch]` lengths.
+    Prefix(Vec<usize>),
+    /// Keys that are real tokens (`true`); `[batch, keys]`.
+    Padding(Tensor<2, Bool>),
+    /// Added to the scores before the softmax; `[batch or 1, heads or 1, queries, keys]`.
+    Bias(Tensor<4>),
+    /// All of these at once: a key must be allowed by each, and biases add up.
+    All(Vec<Mask>),
+}
+
+/// Scaled dot-product attention, `softmax(q kᵀ · scale + mask) v` (Vaswani et al. 2017, section 3.2.1).
+///
+/// - `query`: `[batch, heads, queries, d_head]`
+/// - `key`, `value`: `[batch, kv_heads, keys, d_head]`; with fewer than `heads`, each serves a group of
+///   `heads / kv_heads` consecutive query heads (grouped-query attention).
+/// - `scale`: `1 / √d_head` when `None`.
+///
+/// Returns `[batch, heads, queries, d_head]`. A query that may attend to no key gets zeros.
+///
+/// # Panics
+/// If `heads` is not a multiple of `kv_heads`, or the mask's shape does not fit.
+pub fn attention(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    mask: &Mask,
+    scale: Option<f64>,
+) -> Tensor<4> {
+    let [batch, heads, queries, _] = query.dims();
+    let [_, kv_heads, keys, _] = key.dims();
+    assert!(
+        kv_heads > 0 && heads.is_multiple_of(kv_heads),
+        "{heads} query heads do not divide into {kv_heads} key-value heads"
+    );
+    let mut resolved = Resolved::default();
+    resolved.add(mask, [batch, heads, queries, keys], &query.device());
+    let options = AttentionModuleOptions {
+        scale,
+        is_causal: resolved.causal,
+        ..Default::default()
+    };
+    // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
+    let key = repeat_heads(key, heads / kv_heads);
+    let value = repeat_heads(value, heads / kv_heads);
+    scaled_dot_product(query, key, value, resolved.hidden, resolved.bias, options)
+}
+
+/// Repeats every head `times` times in a row: `[batch, heads, seq, d] -> [batch, heads * times, seq, d]`.
+fn repeat_heads(x: Tensor<4>, times: usize) -> Tensor<4> {
+    if times == 1 {
+        return x;
+    }
+    let [batch, heads, seq, d_head] = x.dims();
+    x.unsqueeze_dim::<5>(2)
+        .expand([batch, heads, times, seq, d_head])
+        .reshape([batch, heads * times, seq, d_head])
+}
+
+/// A mask in the three forms that the kernel takes.
+#[derive(Default)]
+struct Resolved {
+    causal: bool,
+    /// `true` hides the key; `[batch, heads, queries, keys]`.
+    hidden: Option<Tensor<4, Bool>>,
+    bias: Option<Tensor<4>>,
+}
+
+impl Resolved {
+    fn add(&mut self, mask: &Mask, shape: [usize; 4], device: &Device) {
+        let [batch, _, queries, keys] = shape;
+        match mask {
+            Mask::Full => {}
+            Mask::Causal => self.causal = true,
+            Mask::Prefix(prefix) => {
+                assert_eq!(prefix.len(), batch, "one prefix length per row of the batch");
+                let lengths: Vec<i64> = prefix.iter().map(|&length| length as i64).collect();
+                let lengths = Tensor::<1, Int>::from_ints(lengths.as_slice(), device);
+                let key = Tensor::<1, Int>::arange(0..keys as i64, device);
+                let last = keys as i64 - queries as i64;
+                let query = Tensor::<1, Int>::arange(last..keys as i64, device);
+                let future = key
+                    .clone()
+                    .reshape([1, 1, 1, keys])
+                    .expand([1, 1, queries, keys])
+                    .greater(query.reshape([1, 1, queries, 1]).expand([1, 1, queries, keys]));
+                let beyond = key
+                    .reshape([1, 1, 1, keys])
+                    .expand([batch, 1, 1, keys])
+                    .greater_equal(lengths.reshape([batch, 1, 1, 1]).expand([batch, 1, 1, keys]));
+                self.hide(
+                    future
+                        .expand([batch, 1, queries, keys])
+                        .bool_and(beyond.expand([batch, 1, queries, keys])),
+                    shape,
+                );
+            }
+            Mask::Padding(real) => {
+                assert_eq!(real.dims(), [batch, keys], "padding mask is [batch, keys]");
+                self.hide(real.clone().bool_not().reshape([batch, 1, 1, keys]), shape);
+            }
+            Mask::Bias(bias) => {
+                let bias = bias.clone().expand(shape);
+                self.bias = Some(match self.bias.take() {
+                    Some(sum) => sum + bias,
+                    None => bias,
+                });
+            }
+            Mask::All(masks) => masks.iter().for_each(|mask| self.add(mask, shape, device)),
+        }
+    }
+
+    fn hide(&mut self, hidden: Tensor<4, Bool>, shape: [usize; 4]) {
+        let hidden = hidden.expand(shape);
+        self.hidden = Some(match self.hidden.take() {
+            Some(already) => already.bool_or(hidden),
+            None => hidden,
+        });
+    }
+}

@@ -1,0 +1,7 @@
+//! Functions on tensors.
+
+mod activation;
+mod attention;
+
+pub use activation::Activation;
+pub use attention::{Mask, attention};

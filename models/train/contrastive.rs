@@ -1,0 +1,596 @@
+//! Contrastive training of a bilingual CLIP on emoji: AdamW, warm-up and cosine, InfoNCE over captions
+//! and cross-entropy against a bank of all names.
+//!
+//! Everything random is drawn from (seed, step, row), so a run that is resumed at any step sees the
+//! batches that an unbroken one would have seen.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+
+use burn::module::{Module, ParamGroup};
+use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use fastrand::Rng;
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use volary_multimodal::contrastive::{bank_cross_entropy, info_nce};
+use volary_multimodal::retrieval::{Recall, recall};
+use volary_text::tokenizer::{Tokenizer, TokenizerError};
+
+use super::augment::{augment, plain};
+use super::curve;
+use super::data::{EmojiData, Language};
+use crate::clip::{Clip, ClipConfig};
+
+/// The settings of a run; written beside its checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recipe {
+    /// Optimizer steps in all.
+    pub steps: usize,
+    /// Pairs per step.
+    pub batch: usize,
+    /// Parts that a batch is computed in, their gradients added up; the in-batch loss sees one part.
+    pub accumulate: usize,
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup: usize,
+    /// Decay of matrices and convolutions; norms, biases and the temperature are not decayed.
+    pub weight_decay: f32,
+    /// Label smoothing against the bank.
+    pub smoothing: f64,
+    /// The in-batch loss's weight beside the bank's.
+    pub in_batch: f64,
+    /// Steps until the bank of all names has been encoded anew.
+    pub bank_period: usize,
+    /// Steps between checkpoints.
+    pub checkpoint_every: usize,
+    /// Steps between evaluations on the development pictures.
+    pub evaluate_every: usize,
+    /// Of initial weights, order, captions and augmentation.
+    pub seed: u64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            steps: 5600,
+            batch: 128,
+            accumulate: 2,
+            learning_rate: 1.5e-3,
+            warmup: 250,
+            weight_decay: 0.05,
+            smoothing: 0.1,
+            in_batch: 0.5,
+            bank_period: 32,
+            checkpoint_every: 200,
+            evaluate_every: 600,
+            seed: 1,
+        }
+    }
+}
+
+impl Recipe {
+    /// Linear warm-up, then half a cosine to zero.
+    pub fn learning_rate_at(&self, step: usize) -> f64 {
+        if step < self.warmup {
+            return self.learning_rate * (step + 1) as f64 / self.warmup as f64;
+        }
+        let span = self.steps.saturating_sub(self.warmup).max(1);
+        let progress = (step - self.warmup) as f64 / span as f64;
+        self.learning_rate * 0.5 * (1.0 + (core::f64::consts::PI * progress).cos())
+    }
+}
+
+/// What can stop a run.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A file of the run could not be read or written.
+    #[error("{}: {problem}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        problem: String,
+    },
+    /// A folder holds a run with other settings.
+    #[error("{}: holds a run with other settings; resume it with those or name another folder", folder.display())]
+    OtherRun {
+        /// The run's folder.
+        folder: PathBuf,
+    },
+    /// A caption could not be tokenized.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The loss is not a number any more.
+    #[error("step {step}: the loss is {loss}; lower the learning rate")]
+    Diverged {
+        /// Where.
+        step: usize,
+        /// The loss.
+        loss: f32,
+    },
+}
+
+/// A trained model and its loss per step.
+pub struct Outcome {
+    /// Without autodiff.
+    pub model: Clip,
+    /// One loss per step.
+    pub losses: Vec<f32>,
+}
+
+/// A part of a step's batch, ready for the device.
+struct Part {
+    pixels: TensorData,
+    ids: TensorData,
+    concepts: TensorData,
+}
+
+/// Trains, or goes on where `folder` has a checkpoint.
+///
+/// `until` stops the run early, after so many steps of all (a checkpoint is written then); the schedule
+/// is that of the whole run.
+///
+/// # Errors
+/// If files of the run cannot be read or written, or the loss diverges.
+pub fn train(
+    recipe: &Recipe,
+    config: &ClipConfig,
+    data: &EmojiData,
+    development: Option<&EmojiData>,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    until: usize,
+    device: &Device,
+) -> Result<Outcome, TrainError> {
+    fs::create_dir_all(folder).map_err(|error| file_error(folder, error))?;
+    let device = device.clone().autodiff();
+    let bank = Bank::tokenize(data, tokenizer)?;
+    let mut run = Run::begin(recipe, config, &bank, folder, &device)?;
+    let until = until.min(recipe.steps);
+    let bar = progress(recipe.steps);
+    bar.set_position(run.losses.len() as u64);
+    std::thread::scope(|scope| {
+        // Two batches ahead: augmentation runs beside the model.
+        let (send, receive) = mpsc::sync_channel(2);
+        let first = run.losses.len();
+        scope.spawn(move || {
+            let mut order = Order::new(data, recipe.seed);
+            for step in first..until {
+                let batch = parts(recipe, data, tokenizer, &mut order, step);
+                if send.send(batch).is_err() {
+                    return;
+                }
+            }
+        });
+        for step in first..until {
+            let batch = receive.recv().expect("the loader sends one batch per step")?;
+            let loss = run.step(recipe, &bank, step, batch, &device);
+            if !loss.is_finite() {
+                return Err(TrainError::Diverged { step, loss });
+            }
+            run.losses.push(loss);
+            bar.inc(1);
+            bar.set_message(format!("loss {:.3}", mean_of_last(&run.losses, 50)));
+            let done = step + 1;
+            if done % recipe.checkpoint_every == 0 || done == until {
+                run.save(recipe, folder)?;
+            }
+            if let Some(development) = development
+                && (done % recipe.evaluate_every == 0 || done == until)
+            {
+                let table = evaluate(&run.model.valid(), development, tokenizer)?;
+                bar.suspend(|| eprintln!("step {done}, loss {:.3}\n{table}", mean_of_last(&run.losses, 200)));
+            }
+        }
+        Ok(())
+    })?;
+    bar.finish();
+    Ok(Outcome { model: run.model.valid(), losses: run.losses })
+}
+
+/// Everything that changes from step to step.
+struct Run {
+    model: Clip,
+    optimizer: ModuleOptimizer,
+    /// Names' embeddings per language, `[concepts, d_embed]`.
+    bank: [Tensor<2>; 2],
+    losses: Vec<f32>,
+}
+
+/// Token ids of every name, per language.
+struct Bank {
+    ids: [Vec<Vec<i64>>; 2],
+    pad: i64,
+}
+
+impl Bank {
+    fn tokenize(data: &EmojiData, tokenizer: &Tokenizer) -> Result<Self, TokenizerError> {
+        let names = |language| -> Result<Vec<Vec<i64>>, TokenizerError> {
+            data.concepts.iter().map(|concept| ids(tokenizer, &concept.captions(language).name)).collect()
+        };
+        let ids = [names(Language::En)?, names(Language::Zh)?];
+        Ok(Self { ids, pad: pad_id(tokenizer) })
+    }
+
+    /// Encodes names `from..to` of one language, `[to - from, d_embed]`, without autodiff.
+    fn encode(&self, model: &Clip, language: usize, from: usize, to: usize, device: &Device) -> Tensor<2> {
+        let ids = pad(&self.ids[language][from..to], self.pad);
+        model.encode_texts(Tensor::from_data(ids, device))
+    }
+}
+
+impl Run {
+    fn begin(
+        recipe: &Recipe,
+        config: &ClipConfig,
+        bank: &Bank,
+        folder: &Path,
+        device: &Device,
+    ) -> Result<Self, TrainError> {
+        device.seed(recipe.seed);
+        let model = config.init(device);
+        let decayed = AdamWConfig::new()
+            .with_beta_2(0.98)
+            .with_epsilon(1e-6)
+            .with_weight_decay(recipe.weight_decay);
+        let plain = decayed.clone().with_weight_decay(0.0).build();
+        let undecayed = ParamGroup::from_any_regexes(vec!["bias$", "norm", r"bn\d?\.", "logit_scale"])
+            .expect("the patterns are valid");
+        let optimizer = decayed.init().with_group(undecayed, plain, None);
+        let plain_device = device.clone().inner();
+        let checkpoint = folder.join("checkpoint");
+        if !checkpoint.exists() {
+            let inner = model.valid();
+            let count = bank.ids[0].len();
+            let encode = |language| {
+                let chunks = (0..count).step_by(256).map(|from| {
+                    bank.encode(&inner, language, from, count.min(from + 256), &plain_device)
+                });
+                Tensor::cat(chunks.collect(), 0)
+            };
+            return Ok(Self { bank: [encode(0), encode(1)], model, optimizer, losses: Vec::new() });
+        }
+        let settings = checkpoint.join("recipe.json");
+        let bytes = fs::read(&settings).map_err(|error| file_error(&settings, error))?;
+        let saved: Recipe = serde_json::from_slice(&bytes).map_err(|error| file_error(&settings, error))?;
+        if saved != *recipe {
+            return Err(TrainError::OtherRun { folder: folder.into() });
+        }
+        let file = checkpoint.join("model.bpk");
+        let model = model.try_load_file(&file).map_err(|error| file_error(&file, error))?;
+        let file = checkpoint.join("optimizer.bpk");
+        let optimizer = optimizer.load(&file).map_err(|error| file_error(&file, error))?;
+        let file = checkpoint.join("bank.json");
+        let bytes = fs::read(&file).map_err(|error| file_error(&file, error))?;
+        let saved: SavedBank = serde_json::from_slice(&bytes).map_err(|error| file_error(&file, error))?;
+        let width = saved.d_embed;
+        let bank = saved.rows.map(|rows| {
+            let values: Vec<f32> = rows.into_iter().map(f32::from_bits).collect();
+            let count = values.len() / width;
+            Tensor::from_data(TensorData::new(values, [count, width]), &plain_device)
+        });
+        let losses = read_losses(&checkpoint.join("losses.csv"))?;
+        Ok(Self { model, optimizer, bank, losses })
+    }
+
+    fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
+        self.refresh(recipe, bank, step, device);
+        let language = step % 2;
+        let n_parts = batch.len() as f64;
+        // Each part on a thread of its own: the CPU backend runs most operations on one core.
+        let (model, entries) = (&self.model, &self.bank);
+        let computed: Vec<(f32, GradientsParams)> = std::thread::scope(|scope| {
+            let parts: Vec<_> = batch
+                .into_iter()
+                .map(|part| {
+                    let model = model.clone();
+                    scope.spawn(move || {
+                        let loss = part_loss(recipe, &model, entries, language, part, device) / n_parts;
+                        let value = loss.clone().into_scalar::<f32>();
+                        (value, GradientsParams::from_grads(loss.backward(), &model))
+                    })
+                })
+                .collect();
+            let join = |part: std::thread::ScopedJoinHandle<_>| part.join().expect("a part does not panic");
+            parts.into_iter().map(join).collect()
+        });
+        let mut accumulator = GradientsAccumulator::new();
+        let mut total = 0.0;
+        for (loss, gradients) in computed {
+            total += loss;
+            accumulator.accumulate(&self.model, gradients);
+        }
+        let rate = recipe.learning_rate_at(step);
+        self.model = self.optimizer.step(rate, self.model.clone(), accumulator.grads());
+        total
+    }
+
+    /// Encodes the next share of the names anew, in both languages.
+    fn refresh(&mut self, recipe: &Recipe, bank: &Bank, step: usize, device: &Device) {
+        let count = bank.ids[0].len();
+        let share = count.div_ceil(recipe.bank_period);
+        let from = (step % recipe.bank_period) * share;
+        let to = count.min(from + share);
+        if from >= to {
+            return;
+        }
+        let model = self.model.valid();
+        let device = device.clone().inner();
+        for language in 0..2 {
+            let fresh = bank.encode(&model, language, from, to, &device);
+            let d_embed = fresh.dims()[1];
+            self.bank[language] =
+                self.bank[language].clone().slice_assign([from..to, 0..d_embed], fresh);
+        }
+    }
+
+    /// Writes a whole checkpoint beside the old one, then swaps the names.
+    fn save(&self, recipe: &Recipe, folder: &Path) -> Result<(), TrainError> {
+        let (fresh, current, old) =
+            (folder.join("checkpoint.new"), folder.join("checkpoint"), folder.join("checkpoint.old"));
+        for leftover in [&fresh, &old] {
+            if leftover.exists() {
+                fs::remove_dir_all(leftover).map_err(|error| file_error(leftover, error))?;
+            }
+        }
+        fs::create_dir(&fresh).map_err(|error| file_error(&fresh, error))?;
+        let write = |name: &str, bytes: &[u8]| {
+            let file = fresh.join(name);
+            fs::write(&file, bytes).map_err(|error| file_error(&file, error))
+        };
+        let file = fresh.join("model.bpk");
+        self.model.clone().save_file(&file).map_err(|error| file_error(&file, error))?;
+        let file = fresh.join("optimizer.bpk");
+        self.optimizer.save(&file).map_err(|error| file_error(&file, error))?;
+        let rows = self.bank.clone().map(|bank| -> Vec<u32> {
+            floats(bank.into_data()).into_iter().map(f32::to_bits).collect()
+        });
+        let saved = SavedBank { d_embed: self.bank[0].dims()[1], rows };
+        write("bank.json", &serde_json::to_vec(&saved).expect("numbers serialise"))?;
+        write("recipe.json", &serde_json::to_vec_pretty(recipe).expect("numbers serialise"))?;
+        let losses: String = self
+            .losses
+            .iter()
+            .enumerate()
+            .map(|(step, loss)| format!("{step},{loss}\n"))
+            .collect();
+        write("losses.csv", losses.as_bytes())?;
+        let points: Vec<(usize, f32)> = self.losses.iter().copied().enumerate().collect();
+        let drawn = folder.join("loss.svg");
+        fs::write(&drawn, curve::svg("training loss by step", &points)).map_err(|error| file_error(&drawn, error))?;
+        if current.exists() {
+            fs::rename(&current, &old).map_err(|error| file_error(&current, error))?;
+        }
+        fs::rename(&fresh, &current).map_err(|error| file_error(&current, error))
+    }
+}
+
+/// The loss of one part of a batch, `[1]`: its pictures against the banks of both languages, mostly the
+/// step's, and its pairs against each other.
+fn part_loss(
+    recipe: &Recipe,
+    model: &Clip,
+    bank: &[Tensor<2>; 2],
+    language: usize,
+    part: Part,
+    device: &Device,
+) -> Tensor<1> {
+    let images = model.encode_images(Tensor::from_data(part.pixels, device));
+    let texts = model.encode_texts(Tensor::from_data(part.ids, device));
+    let concepts = Tensor::<1, Int>::from_data(part.concepts, device);
+    let scale = model.logit_scale.val().clamp(0.0, 4.6).exp();
+    let against = |entries: &Tensor<2>| {
+        let entries = Tensor::from_inner(entries.clone());
+        bank_cross_entropy(images.clone(), entries, scale.clone(), concepts.clone(), recipe.smoothing)
+    };
+    let banks = against(&bank[language]) * 0.65 + against(&bank[1 - language]) * 0.35;
+    let pairs = info_nce(images.clone(), texts, scale.clone(), concepts.clone());
+    banks + pairs * recipe.in_batch
+}
+
+/// Floats by their bits: what is read back is what was written.
+#[derive(Serialize, Deserialize)]
+struct SavedBank {
+    d_embed: usize,
+    rows: [Vec<u32>; 2],
+}
+
+fn read_losses(file: &Path) -> Result<Vec<f32>, TrainError> {
+    let text = fs::read_to_string(file).map_err(|error| file_error(file, error))?;
+    text.lines()
+        .map(|line| {
+            let value = line.split(',').nth(1).unwrap_or_default();
+            value.parse().map_err(|_| file_error(file, format!("`{line}` is not `step,loss`")))
+        })
+        .collect()
+}
+
+/// Pictures in a new order every epoch.
+struct Order {
+    pictures: Vec<(usize, usize)>,
+    epoch: Option<usize>,
+    shuffled: Vec<(usize, usize)>,
+    seed: u64,
+}
+
+impl Order {
+    fn new(data: &EmojiData, seed: u64) -> Self {
+        Self { pictures: data.pictures(), epoch: None, shuffled: Vec::new(), seed }
+    }
+
+    fn at(&mut self, index: usize) -> (usize, usize) {
+        let epoch = index / self.pictures.len();
+        if self.epoch != Some(epoch) {
+            self.shuffled = self.pictures.clone();
+            Rng::with_seed(mix(self.seed, epoch as u64, u64::MAX)).shuffle(&mut self.shuffled);
+            self.epoch = Some(epoch);
+        }
+        self.shuffled[index % self.pictures.len()]
+    }
+}
+
+fn parts(
+    recipe: &Recipe,
+    data: &EmojiData,
+    tokenizer: &Tokenizer,
+    order: &mut Order,
+    step: usize,
+) -> Result<Vec<Part>, TokenizerError> {
+    let language = Language::ALL[step % 2];
+    let chosen: Vec<(usize, usize)> =
+        (0..recipe.batch).map(|row| order.at(step * recipe.batch + row)).collect();
+    let rows: Vec<(Vec<f32>, Vec<i64>, i64)> = chosen
+        .par_iter()
+        .enumerate()
+        .map(|(row, &(style, picture))| {
+            let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, row as u64));
+            let index = data.styles[style].concepts[picture];
+            let concept = &data.concepts[index];
+            let pixels = augment(data.picture(style, picture), data.size, concept.freedom(), &mut rng);
+            let caption = concept.caption(language, &mut rng);
+            Ok((normalise(pixels), ids(tokenizer, &caption)?, index as i64))
+        })
+        .collect::<Result<_, TokenizerError>>()?;
+    let length = recipe.batch.div_ceil(recipe.accumulate);
+    Ok(rows
+        .chunks(length)
+        .map(|rows| {
+            let pixels: Vec<f32> = rows.iter().flat_map(|row| row.0.iter().copied()).collect();
+            let ids: Vec<Vec<i64>> = rows.iter().map(|row| row.1.clone()).collect();
+            let concepts: Vec<i64> = rows.iter().map(|row| row.2).collect();
+            Part {
+                pixels: TensorData::new(pixels, [rows.len(), 3, data.size, data.size]),
+                ids: pad(&ids, pad_id(tokenizer)),
+                concepts: TensorData::new(concepts, [rows.len()]),
+            }
+        })
+        .collect())
+}
+
+/// Recall in both directions and languages, style by style.
+#[derive(Debug)]
+pub struct Table {
+    /// Style, language, picture to text, text to picture.
+    pub rows: Vec<(String, Language, Recall, Recall)>,
+}
+
+impl core::fmt::Display for Table {
+    fn fmt(&self, f: &mut core::fmt::Formatter) -> core::fmt::Result {
+        for (style, language, to_text, to_image) in &self.rows {
+            let show = |r: &Recall| {
+                format!("{:5.1} {:5.1} {:5.1}", 100.0 * r.at_1, 100.0 * r.at_5, 100.0 * r.at_10)
+            };
+            writeln!(f, "{style:14} {language:?}  image->text {}  text->image {}", show(to_text), show(to_image))?;
+        }
+        Ok(())
+    }
+}
+
+/// Every picture of every style against all names, and every name against the style's pictures.
+///
+/// # Errors
+/// If a name cannot be tokenized.
+pub fn evaluate(model: &Clip, data: &EmojiData, tokenizer: &Tokenizer) -> Result<Table, TokenizerError> {
+    let device = model.logit_scale.val().device();
+    let bank = Bank::tokenize(data, tokenizer)?;
+    let count = data.concepts.len();
+    let names = [0, 1].map(|language| -> Vec<f32> {
+        (0..count)
+            .step_by(128)
+            .flat_map(|from| floats(bank.encode(model, language, from, count.min(from + 128), &device).into_data()))
+            .collect()
+    });
+    let d_embed = names[0].len() / count;
+    let mut rows = Vec::new();
+    for (index, style) in data.styles.iter().enumerate() {
+        let pictures: Vec<usize> = (0..style.concepts.len()).collect();
+        let images: Vec<f32> = pictures
+            .chunks(128)
+            .flat_map(|chunk| {
+                let pixels: Vec<f32> = chunk
+                    .par_iter()
+                    .flat_map_iter(|&picture| normalise(plain(data.picture(index, picture), data.size)))
+                    .collect();
+                let pixels = TensorData::new(pixels, [chunk.len(), 3, data.size, data.size]);
+                floats(model.encode_images(Tensor::from_data(pixels, &device)).into_data())
+            })
+            .collect();
+        for (language, names) in Language::ALL.into_iter().zip(&names) {
+            let own: Vec<f32> = style
+                .concepts
+                .iter()
+                .flat_map(|&concept| names[concept * d_embed..][..d_embed].iter().copied())
+                .collect();
+            rows.push((
+                style.name.clone(),
+                language,
+                recall(&images, names, &style.concepts, d_embed),
+                recall(&own, &images, &pictures, d_embed),
+            ));
+        }
+    }
+    Ok(Table { rows })
+}
+
+/// To -1..1, the mean and deviation 0.5 of the model's preprocessor.
+fn normalise(mut pixels: Vec<f32>) -> Vec<f32> {
+    pixels.iter_mut().for_each(|value| *value = (*value - 0.5) / 0.5);
+    pixels
+}
+
+fn ids(tokenizer: &Tokenizer, text: &str) -> Result<Vec<i64>, TokenizerError> {
+    let limit = tokenizer.model_max_length().unwrap_or(usize::MAX);
+    let mut ids: Vec<i64> = tokenizer.encode(text)?.ids.into_iter().map(i64::from).collect();
+    if ids.len() > limit {
+        let end = ids[ids.len() - 1];
+        ids.truncate(limit);
+        ids[limit - 1] = end;
+    }
+    Ok(ids)
+}
+
+fn pad_id(tokenizer: &Tokenizer) -> i64 {
+    tokenizer.pad_id().map_or(0, i64::from)
+}
+
+/// Rows of equal length, `[rows, longest]`.
+fn pad(rows: &[Vec<i64>], pad: i64) -> TensorData {
+    let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let padded: Vec<i64> = rows
+        .iter()
+        .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(pad, longest - row.len())))
+        .collect();
+    TensorData::new(padded, [rows.len(), longest])
+}
+
+fn floats(data: TensorData) -> Vec<f32> {
+    data.convert::<f32>().try_into_vec().expect("converted to f32")
+}
+
+fn mean_of_last(losses: &[f32], count: usize) -> f32 {
+    let last = &losses[losses.len().saturating_sub(count)..];
+    last.iter().sum::<f32>() / last.len().max(1) as f32
+}
+
+/// One seed out of three numbers (the finaliser of SplitMix64, applied to each).
+fn mix(seed: u64, step: u64, row: u64) -> u64 {
+    [seed, step, row].into_iter().fold(0x9E37_79B9_7F4A_7C15, |state, value| {
+        let z = (state ^ value).wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    })
+}
+
+fn file_error(file: &Path, problem: impl core::fmt::Display) -> TrainError {
+    TrainError::File { file: file.into(), problem: problem.to_string() }
+}
+
+fn progress(steps: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec} eta {eta} {msg}");
+    ProgressBar::new(steps as u64).with_style(style.expect("the template is valid"))
+}

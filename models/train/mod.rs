@@ -1,0 +1,6 @@
+//! Training recipes.
+
+pub mod augment;
+pub mod contrastive;
+pub mod curve;
+pub mod data;

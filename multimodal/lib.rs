@@ -1,0 +1,4 @@
+//! What needs pictures and text both: two-tower losses and retrieval.
+
+pub mod contrastive;
+pub mod retrieval;

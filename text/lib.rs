@@ -1,0 +1,3 @@
+//! Text: tokenizers.
+
+pub mod tokenizer;

@@ -1,0 +1,244 @@
+use std::path::PathBuf;
+
+use safetensors::SafeTensors;
+
+use super::*;
+
+fn folder() -> PathBuf {
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/pictures").into()
+}
+
+fn files() -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = std::fs::read_dir(folder())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|ext| ext != "safetensors"))
+        .map(|path| {
+            (
+                path.file_name().unwrap().to_str().unwrap().to_string(),
+                std::fs::read(path).unwrap(),
+            )
+        })
+        .collect();
+    files.sort();
+    assert!(files.len() > 30);
+    files
+}
+
+/// Every format and colour type, as Pillow converts it: as stored, and as seen.
+#[test]
+fn equals_pillow() {
+    let bytes = std::fs::read(folder().join("expected.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    for (name, bytes) in files() {
+        for (kind, options) in [("stored", ReadOptions::STORED), ("seen", ReadOptions::SEEN)] {
+            let expected = tensors.tensor(&format!("{name}.{kind}")).unwrap();
+            let found = decode(&bytes, &name, options).unwrap();
+            assert_eq!(
+                [found.height(), found.width(), 3],
+                expected.shape(),
+                "{name} {kind}"
+            );
+            let furthest = found
+                .pixels()
+                .iter()
+                .zip(expected.data())
+                .map(|(a, b)| a.abs_diff(*b))
+                .max()
+                .unwrap();
+            // The JPEG standard leaves decoders room; these were saved without chroma subsampling or smooth.
+            let room = if name.ends_with(".jpg") { 3 } else { 0 };
+            assert!(
+                furthest <= room,
+                "{name} {kind}: {furthest} grey levels off"
+            );
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_grey_keeps_its_high_byte() {
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, 3, 1);
+    encoder.set_color(png::ColorType::Grayscale);
+    encoder.set_depth(png::BitDepth::Sixteen);
+    encoder
+        .write_header()
+        .unwrap()
+        .write_image_data(&[0x00, 0xFF, 0x12, 0x34, 0xFF, 0x00])
+        .unwrap();
+    let found = decode(&file, "grey16", ReadOptions::STORED).unwrap();
+    assert_eq!(
+        found.pixels(),
+        [0, 0, 0, 0x12, 0x12, 0x12, 0xFF, 0xFF, 0xFF]
+    );
+}
+
+#[test]
+fn a_background_shows_where_a_picture_is_transparent() {
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, 2, 1);
+    encoder.set_color(png::ColorType::Rgba);
+    encoder
+        .write_header()
+        .unwrap()
+        .write_image_data(&[9, 8, 7, 0, 10, 20, 30, 255])
+        .unwrap();
+    let read = |background| {
+        let options = ReadOptions {
+            orientation: Orientation::AsStored,
+            background,
+        };
+        decode(&file, "two", options).unwrap().into_pixels()
+    };
+    assert_eq!(read(Background::DropAlpha), [9, 8, 7, 10, 20, 30]);
+    assert_eq!(read(Background::WHITE), [255, 255, 255, 10, 20, 30]);
+    assert_eq!(read(Background::Over([1, 2, 3])), [1, 2, 3, 10, 20, 30]);
+}
+
+/// No prefix of a file and no damage to it may panic; a prefix that lacks pixels may not pass as a picture.
+#[test]
+fn damage_is_an_error_or_a_picture() {
+    let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut random = move |below: usize| {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        (seed % below as u64) as usize
+    };
+    for (name, bytes) in files() {
+        for end in 0..bytes.len() {
+            let found = decode(&bytes[..end], &name, ReadOptions::SEEN);
+            assert!(
+                end > bytes.len() / 2 || found.is_err(),
+                "{name} passed when cut to {end} of {} bytes",
+                bytes.len()
+            );
+        }
+        for _ in 0..150 {
+            let mut damaged = bytes.clone();
+            for _ in 0..=random(4) {
+                // Headers are short: half of the damage goes to the first bytes.
+                let reach = if random(2) == 0 {
+                    bytes.len().min(64)
+                } else {
+                    bytes.len()
+                };
+                damaged[random(reach)] = random(256) as u8;
+            }
+            if let Err(error) = decode(&damaged, &name, ReadOptions::SEEN) {
+                assert!(error.to_string().starts_with(&name), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_jpeg_cut_within_its_pixels_is_refused() {
+    let (name, bytes) = files()
+        .into_iter()
+        .find(|(name, _)| name == "rgb.jpg")
+        .unwrap();
+    let error = decode(&bytes[..bytes.len() - 20], &name, ReadOptions::SEEN).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "rgb.jpg: damaged or truncated JPEG: it ends within its pixels"
+    );
+}
+
+#[test]
+fn errors_name_the_file_and_what_it_holds() {
+    let says = |bytes: &[u8]| {
+        decode(bytes, "a.png", ReadOptions::SEEN)
+            .unwrap_err()
+            .to_string()
+    };
+    assert_eq!(says(b""), "a.png: the file is empty; expected a picture");
+    assert_eq!(
+        says("BM 你好, a note\nof two lines".as_bytes()),
+        "a.png: not a picture: expected PNG, JPEG, WebP, GIF or BMP, found text that begins \"BM 你好, a note\\nof two lines\""
+    );
+    assert!(
+        says(b"version https://git-lfs.github.com/spec/v1\n").contains("found a Git LFS pointer")
+    );
+    assert!(says(b"\0\x01\x02\x03").ends_with("found bytes that begin 00 01 02 03"));
+    assert!(says(b"II*\0....").starts_with("a.png: TIFF is not supported"));
+    assert!(says(b"\0\0\0\x1cftypheic....").starts_with("a.png: HEIC is not supported"));
+    let missing = read(Path::new("no/such.png"), ReadOptions::SEEN).unwrap_err();
+    assert!(
+        missing.to_string().starts_with("no/such.png: "),
+        "{missing}"
+    );
+}
+
+/// A header costs nothing to write; its size is checked before anything is allocated.
+#[test]
+fn a_bomb_is_refused_by_its_header() {
+    let bomb = |width: u32, height: u32| {
+        let mut file = Vec::new();
+        let mut header = b"IHDR".to_vec();
+        header.extend(width.to_be_bytes());
+        header.extend(height.to_be_bytes());
+        header.extend([8, 2, 0, 0, 0]);
+        file.extend(b"\x89PNG\r\n\x1a\n\0\0\0\x0D");
+        file.extend(&header);
+        file.extend(crc(&header).to_be_bytes());
+        file.extend(b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xaeB`\x82");
+        decode(&file, "bomb.png", ReadOptions::SEEN).unwrap_err()
+    };
+    assert!(matches!(
+        bomb(100_000, 100_000),
+        ImageError::TooLarge {
+            found: 10_000_000_000,
+            unit: "pixels",
+            ..
+        }
+    ));
+    assert!(matches!(
+        bomb(0, 5),
+        ImageError::ZeroSize { .. } | ImageError::Damaged { .. }
+    ));
+    let mut gif = b"GIF89a\0\0\0\0\0\0\0,\0\0\0\0\0\0\0\0\0\x02\x02\x44\x01\0;".to_vec();
+    assert!(decode(&gif, "a.gif", ReadOptions::SEEN).is_err());
+    gif[6..10].fill(0xFF);
+    assert!(matches!(
+        decode(&gif, "a.gif", ReadOptions::SEEN),
+        Err(ImageError::TooLarge { .. })
+    ));
+    let mut bmp = files()
+        .into_iter()
+        .find(|(name, _)| name == "rgb.bmp")
+        .unwrap()
+        .1;
+    bmp[18..26].copy_from_slice(&[0, 0, 1, 0, 0, 0, 1, 0]);
+    assert!(decode(&bmp, "a.bmp", ReadOptions::SEEN).is_err());
+}
+
+/// The checksum of a PNG chunk.
+fn crc(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc, &byte| {
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
+            (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())
+        })
+    })
+}
+
+#[test]
+fn pixels_must_fill_their_size() {
+    assert!(matches!(
+        Rgb8::new(2, 2, vec![0; 11]),
+        Err(ImageError::Length {
+            expected: 12,
+            found: 11,
+            ..
+        })
+    ));
+    assert!(matches!(
+        Rgb8::new(0, 2, vec![]),
+        Err(ImageError::ZeroSize { .. })
+    ));
+    assert_eq!(
+        Rgb8::new(2, 1, vec![1, 2, 3, 4, 5, 6]).unwrap().pixels(),
+        [1, 2, 3, 4, 5, 6]
+    );
+}

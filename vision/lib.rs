@@ -1,0 +1,8 @@
+//! Pictures: reading them, preparing them, and the parts that models of them are built from.
+
+pub mod image;
+pub mod preprocess;
+pub mod resample;
+
+pub mod patch;
+pub mod resnet;

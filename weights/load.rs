@@ -1,0 +1,317 @@
+//! Checkpoint -> module, strictly: every parameter is filled and every key is used, or the error lists all that is not.
+
+use std::collections::HashMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Bool, DType, FloatDType, Int, Shape, Tensor, TensorData};
+use half::{bf16, f16};
+
+use crate::cast::{Value, as_stored, not_finite, stored, transposed, values};
+use crate::error::{Error, Problem};
+use crate::format::{Checkpoint, Dtype};
+use crate::plan::{Plan, Source};
+use crate::rule::KeyMap;
+
+/// How a module is loaded. The default reads into f32, and wants every parameter, and numbers only.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadOptions {
+    /// The dtype that the float parameters get; `None` keeps each as it is stored.
+    pub dtype: Option<FloatDType>,
+    /// Module paths (with `{}` and `{*}`, as in rules) that keep their initial values when the checkpoint lacks them,
+    /// e.g. a new head.
+    pub allow_missing: &'static [&'static str],
+    /// What to do about NaN and infinite weights.
+    pub not_finite: NotFinite,
+}
+
+/// What to do about weights that are no finite numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NotFinite {
+    /// They are an error.
+    #[default]
+    Refuse,
+    /// They are loaded.
+    Allow,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { dtype: Some(FloatDType::F32), allow_missing: &[], not_finite: NotFinite::Refuse }
+    }
+}
+
+/// A parameter of a module, as a checkpoint would store it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parameter {
+    /// The field names and indices that lead to it, joined by dots.
+    pub path: String,
+    /// Its dimensions in a checkpoint: `[d_out, d_in]` for a `Linear` in column layout, whatever Burn holds.
+    pub shape: Vec<usize>,
+    /// What its values are.
+    pub kind: Kind,
+}
+
+/// What the values of a parameter are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Floating-point numbers.
+    Float,
+    /// Integers.
+    Int,
+    /// Truth values.
+    Bool,
+}
+
+impl Kind {
+    /// `float`, `int` or `bool`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Float => "float",
+            Kind::Int => "int",
+            Kind::Bool => "bool",
+        }
+    }
+}
+
+/// Lists a module's parameters. Lazy ones stay lazy: listing a model of any size allocates no tensor.
+pub fn parameters<M: Module>(module: &M) -> Vec<Parameter> {
+    let mut listing = Listing { path: Path::default(), parameters: Vec::new() };
+    module.visit(&mut listing);
+    listing.parameters
+}
+
+/// What would be wrong with loading `checkpoint` into `module`, from names, shapes and dtypes alone: no tensor is read.
+///
+/// # Errors
+/// [`Error::Rule`] when a rule cannot be followed.
+pub fn check<M: Module>(
+    module: &M,
+    checkpoint: &dyn Checkpoint,
+    keys: &KeyMap,
+    options: &LoadOptions,
+) -> Result<Vec<Problem>, Error> {
+    Ok(Plan::new(&parameters(module), checkpoint, keys, options.allow_missing)?.problems)
+}
+
+/// Fills `module` from `checkpoint`. Each tensor is read, cast and placed on its parameter's device before the next;
+/// parameters keep their ids, and whether they are trained.
+///
+/// # Errors
+/// [`Error::Mismatch`] with everything that does not fit; [`Error::Rule`] when a rule cannot be followed.
+pub fn load<M: Module>(
+    module: M,
+    checkpoint: &dyn Checkpoint,
+    keys: &KeyMap,
+    options: &LoadOptions,
+) -> Result<M, Error> {
+    let Plan { sources, mut problems } = Plan::new(&parameters(&module), checkpoint, keys, options.allow_missing)?;
+    let mut loader = Loader { path: Path::default(), sources, checkpoint, options, not_finite: Vec::new(), error: None };
+    let module = if problems.is_empty() {
+        module.map(&mut loader)
+    } else {
+        loader.inspect(); // so that one error has all the problems
+        module
+    };
+    if let Some(error) = loader.error {
+        return Err(error);
+    }
+    problems.extend(loader.not_finite);
+    if problems.is_empty() {
+        Ok(module)
+    } else {
+        Err(Error::Mismatch { file: checkpoint.path().to_owned(), problems })
+    }
+}
+
+/// The way from the module's root to the parameter that is being visited.
+#[derive(Default)]
+pub(crate) struct Path(Vec<String>);
+
+impl Path {
+    pub fn enter(&mut self, name: &str) {
+        self.0.push(name.to_owned());
+    }
+
+    pub fn exit(&mut self) {
+        self.0.pop();
+    }
+
+    pub fn joined(&self) -> String {
+        self.0.join(".")
+    }
+}
+
+/// The shape that a parameter has in a checkpoint.
+///
+/// A lazy parameter knows it. An initialized one may hold its value in another layout, which its save mapper undoes.
+macro_rules! stored_shape {
+    ($param:expr) => {
+        if $param.is_initialized() { $param.transform_for_save().lazy_shape() } else { $param.lazy_shape() }
+    };
+}
+
+struct Listing {
+    path: Path,
+    parameters: Vec<Parameter>,
+}
+
+impl Listing {
+    fn push(&mut self, shape: Shape, kind: Kind) {
+        self.parameters.push(Parameter { path: self.path.joined(), shape: shape.as_slice().to_vec(), kind });
+    }
+}
+
+impl ModuleVisitor for Listing {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.push(stored_shape!(param), Kind::Float);
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.push(stored_shape!(param), Kind::Int);
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.push(stored_shape!(param), Kind::Bool);
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+}
+
+struct Loader<'a> {
+    path: Path,
+    sources: HashMap<String, Source>,
+    checkpoint: &'a dyn Checkpoint,
+    options: &'a LoadOptions,
+    /// One problem per key.
+    not_finite: Vec<Problem>,
+    /// The first failure to read; the rest of the module is passed over.
+    error: Option<Error>,
+}
+
+impl Loader<'_> {
+    /// The values for the parameter at the current path; `None` when it is to stay as it is.
+    fn take(&mut self, shape: Shape, kind: Kind) -> Option<TensorData> {
+        if self.error.is_some() {
+            return None;
+        }
+        let source = self.sources.remove(&self.path.joined())?;
+        match self.read(&source, shape, kind) {
+            Ok(data) => Some(data),
+            Err(error) => {
+                self.error = Some(error);
+                None
+            }
+        }
+    }
+
+    fn read(&mut self, source: &Source, shape: Shape, kind: Kind) -> Result<TensorData, Error> {
+        Ok(match (kind, self.float_dtype(source)) {
+            (Kind::Int, _) => TensorData::new(self.assemble::<i64>(source)?, shape),
+            (Kind::Bool, _) => TensorData::new(self.assemble::<bool>(source)?, shape),
+            (Kind::Float, FloatDType::F64) => TensorData::new(self.assemble::<f64>(source)?, shape),
+            (Kind::Float, FloatDType::F32 | FloatDType::Flex32) => TensorData::new(self.assemble::<f32>(source)?, shape),
+            (Kind::Float, FloatDType::F16) => TensorData::new(self.assemble::<f16>(source)?, shape),
+            (Kind::Float, FloatDType::BF16) => TensorData::new(self.assemble::<bf16>(source)?, shape),
+        })
+    }
+
+    fn float_dtype(&self, source: &Source) -> FloatDType {
+        self.options.dtype.unwrap_or_else(|| as_stored(source.parts[0].dtype))
+    }
+
+    /// The values of a source in the order of the parameter.
+    fn assemble<T: Value>(&mut self, source: &Source) -> Result<Vec<T>, Error> {
+        let mut assembled = Vec::new();
+        for part in &source.parts {
+            let bytes = self.checkpoint.bytes(&part.key)?;
+            let size = part.dtype.size();
+            let read: Vec<T> = values(part.dtype, &bytes[part.elements.start * size..part.elements.end * size]);
+            if self.options.not_finite == NotFinite::Refuse
+                && let Some((count, first)) = not_finite(&read)
+            {
+                self.report(&part.key, stored(T::dtype()).unwrap_or(part.dtype), count, part.elements.start + first);
+            }
+            if assembled.is_empty() { assembled = read } else { assembled.extend(read) }
+        }
+        Ok(match source.transpose {
+            Some((rows, cols)) => transposed(&assembled, rows, cols),
+            None => assembled,
+        })
+    }
+
+    /// Notes values that are no numbers; the parts of one key add up.
+    fn report(&mut self, key: &str, dtype: Dtype, count: usize, first_index: usize) {
+        for problem in &mut self.not_finite {
+            if let Problem::NotFinite { key: known, count: counted, first_index: first, .. } = problem
+                && known == key
+            {
+                *counted += count;
+                *first = first_index.min(*first);
+                return;
+            }
+        }
+        self.not_finite.push(Problem::NotFinite { key: key.to_owned(), dtype, count, first_index });
+    }
+
+    /// Reads all that could be loaded, only to find values that are no numbers.
+    fn inspect(&mut self) {
+        if self.options.not_finite == NotFinite::Allow {
+            return;
+        }
+        let mut sources: Vec<_> = std::mem::take(&mut self.sources).into_iter().collect();
+        sources.sort_by(|(a, _), (b, _)| a.cmp(b));
+        for (_, source) in sources {
+            let elements: usize = source.parts.iter().map(|part| part.elements.len()).sum();
+            if source.parts[0].dtype.is_float()
+                && let Err(error) = self.read(&source, Shape::new([elements]), Kind::Float)
+            {
+                self.error = Some(error);
+                return;
+            }
+        }
+    }
+}
+
+impl ModuleMapper for Loader<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let Some(data) = self.take(stored_shape!(param), Kind::Float) else { return param };
+        let dtype = match self.options.dtype {
+            Some(FloatDType::Flex32) => DType::Flex32,
+            _ => data.dtype(),
+        };
+        let tensor = Tensor::from_data(data, (&param.lazy_device(), dtype));
+        let id = param.id;
+        param.transform_for_load(tensor, id)
+    }
+
+    fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
+        let Some(data) = self.take(stored_shape!(param), Kind::Int) else { return param };
+        let tensor = Tensor::from_data(data, &param.lazy_device());
+        let id = param.id;
+        param.transform_for_load(tensor, id)
+    }
+
+    fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
+        let Some(data) = self.take(stored_shape!(param), Kind::Bool) else { return param };
+        let tensor = Tensor::from_data(data, &param.lazy_device());
+        let id = param.id;
+        param.transform_for_load(tensor, id)
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+}
+
+#[cfg(test)]
+mod tests;

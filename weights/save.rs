@@ -1,0 +1,360 @@
+//! Module -> safetensors file, by the same rules as loading, and files of plain tensors.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Bool, Bytes, DType, FloatDType, Int, Tensor, TensorData};
+use half::{bf16, f16};
+
+use crate::cast::{Value, as_stored, native, stored, transposed, values};
+use crate::error::{Error, Problem};
+use crate::format::{Dtype, Entry, open};
+use crate::load::{self, Kind, Parameter};
+use crate::plan::swapped;
+use crate::rule::{KeyMap, Line, Rule};
+
+/// Writes `module` as a safetensors file under the checkpoint's names: the reverse of [`load()`](crate::load()).
+///
+/// Floats are written as `dtype`, or as the module holds them; integers as I64. A parameter that several rules name
+/// goes by the first. The file is complete under its name or not there: it is written beside it, flushed to the disk
+/// and renamed.
+///
+/// # Errors
+/// [`Error::Mismatch`] when the rules do not cover the module; [`Error::Uneven`] when a [`Rule::Concat`] cannot be cut
+/// into equal parts; [`Error::Rule`], [`Error::Duplicate`], [`Error::Unsaveable`], [`Error::Io`].
+pub fn save<M: Module>(
+    module: &M,
+    keys: &KeyMap,
+    dtype: Option<FloatDType>,
+    path: &Path,
+    metadata: Option<HashMap<String, String>>,
+) -> Result<(), Error> {
+    let lines = keys.lines()?;
+    let mut collector = Collector { path: load::Path::default(), held: Vec::new() };
+    module.visit(&mut collector);
+    let shelf = Shelf::new(collector.held, path)?;
+
+    let (mut files, mut problems) = (Vec::new(), Vec::new());
+    let mut done: HashSet<String> = HashSet::new();
+    for held in &shelf.held {
+        let Some((line, keys)) = lines.iter().find_map(|line| Some((line, line.keys_of(&held.parameter.path)?)))
+        else {
+            problems.push(Problem::Unmapped { parameter: held.parameter.path.clone() });
+            continue;
+        };
+        if matches!(line.rule, Rule::Split(..)) && !done.insert(keys[0].clone()) {
+            continue; // written with the first of its parameters
+        }
+        match shelf.recipes(line, keys, held, dtype)? {
+            Ok(recipes) => files.extend(recipes),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(Error::Mismatch { file: path.to_owned(), problems });
+    }
+    write(path, files, metadata.unwrap_or_default())
+}
+
+/// Writes tensors as they are.
+///
+/// # Errors
+/// [`Error::Duplicate`] for a name that is there twice; [`Error::Unsaveable`] for a quantized tensor; [`Error::Io`].
+pub fn save_tensors(path: &Path, tensors: &[(String, TensorData)]) -> Result<(), Error> {
+    let mut files = Vec::new();
+    for (key, data) in tensors {
+        let dtype = dtype_of(key, data.dtype(), path)?;
+        let bytes = Box::new(move || match dtype {
+            Dtype::Bool => Bytes::from_elems(data.iter::<bool>().map(u8::from).collect()),
+            _ => data.bytes().clone(),
+        });
+        files.push(Pending { key: key.clone(), dtype, shape: data.shape().as_slice().to_vec(), bytes });
+    }
+    write(path, files, HashMap::new())
+}
+
+/// Reads every tensor of a checkpoint file as it is.
+///
+/// # Errors
+/// As [`open`].
+pub fn read_tensors(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
+    let checkpoint = open(path)?;
+    let mut tensors = BTreeMap::new();
+    for Entry { name, shape, dtype } in checkpoint.entries() {
+        let bytes = checkpoint.bytes(name)?;
+        let data = match dtype {
+            // a stored byte may be other than 0 and 1
+            Dtype::Bool => TensorData::new(values::<bool>(*dtype, &bytes), shape.clone()),
+            _ => TensorData::from_bytes_vec(bytes.into_owned(), shape.clone(), native(*dtype)),
+        };
+        tensors.insert(name.clone(), data);
+    }
+    Ok(tensors)
+}
+
+fn dtype_of(key: &str, dtype: DType, path: &Path) -> Result<Dtype, Error> {
+    stored(dtype).ok_or_else(|| Error::Unsaveable {
+        file: path.to_owned(),
+        key: key.to_owned(),
+        found: dtype.name().to_owned(),
+    })
+}
+
+/// A parameter and the way to its values, which are fetched one tensor at a time.
+struct Held {
+    parameter: Parameter,
+    dtype: DType,
+    data: Box<dyn Fn() -> TensorData>,
+}
+
+struct Collector {
+    path: load::Path,
+    held: Vec<Held>,
+}
+
+macro_rules! hold {
+    ($self:ident, $param:ident, $kind:expr) => {{
+        let tensor = $param.transform_for_save();
+        let shape = tensor.lazy_shape().as_slice().to_vec();
+        let dtype = tensor.val().dtype();
+        let parameter = Parameter { path: $self.path.joined(), shape, kind: $kind };
+        $self.held.push(Held { parameter, dtype, data: Box::new(move || tensor.val().into_data()) });
+    }};
+}
+
+impl ModuleVisitor for Collector {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        hold!(self, param, Kind::Float);
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        hold!(self, param, Kind::Int);
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        hold!(self, param, Kind::Bool);
+    }
+
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.enter(name);
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.exit();
+    }
+}
+
+/// A module's parameters by their paths.
+struct Shelf {
+    held: Vec<Held>,
+    index: HashMap<String, usize>,
+    file: PathBuf,
+}
+
+/// A run of the values of one parameter.
+type Run<'a> = (&'a Held, Range<usize>);
+
+impl Shelf {
+    fn new(held: Vec<Held>, file: &Path) -> Result<Self, Error> {
+        let index = held.iter().enumerate().map(|(i, held)| (held.parameter.path.clone(), i)).collect();
+        for held in &held {
+            dtype_of(&held.parameter.path, held.dtype, file)?;
+        }
+        Ok(Self { held, index, file: file.to_owned() })
+    }
+
+    /// The stored tensors that `held` goes into, by its rule; or why there are none.
+    fn recipes<'a>(
+        &'a self,
+        line: &Line,
+        keys: Vec<String>,
+        held: &'a Held,
+        dtype: Option<FloatDType>,
+    ) -> Result<Result<Vec<Pending<'a>>, Problem>, Error> {
+        let Parameter { path, shape, kind } = &held.parameter;
+        let float = dtype.unwrap_or_else(|| stored(held.dtype).map_or(FloatDType::F32, as_stored));
+        let elements: usize = shape.iter().product();
+        let one = |key: &str, shape: Vec<usize>, runs: Vec<Run<'a>>, swap: Option<(usize, usize)>| {
+            pending(key, shape, *kind, float, runs, swap)
+        };
+        Ok(Ok(match line.rule {
+            Rule::Split(..) => {
+                let mut runs = Vec::new();
+                let mut rows = 0;
+                for path in line.paths_of(&keys[0]).unwrap_or_default() {
+                    let Some(&i) = self.index.get(&path) else {
+                        let (key, parameter) = (keys[0].clone(), Some(path));
+                        return Ok(Err(Problem::Unexpected { key, parameter, nearest: Vec::new() }));
+                    };
+                    let part = &self.held[i].parameter;
+                    if part.shape.is_empty() || part.shape.get(1..) != shape.get(1..) || part.kind != *kind {
+                        let (key, expected, found) = (keys[0].clone(), shape.clone(), part.shape.clone());
+                        return Ok(Err(Problem::Shape { key, expected, found }));
+                    }
+                    rows += part.shape[0];
+                    runs.push((&self.held[i], 0..part.shape.iter().product()));
+                }
+                let stacked = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
+                vec![one(&keys[0], stacked, runs, None)]
+            }
+            Rule::Concat(..) => {
+                let (parts, rows) = (keys.len(), shape.first().copied().unwrap_or(0));
+                if shape.is_empty() || !rows.is_multiple_of(parts) {
+                    return Err(Error::Uneven { file: self.file.clone(), parameter: path.clone(), rows, parts });
+                }
+                let cut: Vec<usize> =
+                    std::iter::once(rows / parts).chain(shape.iter().skip(1).copied()).collect();
+                let length = elements / parts;
+                let part = |(i, key): (usize, &String)| {
+                    one(key, cut.clone(), vec![(held, i * length..(i + 1) * length)], None)
+                };
+                keys.iter().enumerate().map(part).collect()
+            }
+            Rule::Transpose(..) => {
+                let swap = match shape[..] {
+                    [.., rows, cols] => (rows, cols),
+                    _ => {
+                        let (key, expected) = (keys[0].clone(), vec![0, 0]);
+                        return Ok(Err(Problem::Shape { key, expected, found: shape.clone() }));
+                    }
+                };
+                vec![one(&keys[0], swapped(shape), vec![(held, 0..elements)], Some(swap))]
+            }
+            Rule::Rename(..) | Rule::Reshape(..) | Rule::Ignore(..) | Rule::Under(..) => {
+                vec![one(&keys[0], shape.clone(), vec![(held, 0..elements)], None)]
+            }
+        }))
+    }
+}
+
+fn pending<'a>(
+    key: &str,
+    shape: Vec<usize>,
+    kind: Kind,
+    float: FloatDType,
+    runs: Vec<Run<'a>>,
+    swap: Option<(usize, usize)>,
+) -> Pending<'a> {
+    let (dtype, bytes): (_, Box<dyn Fn() -> Bytes>) = match (kind, float) {
+        (Kind::Float, FloatDType::F64) => (Dtype::F64, Box::new(move || floats::<f64>(&runs, swap))),
+        (Kind::Float, FloatDType::F16) => (Dtype::F16, Box::new(move || floats::<f16>(&runs, swap))),
+        (Kind::Float, FloatDType::BF16) => (Dtype::BF16, Box::new(move || floats::<bf16>(&runs, swap))),
+        (Kind::Float, _) => (Dtype::F32, Box::new(move || floats::<f32>(&runs, swap))),
+        (Kind::Int, _) => (Dtype::I64, Box::new(move || others::<i64>(&runs, swap))),
+        (Kind::Bool, _) => (Dtype::Bool, Box::new(move || others::<bool>(&runs, swap))),
+    };
+    Pending { key: key.to_owned(), dtype, shape, bytes }
+}
+
+fn floats<T: Value>(runs: &[Run], swap: Option<(usize, usize)>) -> Bytes {
+    gather(runs, swap, |data| {
+        let dtype = stored(data.dtype()).unwrap_or(Dtype::F32);
+        values::<T>(dtype, data.as_bytes())
+    })
+}
+
+fn others<T: Value>(runs: &[Run], swap: Option<(usize, usize)>) -> Bytes {
+    gather(runs, swap, |data| data.iter::<T>().collect())
+}
+
+fn gather<T: Value>(runs: &[Run], swap: Option<(usize, usize)>, read: impl Fn(&TensorData) -> Vec<T>) -> Bytes {
+    let mut gathered = Vec::new();
+    for (held, elements) in runs {
+        gathered.extend_from_slice(&read(&(held.data)())[elements.clone()]);
+    }
+    Bytes::from_elems(match swap {
+        Some((rows, cols)) => transposed(&gathered, rows, cols),
+        None => gathered,
+    })
+}
+
+/// A tensor to be written, whose bytes are made when their turn comes.
+struct Pending<'a> {
+    key: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Box<dyn Fn() -> Bytes + 'a>,
+}
+
+/// Writes a safetensors file under another name, and gives it its own when all of it is on the disk.
+fn write(path: &Path, mut tensors: Vec<Pending>, metadata: HashMap<String, String>) -> Result<(), Error> {
+    // wide values first, so that each tensor is aligned, then by name: the same tensors give the same file
+    tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.key.cmp(&b.key)));
+    let mut keys: HashSet<&str> = HashSet::from(["__metadata__"]);
+    if let Some(twice) = tensors.iter().find(|tensor| !keys.insert(&tensor.key)) {
+        return Err(Error::Duplicate { file: path.to_owned(), key: twice.key.clone() });
+    }
+    let header = header(&tensors, metadata);
+
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let partial = Partial::beside(path).map_err(io)?;
+    let mut out = BufWriter::with_capacity(1 << 20, &partial.file);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+    out.write_all(&header).map_err(io)?;
+    for tensor in &tensors {
+        out.write_all(&(tensor.bytes)()).map_err(io)?;
+    }
+    out.flush().map_err(io)?;
+    drop(out);
+    partial.publish(path).map_err(io)
+}
+
+/// The JSON header, filled with spaces to a multiple of 8 bytes.
+fn header(tensors: &[Pending], metadata: HashMap<String, String>) -> Vec<u8> {
+    let mut items = Vec::new();
+    if !metadata.is_empty() {
+        let sorted: BTreeMap<_, _> = metadata.into_iter().collect();
+        items.push(format!("\"__metadata__\":{}", serde_json::json!(sorted)));
+    }
+    let mut begin = 0;
+    for Pending { key, dtype, shape, .. } in tensors {
+        let end = begin + shape.iter().product::<usize>() * dtype.size();
+        let info = serde_json::json!({ "dtype": dtype.name(), "shape": shape, "data_offsets": [begin, end] });
+        items.push(format!("{}:{info}", serde_json::json!(key)));
+        begin = end;
+    }
+    let mut header = format!("{{{}}}", items.join(",")).into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    header
+}
+
+/// A file that is not finished: removed unless it is published.
+struct Partial {
+    file: File,
+    path: PathBuf,
+}
+
+impl Partial {
+    fn beside(path: &Path) -> std::io::Result<Self> {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let name = path.file_name().ok_or(std::io::ErrorKind::InvalidInput)?;
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = path.with_file_name(format!(".{}.{}-{count}.partial", name.to_string_lossy(), std::process::id()));
+        let file = OpenOptions::new().write(true).create(true).truncate(true).open(&path)?;
+        Ok(Self { file, path })
+    }
+
+    fn publish(self, path: &Path) -> std::io::Result<()> {
+        self.file.sync_all()?;
+        std::fs::rename(&self.path, path)?;
+        // the new name is safe once the folder is on the disk; not every system can sync one
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let _ = File::open(folder).and_then(|folder| folder.sync_all());
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // after publishing there is nothing under this name
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests;
