@@ -56,15 +56,11 @@ pub struct ReadOptions {
 
 impl ReadOptions {
     /// What a person sees: upright, transparency over white.
-    pub const SEEN: ReadOptions = ReadOptions {
-        orientation: Orientation::Exif,
-        background: Background::WHITE,
-    };
+    pub const SEEN: ReadOptions =
+        ReadOptions { orientation: Orientation::Exif, background: Background::WHITE };
     /// What Pillow's `Image.open(file).convert("RGB")` returns.
-    pub const STORED: ReadOptions = ReadOptions {
-        orientation: Orientation::AsStored,
-        background: Background::DropAlpha,
-    };
+    pub const STORED: ReadOptions =
+        ReadOptions { orientation: Orientation::AsStored, background: Background::DropAlpha };
 }
 
 /// The formats that are read.
@@ -189,28 +185,13 @@ impl Rgb8 {
     pub fn new(width: usize, height: usize, pixels: Vec<u8>) -> Result<Self, ImageError> {
         if width == 0 || height == 0 {
             let name = "pixels".to_string();
-            return Err(ImageError::ZeroSize {
-                name,
-                width: width as u64,
-                height: height as u64,
-            });
+            return Err(ImageError::ZeroSize { name, width: width as u64, height: height as u64 });
         }
-        let expected = (width as u64)
-            .saturating_mul(height as u64)
-            .saturating_mul(3);
+        let expected = (width as u64).saturating_mul(height as u64).saturating_mul(3);
         if expected != pixels.len() as u64 {
-            return Err(ImageError::Length {
-                width,
-                height,
-                expected,
-                found: pixels.len(),
-            });
+            return Err(ImageError::Length { width, height, expected, found: pixels.len() });
         }
-        Ok(Rgb8 {
-            width,
-            height,
-            pixels,
-        })
+        Ok(Rgb8 { width, height, pixels })
     }
 
     /// Pixels across.
@@ -264,14 +245,9 @@ impl Picture {
     /// When it cannot be read, is no picture, is damaged or too large.
     pub fn read(path: &Path, orientation: Orientation) -> Result<Self, ImageError> {
         let name = path.display().to_string();
-        let io = |source| ImageError::Io {
-            name: name.clone(),
-            source,
-        };
+        let io = |source| ImageError::Io { name: name.clone(), source };
         let mut bytes = Vec::new();
-        File::open(path)
-            .and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes))
-            .map_err(io)?;
+        File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)).map_err(io)?;
         Picture::decode(&bytes, &name, orientation)
     }
 
@@ -282,18 +258,9 @@ impl Picture {
     pub fn decode(bytes: &[u8], name: &str, orientation: Orientation) -> Result<Self, ImageError> {
         if bytes.len() as u64 > MAX_BYTES {
             let (found, limit) = (bytes.len() as u64, MAX_BYTES);
-            return Err(ImageError::TooLarge {
-                name: name.to_string(),
-                found,
-                unit: "bytes",
-                limit,
-            });
+            return Err(ImageError::TooLarge { name: name.to_string(), found, unit: "bytes", limit });
         }
-        let file = Source {
-            bytes,
-            name,
-            format: recognise(bytes, name)?,
-        };
+        let file = Source { bytes, name, format: recognise(bytes, name)? };
         let (picture, exif) = match file.format {
             Format::Png => file.png(),
             Format::Gif => file.gif(),
@@ -328,23 +295,15 @@ impl Picture {
     /// The picture in RGB.
     pub fn to_rgb(&self, background: Background) -> Rgb8 {
         let pixels = match (self.channels, background) {
-            (4, Background::DropAlpha) => self
-                .pixels
-                .chunks_exact(4)
-                .flat_map(|p| [p[0], p[1], p[2]])
-                .collect(),
-            (4, Background::Over(paper)) => self
-                .pixels
-                .chunks_exact(4)
-                .flat_map(|p| over(p, paper))
-                .collect(),
+            (4, Background::DropAlpha) => {
+                self.pixels.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect()
+            }
+            (4, Background::Over(paper)) => {
+                self.pixels.chunks_exact(4).flat_map(|p| over(p, paper)).collect()
+            }
             _ => self.pixels.clone(),
         };
-        Rgb8 {
-            width: self.width,
-            height: self.height,
-            pixels,
-        }
+        Rgb8 { width: self.width, height: self.height, pixels }
     }
 
     /// The picture as it looks once `exif` is heeded.
@@ -355,11 +314,7 @@ impl Picture {
         let (width, height, channels) = (self.width, self.height, self.channels);
         let code = exif.to_exif();
         let sideways = code >= 5;
-        let (new_width, new_height) = if sideways {
-            (height, width)
-        } else {
-            (width, height)
-        };
+        let (new_width, new_height) = if sideways { (height, width) } else { (width, height) };
         let mut pixels = Vec::with_capacity(self.pixels.len());
         for y in 0..new_height {
             for x in 0..new_width {
@@ -377,12 +332,7 @@ impl Picture {
                 pixels.extend_from_slice(&self.pixels[start..start + channels]);
             }
         }
-        Picture {
-            width: new_width,
-            height: new_height,
-            pixels,
-            ..self
-        }
+        Picture { width: new_width, height: new_height, pixels, ..self }
     }
 }
 
@@ -406,8 +356,7 @@ pub fn decode(bytes: &[u8], name: &str, options: ReadOptions) -> Result<Rgb8, Im
 fn over(pixel: &[u8], paper: [u8; 3]) -> [u8; 3] {
     let alpha = u32::from(pixel[3]);
     std::array::from_fn(|c| {
-        let sum =
-            (u32::from(pixel[c]) * alpha + u32::from(paper[c]) * (255 - alpha)) * 128 + (0x80 << 7);
+        let sum = (u32::from(pixel[c]) * alpha + u32::from(paper[c]) * (255 - alpha)) * 128 + (0x80 << 7);
         ((((sum >> 8) + sum) >> 8) >> 7) as u8
     })
 }
@@ -421,11 +370,7 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn damaged(&self, reason: impl ToString) -> ImageError {
-        ImageError::Damaged {
-            name: self.name.to_string(),
-            format: self.format,
-            reason: reason.to_string(),
-        }
+        ImageError::Damaged { name: self.name.to_string(), format: self.format, reason: reason.to_string() }
     }
 
     /// The sides of a picture, once they are known to be sane.
@@ -433,20 +378,11 @@ impl Source<'_> {
         let (width, height) = (u64::from(width), u64::from(height));
         let name = || self.name.to_string();
         if width == 0 || height == 0 {
-            return Err(ImageError::ZeroSize {
-                name: name(),
-                width,
-                height,
-            });
+            return Err(ImageError::ZeroSize { name: name(), width, height });
         }
         if width * height > MAX_PIXELS {
             let (found, limit) = (width * height, MAX_PIXELS);
-            return Err(ImageError::TooLarge {
-                name: name(),
-                found,
-                unit: "pixels",
-                limit,
-            });
+            return Err(ImageError::TooLarge { name: name(), found, unit: "pixels", limit });
         }
         Ok((width as usize, height as usize))
     }
@@ -469,31 +405,17 @@ impl Source<'_> {
             return Err(self.damaged(format!("{:?} is not an 8-bit layout", decoder.color_type())));
         }
         let mut pixels = vec![0; samples];
-        decoder
-            .read_image(&mut pixels)
-            .map_err(|e| self.damaged(e))?;
+        decoder.read_image(&mut pixels).map_err(|e| self.damaged(e))?;
         let (channels, storage) = match found {
             1 | 3 => (3, Storage::Direct),
             _ => (4, Storage::Alpha),
         };
         let pixels = match found {
             1 => pixels.iter().flat_map(|&grey| [grey; 3]).collect(),
-            2 => pixels
-                .chunks_exact(2)
-                .flat_map(|p| [p[0], p[0], p[0], p[1]])
-                .collect(),
+            2 => pixels.chunks_exact(2).flat_map(|p| [p[0], p[0], p[0], p[1]]).collect(),
             _ => pixels,
         };
-        Ok((
-            Picture {
-                width,
-                height,
-                channels,
-                pixels,
-                storage,
-            },
-            exif,
-        ))
+        Ok((Picture { width, height, channels, pixels, storage }, exif))
     }
 
     /// The JPEG decoder fills in what a truncated file lacks, so the end is looked for here: after the header
@@ -516,10 +438,7 @@ impl Source<'_> {
                 }
             }
         }
-        match self.bytes[at..]
-            .windows(2)
-            .rposition(|pair| pair == [0xFF, 0xD9])
-        {
+        match self.bytes[at..].windows(2).rposition(|pair| pair == [0xFF, 0xD9]) {
             Some(_) => Ok(()),
             None => Err(self.damaged("it ends within its pixels")),
         }
@@ -527,9 +446,7 @@ impl Source<'_> {
 
     fn png(&self) -> Result<(Picture, Exif), ImageError> {
         let damaged = |e: png::DecodingError| self.damaged(e);
-        let limits = png::Limits {
-            bytes: MAX_BYTES as usize,
-        };
+        let limits = png::Limits { bytes: MAX_BYTES as usize };
         let mut decoder = png::Decoder::new_with_limits(Cursor::new(self.bytes), limits);
         decoder.set_transformations(png::Transformations::IDENTITY);
         decoder.set_ignore_text_chunk(true);
@@ -537,16 +454,11 @@ impl Source<'_> {
         let header = decoder.read_header_info().map_err(damaged)?;
         let (width, height) = self.size(header.width, header.height)?;
         let mut reader = decoder.read_info().map_err(damaged)?;
-        let size = reader
-            .output_buffer_size()
-            .ok_or_else(|| self.damaged("its size overflows"))?;
+        let size = reader.output_buffer_size().ok_or_else(|| self.damaged("its size overflows"))?;
         let mut packed = vec![0; size];
         let frame = reader.next_frame(&mut packed).map_err(damaged)?;
         if (frame.width as usize, frame.height as usize) != (width, height) {
-            return Err(self.damaged(format!(
-                "its first frame is {}x{}",
-                frame.width, frame.height
-            )));
+            return Err(self.damaged(format!("its first frame is {}x{}", frame.width, frame.height)));
         }
 
         let info = reader.info();
@@ -565,53 +477,32 @@ impl Source<'_> {
                 let colour = |i: u16| palette.get(usize::from(i)).copied().unwrap_or_default();
                 let (channels, pixels) = match transparent {
                     None => (3, all().flat_map(colour).collect()),
-                    Some(alphas) => (
-                        4,
-                        all()
-                            .flat_map(|i| with_alpha(colour(i), alphas.get(usize::from(i))))
-                            .collect(),
-                    ),
+                    Some(alphas) => {
+                        (4, all().flat_map(|i| with_alpha(colour(i), alphas.get(usize::from(i)))).collect())
+                    }
                 };
                 (channels, pixels, Storage::Indexed(palette))
             }
             png::ColorType::Grayscale => {
-                let key = transparent
-                    .and_then(|trns| key::<1>(trns, depth))
-                    .map(|[grey]| grey);
+                let key = transparent.and_then(|trns| key::<1>(trns, depth)).map(|[grey]| grey);
                 let (channels, pixels) = match key {
                     None => (3, all().flat_map(|v| [eight_bits(v, depth); 3]).collect()),
-                    Some(key) => (
-                        4,
-                        all()
-                            .flat_map(|v| keyed([eight_bits(v, depth); 3], v == key))
-                            .collect(),
-                    ),
+                    Some(key) => {
+                        (4, all().flat_map(|v| keyed([eight_bits(v, depth); 3], v == key)).collect())
+                    }
                 };
-                let two_tone = || {
-                    (0..256)
-                        .map(|i| if i == 0 { [0; 3] } else { [255; 3] })
-                        .collect()
-                };
-                let storage = if depth == 1 {
-                    Storage::Indexed(two_tone())
-                } else {
-                    Storage::Direct
-                };
+                let two_tone = || (0..256).map(|i| if i == 0 { [0; 3] } else { [255; 3] }).collect();
+                let storage = if depth == 1 { Storage::Indexed(two_tone()) } else { Storage::Direct };
                 (channels, pixels, storage)
             }
             png::ColorType::Rgb => {
                 let key = transparent.and_then(|trns| key::<3>(trns, depth));
-                let values: Vec<u16> = if key.is_some() {
-                    all().collect()
-                } else {
-                    Vec::new()
-                };
+                let values: Vec<u16> = if key.is_some() { all().collect() } else { Vec::new() };
                 let (channels, pixels) = match key {
                     None => (3, all().map(|v| eight_bits(v, depth)).collect()),
                     Some(key) => {
-                        let pixel = |v: &[u16]| {
-                            keyed([v[0], v[1], v[2]].map(|v| eight_bits(v, depth)), v == key)
-                        };
+                        let pixel =
+                            |v: &[u16]| keyed([v[0], v[1], v[2]].map(|v| eight_bits(v, depth)), v == key);
                         (4, values.chunks_exact(3).flat_map(pixel).collect())
                     }
                 };
@@ -619,52 +510,28 @@ impl Source<'_> {
             }
             png::ColorType::GrayscaleAlpha => {
                 let values: Vec<u8> = all().map(|v| eight_bits(v, depth)).collect();
-                let pixels = values
-                    .chunks_exact(2)
-                    .flat_map(|p| [p[0], p[0], p[0], p[1]])
-                    .collect();
+                let pixels = values.chunks_exact(2).flat_map(|p| [p[0], p[0], p[0], p[1]]).collect();
                 (4, pixels, Storage::Alpha)
             }
-            png::ColorType::Rgba => (
-                4,
-                all().map(|v| eight_bits(v, depth)).collect(),
-                Storage::Alpha,
-            ),
+            png::ColorType::Rgba => (4, all().map(|v| eight_bits(v, depth)).collect(), Storage::Alpha),
         };
-        let exif = info
-            .exif_metadata
-            .as_deref()
-            .and_then(Exif::from_exif_chunk)
-            .unwrap_or(Exif::NoTransforms);
-        Ok((
-            Picture {
-                width,
-                height,
-                channels,
-                pixels,
-                storage,
-            },
-            exif,
-        ))
+        let exif =
+            info.exif_metadata.as_deref().and_then(Exif::from_exif_chunk).unwrap_or(Exif::NoTransforms);
+        Ok((Picture { width, height, channels, pixels, storage }, exif))
     }
 
     fn gif(&self) -> Result<(Picture, Exif), ImageError> {
         let damaged = |e: gif::DecodingError| self.damaged(e);
         let mut options = gif::DecodeOptions::new();
         options.set_color_output(gif::ColorOutput::Indexed);
-        options.set_memory_limit(gif::MemoryLimit::Bytes(
-            std::num::NonZeroU64::MIN.saturating_add(MAX_PIXELS),
-        ));
-        let mut decoder = options
-            .read_info(Cursor::new(self.bytes))
-            .map_err(damaged)?;
+        options
+            .set_memory_limit(gif::MemoryLimit::Bytes(std::num::NonZeroU64::MIN.saturating_add(MAX_PIXELS)));
+        let mut decoder = options.read_info(Cursor::new(self.bytes)).map_err(damaged)?;
         let screen = [usize::from(decoder.width()), usize::from(decoder.height())];
         self.size(screen[0].max(1) as u32, screen[1].max(1) as u32)?;
         let global = decoder.global_palette().map(<[u8]>::to_vec);
-        let frame = decoder
-            .read_next_frame()
-            .map_err(damaged)?
-            .ok_or_else(|| self.damaged("it has no frame"))?;
+        let frame =
+            decoder.read_next_frame().map_err(damaged)?.ok_or_else(|| self.damaged("it has no frame"))?;
         let [left, top] = [frame.left, frame.top].map(usize::from);
         let [across, down] = [frame.width, frame.height].map(usize::from);
         // As Pillow has it, the first frame widens a screen that is too small.
@@ -679,45 +546,20 @@ impl Source<'_> {
             }
         }
         let colours = frame.palette.clone().or(global);
-        let is_ramp = |c: &[u8]| {
-            c.chunks_exact(3)
-                .enumerate()
-                .all(|(i, c)| c.iter().all(|&v| usize::from(v) == i))
-        };
+        let is_ramp =
+            |c: &[u8]| c.chunks_exact(3).enumerate().all(|(i, c)| c.iter().all(|&v| usize::from(v) == i));
         let ramp = colours.as_deref().is_none_or(is_ramp);
         let palette: Vec<[u8; 3]> = match colours.filter(|_| !ramp) {
-            Some(colours) => colours
-                .chunks_exact(3)
-                .map(|c| [c[0], c[1], c[2]])
-                .collect(),
+            Some(colours) => colours.chunks_exact(3).map(|c| [c[0], c[1], c[2]]).collect(),
             None => (0..=255).map(|grey| [grey; 3]).collect(),
         };
         let colour = |i: u8| palette.get(usize::from(i)).copied().unwrap_or_default();
         let (channels, pixels) = match frame.transparent {
             None => (3, indices.iter().flat_map(|&i| colour(i)).collect()),
-            Some(key) => (
-                4,
-                indices
-                    .iter()
-                    .flat_map(|&i| keyed(colour(i), i == key))
-                    .collect(),
-            ),
+            Some(key) => (4, indices.iter().flat_map(|&i| keyed(colour(i), i == key)).collect()),
         };
-        let storage = if ramp {
-            Storage::Direct
-        } else {
-            Storage::Indexed(palette)
-        };
-        Ok((
-            Picture {
-                width,
-                height,
-                channels,
-                pixels,
-                storage,
-            },
-            Exif::NoTransforms,
-        ))
+        let storage = if ramp { Storage::Direct } else { Storage::Indexed(palette) };
+        Ok((Picture { width, height, channels, pixels, storage }, Exif::NoTransforms))
     }
 }
 
@@ -791,60 +633,28 @@ fn recognise(bytes: &[u8], name: &str) -> Result<Format, ImageError> {
         [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n', ..] => return Ok(Format::Png),
         [0xFF, 0xD8, 0xFF, ..] => return Ok(Format::Jpeg),
         [b'G', b'I', b'F', b'8', b'7' | b'9', b'a', ..] => return Ok(Format::Gif),
-        [
-            b'R',
-            b'I',
-            b'F',
-            b'F',
-            _,
-            _,
-            _,
-            _,
-            b'W',
-            b'E',
-            b'B',
-            b'P',
-            ..,
-        ] => return Ok(Format::WebP),
+        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => return Ok(Format::WebP),
         // "BM" alone begins many a text; the header's length settles it.
         [b'B', b'M', rest @ ..]
-            if matches!(
-                rest.get(12..16),
-                Some([12 | 40 | 52 | 56 | 64 | 108 | 124, 0, 0, 0])
-            ) =>
+            if matches!(rest.get(12..16), Some([12 | 40 | 52 | 56 | 64 | 108 | 124, 0, 0, 0])) =>
         {
             return Ok(Format::Bmp);
         }
         _ => {}
     }
-    if let Some((_, format)) = UNSUPPORTED
-        .iter()
-        .find(|(magic, _)| bytes.starts_with(magic))
-    {
-        return Err(ImageError::Unsupported {
-            name: name(),
-            format,
-        });
+    if let Some((_, format)) = UNSUPPORTED.iter().find(|(magic, _)| bytes.starts_with(magic)) {
+        return Err(ImageError::Unsupported { name: name(), format });
     }
     match bytes.get(4..12) {
         Some(b"ftypavif" | b"ftypavis") => {
-            return Err(ImageError::Unsupported {
-                name: name(),
-                format: "AVIF",
-            });
+            return Err(ImageError::Unsupported { name: name(), format: "AVIF" });
         }
         Some(b"ftypheic" | b"ftypheix" | b"ftypmif1" | b"ftypheif" | b"ftypmsf1") => {
-            return Err(ImageError::Unsupported {
-                name: name(),
-                format: "HEIC",
-            });
+            return Err(ImageError::Unsupported { name: name(), format: "HEIC" });
         }
         _ => {}
     }
-    Err(ImageError::NotAPicture {
-        name: name(),
-        found: describe(bytes),
-    })
+    Err(ImageError::NotAPicture { name: name(), found: describe(bytes) })
 }
 
 /// What bytes that are no picture look like, for a person.
@@ -860,11 +670,7 @@ fn describe(bytes: &[u8]) -> String {
     } else if !text.is_empty() && text.chars().all(|c| !c.is_control() || c.is_whitespace()) {
         format!("text that begins {:?}", text.trim_end())
     } else {
-        let hex: Vec<String> = head
-            .iter()
-            .take(8)
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let hex: Vec<String> = head.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         format!("bytes that begin {}", hex.join(" "))
     }
 }

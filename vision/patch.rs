@@ -35,18 +35,12 @@ impl PatchEmbedding {
         let [d_model, channels, side, _] = self.weight.dims();
         let [batch, _, height, width] = pixels.dims();
         let (rows, columns) = (height / side, width / side);
-        let pixels = pixels
-            .narrow(2, 0, rows * side)
-            .narrow(3, 0, columns * side);
+        let pixels = pixels.narrow(2, 0, rows * side).narrow(3, 0, columns * side);
         let patches = pixels
             .reshape([batch, channels, rows, side, columns, side])
             .permute([0, 2, 4, 1, 3, 5]) // [batch, rows, columns, channels, side, side]
             .reshape([batch, rows * columns, channels * side * side]);
         let weight = self.weight.val().reshape([d_model, channels * side * side]);
-        linear(
-            patches,
-            weight.transpose(),
-            self.bias.as_ref().map(|bias| bias.val()),
-        )
+        linear(patches, weight.transpose(), self.bias.as_ref().map(|bias| bias.val()))
     }
 }

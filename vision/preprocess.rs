@@ -53,9 +53,8 @@ impl Resize {
             true => [part(edge, height, width), edge],
             false => [edge, part(edge, width, height)],
         };
-        let keep_ratio = |ratio: f64| {
-            [height, width].map(|side| (side as f64 / ratio).round_ties_even() as usize)
-        };
+        let keep_ratio =
+            |ratio: f64| [height, width].map(|side| (side as f64 / ratio).round_ties_even() as usize);
         let ratios = |[h, w]: [usize; 2]| [height as f64 / h as f64, width as f64 / w as f64];
         let size = match self {
             Resize::Keep => [height, width],
@@ -303,12 +302,8 @@ impl Preprocessor {
     /// # Errors
     /// When nothing bounds the result and the picture is so long and thin that it would be too large.
     pub fn apply(&self, image: &Rgb8) -> Result<Pixels, PreprocessError> {
-        let samples = Samples {
-            height: image.height(),
-            width: image.width(),
-            channels: 3,
-            data: image.pixels(),
-        };
+        let samples =
+            Samples { height: image.height(), width: image.width(), channels: 3, data: image.pixels() };
         let fill = self.crop.map_or([0; 3], |crop| crop.fill);
         Ok(self.scale(self.place(samples, self.filter, fill)?))
     }
@@ -325,16 +320,9 @@ impl Preprocessor {
             (Convert::Last, Storage::Direct) => self.apply(&picture.to_rgb(Background::DropAlpha)),
             (Convert::Last, Storage::Indexed(palette)) => {
                 let rgb = picture.to_rgb(Background::DropAlpha);
-                let samples = Samples {
-                    height: rgb.height(),
-                    width: rgb.width(),
-                    channels: 3,
-                    data: rgb.pixels(),
-                };
-                let fill = palette
-                    .get(usize::from(fill[0]))
-                    .copied()
-                    .unwrap_or_default();
+                let samples =
+                    Samples { height: rgb.height(), width: rgb.width(), channels: 3, data: rgb.pixels() };
+                let fill = palette.get(usize::from(fill[0])).copied().unwrap_or_default();
                 Ok(self.scale(self.place(samples, Filter::Nearest, fill)?))
             }
             (Convert::Last, Storage::Alpha) => {
@@ -342,31 +330,14 @@ impl Preprocessor {
                 let resized = self.resize.target([height, width]) != [height, width];
                 let weighed = resized && self.filter != Filter::Nearest;
                 let premultiplied: Vec<u8> = match weighed {
-                    true => picture
-                        .pixels
-                        .chunks_exact(4)
-                        .flat_map(premultiply)
-                        .collect(),
+                    true => picture.pixels.chunks_exact(4).flat_map(premultiply).collect(),
                     false => picture.pixels.clone(),
                 };
-                let samples = Samples {
-                    height,
-                    width,
-                    channels: 4,
-                    data: &premultiplied,
-                };
+                let samples = Samples { height, width, channels: 4, data: &premultiplied };
                 let mut placed = self.place(samples, self.filter, fill)?;
                 placed.data = match weighed {
-                    true => placed
-                        .data
-                        .chunks_exact(4)
-                        .flat_map(unpremultiply)
-                        .collect(),
-                    false => placed
-                        .data
-                        .chunks_exact(4)
-                        .flat_map(|p| [p[0], p[1], p[2]])
-                        .collect(),
+                    true => placed.data.chunks_exact(4).flat_map(unpremultiply).collect(),
+                    false => placed.data.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
                 };
                 placed.channels = 3;
                 Ok(self.scale(placed))
@@ -379,36 +350,23 @@ impl Preprocessor {
     /// # Errors
     /// When there are none, when their sizes differ afterwards, or as [`Preprocessor::apply`].
     pub fn batch(&self, images: &[Rgb8], device: &Device) -> Result<Tensor<4>, PreprocessError> {
-        let pixels: Result<Vec<Pixels>, _> =
-            images.par_iter().map(|image| self.apply(image)).collect();
+        let pixels: Result<Vec<Pixels>, _> = images.par_iter().map(|image| self.apply(image)).collect();
         stack(&pixels?, device)
     }
 
     /// Resizes and cuts: `[height, width, channels]`.
-    fn place(
-        &self,
-        source: Samples<'_>,
-        filter: Filter,
-        fill: [u8; 3],
-    ) -> Result<Placed, PreprocessError> {
+    fn place(&self, source: Samples<'_>, filter: Filter, fill: [u8; 3]) -> Result<Placed, PreprocessError> {
         let from = [source.height, source.width];
         let to = self.resize.target(from);
         let size = self.crop.map_or(to, |crop| crop.size);
-        let limited = |[height, width]: [usize; 2]| {
-            (height as u64).saturating_mul(width as u64) <= MAX_PIXELS
-        };
+        let limited =
+            |[height, width]: [usize; 2]| (height as u64).saturating_mul(width as u64) <= MAX_PIXELS;
         if !limited(size) {
-            return Err(PreprocessError::TooLarge {
-                from,
-                to: size,
-                limit: MAX_PIXELS,
-            });
+            return Err(PreprocessError::TooLarge { from, to: size, limit: MAX_PIXELS });
         }
         // Along each side: where the cut starts, and which part of it lies within the resized picture.
-        let [top, left] = [0, 1].map(|side| {
-            self.crop
-                .map_or(0, |crop| crop.start(to[side], crop.size[side]))
-        });
+        let [top, left] =
+            [0, 1].map(|side| self.crop.map_or(0, |crop| crop.start(to[side], crop.size[side])));
         let inside = |start: isize, side: usize, length: usize| {
             start.max(0) as usize..side.min((start + length as isize).max(0) as usize)
         };
@@ -428,12 +386,7 @@ impl Preprocessor {
         };
         let [height, width] = size;
         if visible.len() == height * width * channels {
-            return Ok(Placed {
-                height,
-                width,
-                channels,
-                data: visible,
-            });
+            return Ok(Placed { height, width, channels, data: visible });
         }
         let mut data: Vec<u8> = [fill[0], fill[1], fill[2], 255][..channels]
             .iter()
@@ -444,47 +397,28 @@ impl Preprocessor {
         for (y, row) in visible.chunks_exact(columns * channels).enumerate() {
             data[((above + y) * width + before) * channels..][..row.len()].copy_from_slice(row);
         }
-        Ok(Placed {
-            height,
-            width,
-            channels,
-            data,
-        })
+        Ok(Placed { height, width, channels, data })
     }
 
     /// Samples to numbers, `[height, width, 3]` to `[3, height, width]`. There are only 256 samples for each channel,
     /// so each is computed once, in the reference's order and precision.
     fn scale(&self, placed: Placed) -> Pixels {
-        let Placed {
-            height,
-            width,
-            data,
-            ..
-        } = placed;
+        let Placed { height, width, data, .. } = placed;
         let number = |channel: usize, sample: u8| {
             let x = match self.rescale {
                 Rescale::Keep => f32::from(sample),
                 Rescale::Times(factor) => (f64::from(sample) * factor) as f32,
                 Rescale::Over255 => f32::from(sample) / 255.0,
             };
-            self.normalize
-                .map_or(x, |n| (x - n.mean[channel]) / n.std[channel])
+            self.normalize.map_or(x, |n| (x - n.mean[channel]) / n.std[channel])
         };
         let data = (0..3)
             .flat_map(|channel| {
                 let table: Vec<f32> = (0..=255).map(|sample| number(channel, sample)).collect();
-                data[channel..]
-                    .iter()
-                    .step_by(3)
-                    .map(move |&sample| table[usize::from(sample)])
+                data[channel..].iter().step_by(3).map(move |&sample| table[usize::from(sample)])
             })
             .collect();
-        Pixels {
-            data,
-            channels: 3,
-            height,
-            width,
-        }
+        Pixels { data, channels: 3, height, width }
     }
 }
 
@@ -495,17 +429,9 @@ impl Preprocessor {
 pub fn stack(pixels: &[Pixels], device: &Device) -> Result<Tensor<4>, PreprocessError> {
     let first = pixels.first().ok_or(PreprocessError::EmptyBatch)?;
     let expected = [first.height, first.width];
-    let odd = pixels
-        .iter()
-        .map(|p| [p.height, p.width])
-        .enumerate()
-        .find(|(_, size)| *size != expected);
+    let odd = pixels.iter().map(|p| [p.height, p.width]).enumerate().find(|(_, size)| *size != expected);
     if let Some((index, found)) = odd {
-        return Err(PreprocessError::Ragged {
-            index,
-            expected,
-            found,
-        });
+        return Err(PreprocessError::Ragged { index, expected, found });
     }
     let data: Vec<f32> = pixels.iter().flat_map(|p| &p.data).copied().collect();
     let shape = [pixels.len(), first.channels, first.height, first.width];
@@ -526,12 +452,7 @@ fn premultiply(pixel: &[u8]) -> [u8; 4] {
         let product = u32::from(sample) * u32::from(pixel[3]) + 128;
         (((product >> 8) + product) >> 8) as u8
     };
-    [
-        times_alpha(pixel[0]),
-        times_alpha(pixel[1]),
-        times_alpha(pixel[2]),
-        pixel[3],
-    ]
+    [times_alpha(pixel[0]), times_alpha(pixel[1]), times_alpha(pixel[2]), pixel[3]]
 }
 
 /// Colours over alpha, rounded as Pillow's `RGBa` to `RGBA`, and alpha dropped.

@@ -48,9 +48,7 @@ impl Filter {
             Filter::Nearest | Filter::Box => 0.0,
             Filter::Bilinear if a < 1.0 => 1.0 - a,
             Filter::Hamming if a == 0.0 => 1.0,
-            Filter::Hamming if a < 1.0 => {
-                (a * PI).sin() / (a * PI) * (0.54 + 0.46 * (a * PI).cos())
-            }
+            Filter::Hamming if a < 1.0 => (a * PI).sin() / (a * PI) * (0.54 + 0.46 * (a * PI).cos()),
             Filter::Bicubic if a < 1.0 => (1.5 * a - 2.5) * a * a + 1.0,
             Filter::Bicubic if a < 2.0 => (((a - 5.0) * a + 8.0) * a - 4.0) * -0.5,
             Filter::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
@@ -60,11 +58,7 @@ impl Filter {
 }
 
 fn sinc(x: f64) -> f64 {
-    if x == 0.0 {
-        1.0
-    } else {
-        (x * PI).sin() / (x * PI)
-    }
+    if x == 0.0 { 1.0 } else { (x * PI).sin() / (x * PI) }
 }
 
 /// Interleaved 8-bit samples: `[height, width, channels]`.
@@ -125,9 +119,8 @@ fn taps(input: usize, output: usize, wanted: Range<usize>, filter: Filter) -> Ve
             let centre = (position as f64 + 0.5) * scale;
             let start = (centre - radius + 0.5).max(0.0) as usize;
             let end = ((centre + radius + 0.5) as usize).min(input);
-            let mut weights: Vec<f64> = (start..end)
-                .map(|x| filter.weight((x as f64 - centre + 0.5) * inverse))
-                .collect();
+            let mut weights: Vec<f64> =
+                (start..end).map(|x| filter.weight((x as f64 - centre + 0.5) * inverse)).collect();
             let sum: f64 = weights.iter().sum();
             if sum != 0.0 {
                 weights.iter_mut().for_each(|weight| *weight /= sum);
@@ -157,25 +150,15 @@ fn two_passes<const C: usize>(
     let mut across = taps(source.width, width, columns, filter);
     let (rows_read, columns_read) = (rebase(&mut down), rebase(&mut across));
 
-    let [lost_rows, lost_columns] = [(source.height, height), (source.width, width)]
-        .map(|(from, to)| from as isize - to as isize);
+    let [lost_rows, lost_columns] =
+        [(source.height, height), (source.width, width)].map(|(from, to)| from as isize - to as isize);
     if lost_rows > 0 && lost_rows > lost_columns * 2 {
         let data = vertical::<C>(source, rows_read, columns_read.clone(), &down);
-        let shorter = Samples {
-            height: down.len(),
-            width: columns_read.len(),
-            channels: C,
-            data: &data,
-        };
+        let shorter = Samples { height: down.len(), width: columns_read.len(), channels: C, data: &data };
         horizontal::<C>(shorter, 0..down.len(), 0..columns_read.len(), &across)
     } else {
         let data = horizontal::<C>(source, rows_read.clone(), columns_read, &across);
-        let narrower = Samples {
-            height: rows_read.len(),
-            width: across.len(),
-            channels: C,
-            data: &data,
-        };
+        let narrower = Samples { height: rows_read.len(), width: across.len(), channels: C, data: &data };
         vertical::<C>(narrower, 0..rows_read.len(), 0..across.len(), &down)
     }
 }
@@ -183,11 +166,7 @@ fn two_passes<const C: usize>(
 /// The input positions that any of these taps reads; the taps then count from the first of them.
 fn rebase(taps: &mut [Taps]) -> Range<usize> {
     let first = taps.iter().map(|taps| taps.start).min().unwrap_or(0);
-    let last = taps
-        .iter()
-        .map(|taps| taps.start + taps.weights.len())
-        .max()
-        .unwrap_or(0);
+    let last = taps.iter().map(|taps| taps.start + taps.weights.len()).max().unwrap_or(0);
     taps.iter_mut().for_each(|taps| taps.start -= first);
     first..last
 }
@@ -200,23 +179,20 @@ fn horizontal<const C: usize>(
     taps: &[Taps],
 ) -> Vec<u8> {
     let mut result = vec![0u8; rows.len() * taps.len() * C];
-    result
-        .par_chunks_exact_mut((taps.len() * C).max(1))
-        .zip(rows)
-        .for_each(|(out, row)| {
-            let input = source.part(row, &columns);
-            for (pixel, taps) in out.chunks_exact_mut(C).zip(taps) {
-                let mut sums = [HALF; C];
-                for (sample, weight) in input[taps.start * C..].chunks_exact(C).zip(&taps.weights) {
-                    for channel in 0..C {
-                        sums[channel] += i32::from(sample[channel]) * weight;
-                    }
-                }
+    result.par_chunks_exact_mut((taps.len() * C).max(1)).zip(rows).for_each(|(out, row)| {
+        let input = source.part(row, &columns);
+        for (pixel, taps) in out.chunks_exact_mut(C).zip(taps) {
+            let mut sums = [HALF; C];
+            for (sample, weight) in input[taps.start * C..].chunks_exact(C).zip(&taps.weights) {
                 for channel in 0..C {
-                    pixel[channel] = round(sums[channel]);
+                    sums[channel] += i32::from(sample[channel]) * weight;
                 }
             }
-        });
+            for channel in 0..C {
+                pixel[channel] = round(sums[channel]);
+            }
+        }
+    });
     result
 }
 
@@ -229,37 +205,26 @@ fn vertical<const C: usize>(
 ) -> Vec<u8> {
     let stride = columns.len() * C;
     let mut result = vec![0u8; taps.len() * stride];
-    result
-        .par_chunks_exact_mut(stride.max(1))
-        .zip(taps)
-        .for_each(|(out, taps)| {
-            let mut sums = vec![HALF; stride];
-            for (row, weight) in (rows.start + taps.start..).zip(&taps.weights) {
-                for (sum, sample) in sums.iter_mut().zip(source.part(row, &columns)) {
-                    *sum += i32::from(*sample) * weight;
-                }
+    result.par_chunks_exact_mut(stride.max(1)).zip(taps).for_each(|(out, taps)| {
+        let mut sums = vec![HALF; stride];
+        for (row, weight) in (rows.start + taps.start..).zip(&taps.weights) {
+            for (sum, sample) in sums.iter_mut().zip(source.part(row, &columns)) {
+                *sum += i32::from(*sample) * weight;
             }
-            for (sample, sum) in out.iter_mut().zip(sums) {
-                *sample = round(sum);
-            }
-        });
+        }
+        for (sample, sum) in out.iter_mut().zip(sums) {
+            *sample = round(sum);
+        }
+    });
     result
 }
 
-fn nearest(
-    source: Samples<'_>,
-    [height, width]: [usize; 2],
-    [rows, columns]: [Range<usize>; 2],
-) -> Vec<u8> {
+fn nearest(source: Samples<'_>, [height, width]: [usize; 2], [rows, columns]: [Range<usize>; 2]) -> Vec<u8> {
     let channels = source.channels;
     let across = centres(source.width, width, columns);
     centres(source.height, height, rows)
         .iter()
-        .flat_map(|y| {
-            across
-                .iter()
-                .map(move |x| (y * source.width + x) * channels)
-        })
+        .flat_map(|y| across.iter().map(move |x| (y * source.width + x) * channels))
         .flat_map(|start| &source.data[start..start + channels])
         .copied()
         .collect()

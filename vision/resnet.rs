@@ -39,8 +39,7 @@ impl Conv3x3 {
     fn new(channels_in: usize, channels_out: usize, stride: usize, device: &Device) -> Self {
         let std = (2.0 / (9 * channels_in) as f64).sqrt();
         Self {
-            weight: Initializer::Normal { mean: 0.0, std }
-                .init([channels_out, channels_in, 3, 3], device),
+            weight: Initializer::Normal { mean: 0.0, std }.init([channels_out, channels_in, 3, 3], device),
             stride,
         }
     }
@@ -105,9 +104,7 @@ impl Bottleneck {
         let y = relu(normalise(&self.bn2, self.conv2.forward(y)));
         let y = normalise(&self.bn3, self.conv3.forward(average_pool(y, self.stride)));
         let shortcut = match &self.shortcut {
-            Some(Shortcut { conv, bn }) => {
-                normalise(bn, conv.forward(average_pool(x, self.stride)))
-            }
+            Some(Shortcut { conv, bn }) => normalise(bn, conv.forward(average_pool(x, self.stride))),
             None => x,
         };
         relu(y + shortcut)
@@ -191,9 +188,7 @@ impl ResNetConfig {
                 channels = planes * EXPANSION;
                 bottleneck
             });
-            Stage {
-                blocks: blocks.collect(),
-            }
+            Stage { blocks: blocks.collect() }
         });
         let stages = stages.collect();
         let positions = (self.image_size / 32).pow(2) + 1;
@@ -207,8 +202,7 @@ impl ResNetConfig {
             bn3: BatchNorm::new(width, BATCH_NORM_EPS, device),
             stages,
             pool: AttentionPool {
-                positions: Initializer::Normal { mean: 0.0, std }
-                    .init([positions, channels], device),
+                positions: Initializer::Normal { mean: 0.0, std }.init([positions, channels], device),
                 query: LinearConfig::new(channels, channels).init(device),
                 key: LinearConfig::new(channels, channels).init(device),
                 value: LinearConfig::new(channels, channels).init(device),
@@ -236,17 +230,14 @@ impl ResNet {
 /// A 1x1 convolution without bias.
 fn pointwise(channels_in: usize, channels_out: usize, device: &Device) -> Linear {
     let std = (2.0 / channels_in as f64).sqrt();
-    let mut conv = LinearConfig::new(channels_in, channels_out)
-        .with_bias(false)
-        .init(device);
+    let mut conv = LinearConfig::new(channels_in, channels_out).with_bias(false).init(device);
     conv.weight = Initializer::Normal { mean: 0.0, std }.init([channels_out, channels_in], device);
     conv
 }
 
 fn normalise(norm: &BatchNorm, x: Tensor<4>) -> Tensor<4> {
     let [batch, height, width, channels] = x.dims();
-    norm.forward(x.reshape([batch * height * width, channels]))
-        .reshape([batch, height, width, channels])
+    norm.forward(x.reshape([batch * height * width, channels])).reshape([batch, height, width, channels])
 }
 
 /// The mean of every `side x side` square, channels last.

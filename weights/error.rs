@@ -200,7 +200,11 @@ impl fmt::Display for Problem {
                 write!(f, "unexpected `{key}`: no rule knows it{}", or_nearest(nearest))
             }
             Problem::Unexpected { key, parameter: Some(parameter), nearest } => {
-                write!(f, "unexpected `{key}`: the model has no parameter `{parameter}`{}", or_nearest(nearest))
+                write!(
+                    f,
+                    "unexpected `{key}`: the model has no parameter `{parameter}`{}",
+                    or_nearest(nearest)
+                )
             }
             Problem::Shape { key, expected, found } => {
                 write!(f, "`{key}`: the checkpoint has {found:?}, the model wants {expected:?}")
@@ -209,9 +213,14 @@ impl fmt::Display for Problem {
                 write!(f, "`{key}`: the checkpoint has {found}, the model wants {expected}")
             }
             Problem::NotFinite { key, dtype, count, first_index } => {
-                write!(f, "`{key}`: {count} NaN or infinite values as {dtype}, the first at index {first_index}")
+                write!(
+                    f,
+                    "`{key}`: {count} NaN or infinite values as {dtype}, the first at index {first_index}"
+                )
             }
-            Problem::Ambiguous { key, rules } => write!(f, "`{key}` matches {} rules: {rules:?}", rules.len()),
+            Problem::Ambiguous { key, rules } => {
+                write!(f, "`{key}` matches {} rules: {rules:?}", rules.len())
+            }
             Problem::Conflict { parameter, keys } => {
                 write!(f, "parameter `{parameter}` would be filled by each of {}", keys.join(", "))
             }
@@ -229,7 +238,9 @@ pub enum Lookalike {
     #[error("not a regular file")]
     NotAFile,
     /// The stub that `git clone` leaves without git-lfs.
-    #[error("this is a git-lfs pointer, not the weights: run `git lfs pull` in that repository, or download the file")]
+    #[error(
+        "this is a git-lfs pointer, not the weights: run `git lfs pull` in that repository, or download the file"
+    )]
     LfsPointer,
     /// A web page, usually a login or error page.
     #[error("this is a web page (HTML) saved under the name of a weights file: download the file itself")]
@@ -268,7 +279,9 @@ pub enum HeaderError {
     Backwards { key: String, begin: usize, end: usize },
     #[error("`{key}` ends at byte {end} of the data, the file has {found}: truncated?")]
     OutOfFile { key: String, end: usize, found: usize },
-    #[error("`{key}` should begin at byte {expected} of the data, where the tensor before it ends, and begins at {found}")]
+    #[error(
+        "`{key}` should begin at byte {expected} of the data, where the tensor before it ends, and begins at {found}"
+    )]
     Gap { key: String, expected: usize, found: usize },
     #[error("the tensors end at byte {expected} of the data, the file goes on to {found}")]
     Trailing { expected: usize, found: usize },
@@ -292,7 +305,9 @@ pub enum TorchError {
     Tar,
     #[error("the legacy layout does not hold: {0}")]
     Legacy(&'static str),
-    #[error("it holds no tensors in plain dictionaries (a whole module or a TorchScript archive?): save the state_dict()")]
+    #[error(
+        "it holds no tensors in plain dictionaries (a whole module or a TorchScript archive?): save the state_dict()"
+    )]
     NoTensors,
     #[error("tensor `{key}` appears twice")]
     DuplicateKey { key: String },
@@ -306,7 +321,9 @@ pub enum TorchError {
     NoStorage { key: String, storage: String },
     #[error("`{key}`: its storage `{storage}` should have {expected} bytes and has {found}: truncated?")]
     StorageLength { key: String, storage: String, expected: usize, found: usize },
-    #[error("`{key}`: offset {offset}, shape {shape:?} and strides {strides:?} reach outside its storage of {elements} elements")]
+    #[error(
+        "`{key}`: offset {offset}, shape {shape:?} and strides {strides:?} reach outside its storage of {elements} elements"
+    )]
     Extent { key: String, offset: usize, shape: Vec<usize>, strides: Vec<usize>, elements: usize },
     #[error("`{key}`: shape {shape:?} repeats a small storage into more than the file could hold")]
     TooLarge { key: String, shape: Vec<usize> },
@@ -371,7 +388,11 @@ mod tests {
     use super::*;
 
     fn missing(i: usize) -> Problem {
-        Problem::Missing { key: format!("h.{i}.weight"), parameter: format!("blocks.{i}.weight"), nearest: vec![] }
+        Problem::Missing {
+            key: format!("h.{i}.weight"),
+            parameter: format!("blocks.{i}.weight"),
+            nearest: vec![],
+        }
     }
 
     #[test]
@@ -402,7 +423,8 @@ mod tests {
 
     #[test]
     fn nearest_names_are_sorted_by_distance_and_far_ones_left_out() {
-        let known = ["encoder.layer.0.gamma", "encoder.layer.0.weight", "pooler.bias", "encoder.layer.1.weight"];
+        let known =
+            ["encoder.layer.0.gamma", "encoder.layer.0.weight", "pooler.bias", "encoder.layer.1.weight"];
         assert_eq!(
             nearest("encoder.layers.0.weight", known),
             ["encoder.layer.0.weight", "encoder.layer.1.weight", "encoder.layer.0.gamma"]

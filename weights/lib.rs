@@ -1,6 +1,6 @@
 //! Bytes -> named tensors -> module, and back. Names no model.
 //!
-//! - [`format`]: a checkpoint file as a list of named tensors ([`format::open`]);
+//! - [`mod@format`]: a checkpoint file as a list of named tensors ([`format::open`]);
 //! - [`rule`]: the key map between a checkpoint and a module, as data, read in both directions;
 //! - [`load()`]: fills every parameter of a module or lists everything that does not fit;
 //! - [`save()`]: the same rules the other way round, written so that a half-written file never has its final name.

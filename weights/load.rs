@@ -104,8 +104,10 @@ pub fn load<M: Module>(
     keys: &KeyMap,
     options: &LoadOptions,
 ) -> Result<M, Error> {
-    let Plan { sources, mut problems } = Plan::new(&parameters(&module), checkpoint, keys, options.allow_missing)?;
-    let mut loader = Loader { path: Path::default(), sources, checkpoint, options, not_finite: Vec::new(), error: None };
+    let Plan { sources, mut problems } =
+        Plan::new(&parameters(&module), checkpoint, keys, options.allow_missing)?;
+    let mut loader =
+        Loader { path: Path::default(), sources, checkpoint, options, not_finite: Vec::new(), error: None };
     let module = if problems.is_empty() {
         module.map(&mut loader)
     } else {
@@ -215,7 +217,9 @@ impl Loader<'_> {
             (Kind::Int, _) => TensorData::new(self.assemble::<i64>(source)?, shape),
             (Kind::Bool, _) => TensorData::new(self.assemble::<bool>(source)?, shape),
             (Kind::Float, FloatDType::F64) => TensorData::new(self.assemble::<f64>(source)?, shape),
-            (Kind::Float, FloatDType::F32 | FloatDType::Flex32) => TensorData::new(self.assemble::<f32>(source)?, shape),
+            (Kind::Float, FloatDType::F32 | FloatDType::Flex32) => {
+                TensorData::new(self.assemble::<f32>(source)?, shape)
+            }
             (Kind::Float, FloatDType::F16) => TensorData::new(self.assemble::<f16>(source)?, shape),
             (Kind::Float, FloatDType::BF16) => TensorData::new(self.assemble::<bf16>(source)?, shape),
         })
@@ -231,11 +235,17 @@ impl Loader<'_> {
         for part in &source.parts {
             let bytes = self.checkpoint.bytes(&part.key)?;
             let size = part.dtype.size();
-            let read: Vec<T> = values(part.dtype, &bytes[part.elements.start * size..part.elements.end * size]);
+            let read: Vec<T> =
+                values(part.dtype, &bytes[part.elements.start * size..part.elements.end * size]);
             if self.options.not_finite == NotFinite::Refuse
                 && let Some((count, first)) = not_finite(&read)
             {
-                self.report(&part.key, stored(T::dtype()).unwrap_or(part.dtype), count, part.elements.start + first);
+                self.report(
+                    &part.key,
+                    stored(T::dtype()).unwrap_or(part.dtype),
+                    count,
+                    part.elements.start + first,
+                );
             }
             if assembled.is_empty() { assembled = read } else { assembled.extend(read) }
         }

@@ -50,7 +50,10 @@ impl Plan {
             prefix,
             names,
             lines: &lines,
-            shapes: parameters.iter().map(|parameter| (parameter.path.as_str(), &parameter.shape[..])).collect(),
+            shapes: parameters
+                .iter()
+                .map(|parameter| (parameter.path.as_str(), &parameter.shape[..]))
+                .collect(),
         };
 
         let mut plan = Plan::default();
@@ -84,7 +87,11 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     /// The entries that a rule wants for something, by their name without prefix.
-    fn stored<'b>(&self, entries: &'b [Entry], problems: &mut Vec<Problem>) -> HashMap<&'b str, Vec<&'b Entry>> {
+    fn stored<'b>(
+        &self,
+        entries: &'b [Entry],
+        problems: &mut Vec<Problem>,
+    ) -> HashMap<&'b str, Vec<&'b Entry>> {
         let mut stored: HashMap<&str, Vec<&Entry>> = HashMap::new();
         for entry in entries {
             let name = strip(&entry.name, self.prefix);
@@ -130,7 +137,8 @@ impl<'a> Planner<'a> {
             }
         }
         if offered.len() > 1 || found.iter().any(|entries| entries.len() > 1) {
-            let keys = found.iter().flat_map(|entries| entries.iter().map(|entry| entry.name.clone())).collect();
+            let keys =
+                found.iter().flat_map(|entries| entries.iter().map(|entry| entry.name.clone())).collect();
             plan.problems.push(Problem::Conflict { parameter: path.clone(), keys });
             return;
         }
@@ -184,7 +192,9 @@ impl<'a> Planner<'a> {
             expected,
             found: entry.shape.clone(),
         };
-        let fit = |fits: bool, expected: &[usize]| if fits { Ok(()) } else { Err(mismatch(first, expected.to_vec())) };
+        let fit = |fits: bool, expected: &[usize]| {
+            if fits { Ok(()) } else { Err(mismatch(first, expected.to_vec())) }
+        };
         match rule {
             Rule::Split(..) => {
                 let paths = line.paths_of(&keys[0]).unwrap_or_default();
@@ -233,7 +243,8 @@ impl<'a> Planner<'a> {
                 Ok(Source { transpose: Some((rows, cols)), ..run(first, 0..elements(first)) })
             }
             Rule::Reshape(..) => {
-                let squeeze = |shape: &[usize]| shape.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
+                let squeeze =
+                    |shape: &[usize]| shape.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
                 fit(squeeze(&first.shape) == squeeze(wanted), wanted)?;
                 Ok(run(first, 0..elements(first)))
             }

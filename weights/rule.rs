@@ -123,10 +123,13 @@ pub(crate) fn strip<'a>(key: &'a str, prefix: &str) -> &'a str {
 fn flatten(rules: &[Rule], key_prefix: &str, path_prefix: &str, lines: &mut Vec<Line>) -> Result<(), Error> {
     for &rule in rules {
         let line = |keys: &[&str], paths: &[&str]| {
-            Line::new(rule, keys, key_prefix, paths, path_prefix).map_err(|reason| Error::Rule { rule, reason })
+            Line::new(rule, keys, key_prefix, paths, path_prefix)
+                .map_err(|reason| Error::Rule { rule, reason })
         };
         lines.push(match rule {
-            Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path) => line(&[key], &[path])?,
+            Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path) => {
+                line(&[key], &[path])?
+            }
             Rule::Split(key, paths) => line(&[key], paths)?,
             Rule::Concat(keys, path) => line(keys, &[path])?,
             Rule::Ignore(key) => line(&[key], &[])?,
@@ -148,7 +151,13 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    fn new(rule: Rule, keys: &[&str], key_prefix: &str, paths: &[&str], path_prefix: &str) -> Result<Self, RuleError> {
+    fn new(
+        rule: Rule,
+        keys: &[&str],
+        key_prefix: &str,
+        paths: &[&str],
+        path_prefix: &str,
+    ) -> Result<Self, RuleError> {
         let ignore = matches!(rule, Rule::Ignore(_));
         if keys.is_empty() || (paths.is_empty() && !ignore) {
             return Err(RuleError::NoPatterns);
@@ -221,7 +230,8 @@ impl Pattern {
                 tokens.push(Token::Rest);
                 rest = after;
             } else {
-                let end = [rest.find("{}"), rest.find("{*}")].into_iter().flatten().min().unwrap_or(rest.len());
+                let end =
+                    [rest.find("{}"), rest.find("{*}")].into_iter().flatten().min().unwrap_or(rest.len());
                 tokens.push(Token::Text(rest[..end].to_owned()));
                 rest = &rest[end..];
             }
@@ -323,7 +333,11 @@ mod tests {
     fn a_rest_matches_anything_from_there_on() {
         let lines = KEYS.lines().unwrap();
         let ignored = |key: &str| lines.iter().any(|line| line.is_ignored() && line.matches(key));
-        assert!(ignored("cls.predictions.transform.dense.weight") && ignored("cls.") && ignored("visual.mask_3.x"));
+        assert!(
+            ignored("cls.predictions.transform.dense.weight")
+                && ignored("cls.")
+                && ignored("visual.mask_3.x")
+        );
         assert!(!ignored("cl.bias") && !ignored("visual.mask_x.y"));
     }
 

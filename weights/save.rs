@@ -42,7 +42,8 @@ pub fn save<M: Module>(
     let (mut files, mut problems) = (Vec::new(), Vec::new());
     let mut done: HashSet<String> = HashSet::new();
     for held in &shelf.held {
-        let Some((line, keys)) = lines.iter().find_map(|line| Some((line, line.keys_of(&held.parameter.path)?)))
+        let Some((line, keys)) =
+            lines.iter().find_map(|line| Some((line, line.keys_of(&held.parameter.path)?)))
         else {
             problems.push(Problem::Unmapped { parameter: held.parameter.path.clone() });
             continue;
@@ -205,7 +206,12 @@ impl Shelf {
             Rule::Concat(..) => {
                 let (parts, rows) = (keys.len(), shape.first().copied().unwrap_or(0));
                 if shape.is_empty() || !rows.is_multiple_of(parts) {
-                    return Err(Error::Uneven { file: self.file.clone(), parameter: path.clone(), rows, parts });
+                    return Err(Error::Uneven {
+                        file: self.file.clone(),
+                        parameter: path.clone(),
+                        rows,
+                        parts,
+                    });
                 }
                 let cut: Vec<usize> =
                     std::iter::once(rows / parts).chain(shape.iter().skip(1).copied()).collect();
@@ -262,7 +268,11 @@ fn others<T: Value>(runs: &[Run], swap: Option<(usize, usize)>) -> Bytes {
     gather(runs, swap, |data| data.iter::<T>().collect())
 }
 
-fn gather<T: Value>(runs: &[Run], swap: Option<(usize, usize)>, read: impl Fn(&TensorData) -> Vec<T>) -> Bytes {
+fn gather<T: Value>(
+    runs: &[Run],
+    swap: Option<(usize, usize)>,
+    read: impl Fn(&TensorData) -> Vec<T>,
+) -> Bytes {
     let mut gathered = Vec::new();
     for (held, elements) in runs {
         gathered.extend_from_slice(&read(&(held.data)())[elements.clone()]);
@@ -334,7 +344,11 @@ impl Partial {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let name = path.file_name().ok_or(std::io::ErrorKind::InvalidInput)?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = path.with_file_name(format!(".{}.{}-{count}.partial", name.to_string_lossy(), std::process::id()));
+        let path = path.with_file_name(format!(
+            ".{}.{}-{count}.partial",
+            name.to_string_lossy(),
+            std::process::id()
+        ));
         let file = OpenOptions::new().write(true).create(true).truncate(true).open(&path)?;
         Ok(Self { file, path })
     }

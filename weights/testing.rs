@@ -66,18 +66,18 @@ pub fn checkpoint(tensors: &[Stored]) -> Memory {
 #[derive(Module, Debug)]
 pub struct Tiny {
     pub blocks: Vec<Block>,
-    pub pos: Param<Tensor<2>>,       // [3, 4]
-    pub stacked: Param<Tensor<2>>,   // [4, 2]
-    pub ids: Param<Tensor<1, Int>>,  // [3]
+    pub pos: Param<Tensor<2>>,        // [3, 4]
+    pub stacked: Param<Tensor<2>>,    // [4, 2]
+    pub ids: Param<Tensor<1, Int>>,   // [3]
     pub mask: Param<Tensor<1, Bool>>, // [2]
-    pub head: Option<Linear>,        // [2, 4] -> [4, 2] as Burn holds it
+    pub head: Option<Linear>,         // [2, 4] -> [4, 2] as Burn holds it
 }
 
 #[derive(Module, Debug)]
 pub struct Block {
-    pub query: Linear, // d_out 4
-    pub key: Linear,   // d_out 2, as with grouped queries
-    pub value: Linear, // d_out 2
+    pub query: Linear,          // d_out 4
+    pub key: Linear,            // d_out 2, as with grouped queries
+    pub value: Linear,          // d_out 2
     pub conv: Param<Tensor<2>>, // [4, 3], stored as [3, 4]
 }
 

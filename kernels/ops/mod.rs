@@ -2,6 +2,8 @@
 
 mod activation;
 mod attention;
+mod rope;
 
 pub use activation::Activation;
 pub use attention::{Mask, attention};
+pub use rope::{GridRopeConfig, Pairing, Positions, Rope, RopeConfig};

@@ -287,7 +287,8 @@ impl Run {
             let parts: Vec<_> = batch
                 .into_iter()
                 .map(|part| {
-                    let model = model.clone();
+                    // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
+                    let model = model.clone().fork(device);
                     scope.spawn(move || {
                         let loss = part_loss(recipe, &model, entries, language, part, device) / n_parts;
                         let value = loss.clone().into_scalar::<f32>();

@@ -13,12 +13,7 @@ fn files() -> Vec<(String, Vec<u8>)> {
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.extension().is_some_and(|ext| ext != "safetensors"))
-        .map(|path| {
-            (
-                path.file_name().unwrap().to_str().unwrap().to_string(),
-                std::fs::read(path).unwrap(),
-            )
-        })
+        .map(|path| (path.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(path).unwrap()))
         .collect();
     files.sort();
     assert!(files.len() > 30);
@@ -34,24 +29,12 @@ fn equals_pillow() {
         for (kind, options) in [("stored", ReadOptions::STORED), ("seen", ReadOptions::SEEN)] {
             let expected = tensors.tensor(&format!("{name}.{kind}")).unwrap();
             let found = decode(&bytes, &name, options).unwrap();
-            assert_eq!(
-                [found.height(), found.width(), 3],
-                expected.shape(),
-                "{name} {kind}"
-            );
-            let furthest = found
-                .pixels()
-                .iter()
-                .zip(expected.data())
-                .map(|(a, b)| a.abs_diff(*b))
-                .max()
-                .unwrap();
+            assert_eq!([found.height(), found.width(), 3], expected.shape(), "{name} {kind}");
+            let furthest =
+                found.pixels().iter().zip(expected.data()).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
             // The JPEG standard leaves decoders room; these were saved without chroma subsampling or smooth.
             let room = if name.ends_with(".jpg") { 3 } else { 0 };
-            assert!(
-                furthest <= room,
-                "{name} {kind}: {furthest} grey levels off"
-            );
+            assert!(furthest <= room, "{name} {kind}: {furthest} grey levels off");
         }
     }
 }
@@ -62,16 +45,9 @@ fn sixteen_bit_grey_keeps_its_high_byte() {
     let mut encoder = png::Encoder::new(&mut file, 3, 1);
     encoder.set_color(png::ColorType::Grayscale);
     encoder.set_depth(png::BitDepth::Sixteen);
-    encoder
-        .write_header()
-        .unwrap()
-        .write_image_data(&[0x00, 0xFF, 0x12, 0x34, 0xFF, 0x00])
-        .unwrap();
+    encoder.write_header().unwrap().write_image_data(&[0x00, 0xFF, 0x12, 0x34, 0xFF, 0x00]).unwrap();
     let found = decode(&file, "grey16", ReadOptions::STORED).unwrap();
-    assert_eq!(
-        found.pixels(),
-        [0, 0, 0, 0x12, 0x12, 0x12, 0xFF, 0xFF, 0xFF]
-    );
+    assert_eq!(found.pixels(), [0, 0, 0, 0x12, 0x12, 0x12, 0xFF, 0xFF, 0xFF]);
 }
 
 #[test]
@@ -79,16 +55,9 @@ fn a_background_shows_where_a_picture_is_transparent() {
     let mut file = Vec::new();
     let mut encoder = png::Encoder::new(&mut file, 2, 1);
     encoder.set_color(png::ColorType::Rgba);
-    encoder
-        .write_header()
-        .unwrap()
-        .write_image_data(&[9, 8, 7, 0, 10, 20, 30, 255])
-        .unwrap();
+    encoder.write_header().unwrap().write_image_data(&[9, 8, 7, 0, 10, 20, 30, 255]).unwrap();
     let read = |background| {
-        let options = ReadOptions {
-            orientation: Orientation::AsStored,
-            background,
-        };
+        let options = ReadOptions { orientation: Orientation::AsStored, background };
         decode(&file, "two", options).unwrap().into_pixels()
     };
     assert_eq!(read(Background::DropAlpha), [9, 8, 7, 10, 20, 30]);
@@ -119,11 +88,7 @@ fn damage_is_an_error_or_a_picture() {
             let mut damaged = bytes.clone();
             for _ in 0..=random(4) {
                 // Headers are short: half of the damage goes to the first bytes.
-                let reach = if random(2) == 0 {
-                    bytes.len().min(64)
-                } else {
-                    bytes.len()
-                };
+                let reach = if random(2) == 0 { bytes.len().min(64) } else { bytes.len() };
                 damaged[random(reach)] = random(256) as u8;
             }
             if let Err(error) = decode(&damaged, &name, ReadOptions::SEEN) {
@@ -135,40 +100,25 @@ fn damage_is_an_error_or_a_picture() {
 
 #[test]
 fn a_jpeg_cut_within_its_pixels_is_refused() {
-    let (name, bytes) = files()
-        .into_iter()
-        .find(|(name, _)| name == "rgb.jpg")
-        .unwrap();
+    let (name, bytes) = files().into_iter().find(|(name, _)| name == "rgb.jpg").unwrap();
     let error = decode(&bytes[..bytes.len() - 20], &name, ReadOptions::SEEN).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "rgb.jpg: damaged or truncated JPEG: it ends within its pixels"
-    );
+    assert_eq!(error.to_string(), "rgb.jpg: damaged or truncated JPEG: it ends within its pixels");
 }
 
 #[test]
 fn errors_name_the_file_and_what_it_holds() {
-    let says = |bytes: &[u8]| {
-        decode(bytes, "a.png", ReadOptions::SEEN)
-            .unwrap_err()
-            .to_string()
-    };
+    let says = |bytes: &[u8]| decode(bytes, "a.png", ReadOptions::SEEN).unwrap_err().to_string();
     assert_eq!(says(b""), "a.png: the file is empty; expected a picture");
     assert_eq!(
         says("BM 你好, a note\nof two lines".as_bytes()),
         "a.png: not a picture: expected PNG, JPEG, WebP, GIF or BMP, found text that begins \"BM 你好, a note\\nof two lines\""
     );
-    assert!(
-        says(b"version https://git-lfs.github.com/spec/v1\n").contains("found a Git LFS pointer")
-    );
+    assert!(says(b"version https://git-lfs.github.com/spec/v1\n").contains("found a Git LFS pointer"));
     assert!(says(b"\0\x01\x02\x03").ends_with("found bytes that begin 00 01 02 03"));
     assert!(says(b"II*\0....").starts_with("a.png: TIFF is not supported"));
     assert!(says(b"\0\0\0\x1cftypheic....").starts_with("a.png: HEIC is not supported"));
     let missing = read(Path::new("no/such.png"), ReadOptions::SEEN).unwrap_err();
-    assert!(
-        missing.to_string().starts_with("no/such.png: "),
-        "{missing}"
-    );
+    assert!(missing.to_string().starts_with("no/such.png: "), "{missing}");
 }
 
 /// A header costs nothing to write; its size is checked before anything is allocated.
@@ -188,28 +138,14 @@ fn a_bomb_is_refused_by_its_header() {
     };
     assert!(matches!(
         bomb(100_000, 100_000),
-        ImageError::TooLarge {
-            found: 10_000_000_000,
-            unit: "pixels",
-            ..
-        }
+        ImageError::TooLarge { found: 10_000_000_000, unit: "pixels", .. }
     ));
-    assert!(matches!(
-        bomb(0, 5),
-        ImageError::ZeroSize { .. } | ImageError::Damaged { .. }
-    ));
+    assert!(matches!(bomb(0, 5), ImageError::ZeroSize { .. } | ImageError::Damaged { .. }));
     let mut gif = b"GIF89a\0\0\0\0\0\0\0,\0\0\0\0\0\0\0\0\0\x02\x02\x44\x01\0;".to_vec();
     assert!(decode(&gif, "a.gif", ReadOptions::SEEN).is_err());
     gif[6..10].fill(0xFF);
-    assert!(matches!(
-        decode(&gif, "a.gif", ReadOptions::SEEN),
-        Err(ImageError::TooLarge { .. })
-    ));
-    let mut bmp = files()
-        .into_iter()
-        .find(|(name, _)| name == "rgb.bmp")
-        .unwrap()
-        .1;
+    assert!(matches!(decode(&gif, "a.gif", ReadOptions::SEEN), Err(ImageError::TooLarge { .. })));
+    let mut bmp = files().into_iter().find(|(name, _)| name == "rgb.bmp").unwrap().1;
     bmp[18..26].copy_from_slice(&[0, 0, 1, 0, 0, 0, 1, 0]);
     assert!(decode(&bmp, "a.bmp", ReadOptions::SEEN).is_err());
 }
@@ -217,28 +153,13 @@ fn a_bomb_is_refused_by_its_header() {
 /// The checksum of a PNG chunk.
 fn crc(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(!0, |crc, &byte| {
-        (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-            (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())
-        })
+        (0..8).fold(crc ^ u32::from(byte), |crc, _| (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg()))
     })
 }
 
 #[test]
 fn pixels_must_fill_their_size() {
-    assert!(matches!(
-        Rgb8::new(2, 2, vec![0; 11]),
-        Err(ImageError::Length {
-            expected: 12,
-            found: 11,
-            ..
-        })
-    ));
-    assert!(matches!(
-        Rgb8::new(0, 2, vec![]),
-        Err(ImageError::ZeroSize { .. })
-    ));
-    assert_eq!(
-        Rgb8::new(2, 1, vec![1, 2, 3, 4, 5, 6]).unwrap().pixels(),
-        [1, 2, 3, 4, 5, 6]
-    );
+    assert!(matches!(Rgb8::new(2, 2, vec![0; 11]), Err(ImageError::Length { expected: 12, found: 11, .. })));
+    assert!(matches!(Rgb8::new(0, 2, vec![]), Err(ImageError::ZeroSize { .. })));
+    assert_eq!(Rgb8::new(2, 1, vec![1, 2, 3, 4, 5, 6]).unwrap().pixels(), [1, 2, 3, 4, 5, 6]);
 }

@@ -5,9 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{
-    Centre, Convert, Crop, MAX_SIDE, Normalize, PreprocessError, Preprocessor, Rescale, Resize,
-};
+use super::{Centre, Convert, Crop, MAX_SIDE, Normalize, PreprocessError, Preprocessor, Rescale, Resize};
 use crate::image::Background;
 use crate::resample::Filter;
 
@@ -66,21 +64,10 @@ const VIT: Class = Class {
 /// From the class attributes in transformers 5.23, `models/*/image_processing_pil_*.py`.
 const CLASSES: &[Class] = &[
     CLIP,
-    Class {
-        name: "ChineseCLIP",
-        ..CLIP
-    },
-    Class {
-        name: "Bit",
-        ..CLIP
-    },
+    Class { name: "ChineseCLIP", ..CLIP },
+    Class { name: "Bit", ..CLIP },
     VIT,
-    Class {
-        name: "Beit",
-        filter: Filter::Bicubic,
-        crop: Some(224),
-        ..VIT
-    },
+    Class { name: "Beit", filter: Filter::Bicubic, crop: Some(224), ..VIT },
     Class {
         name: "DeiT",
         filter: Filter::Bicubic,
@@ -89,13 +76,7 @@ const CLASSES: &[Class] = &[
         do_center_crop: true,
         ..VIT
     },
-    Class {
-        name: "Siglip",
-        filter: Filter::Bicubic,
-        square: false,
-        do_convert_rgb: true,
-        ..VIT
-    },
+    Class { name: "Siglip", filter: Filter::Bicubic, square: false, do_convert_rgb: true, ..VIT },
     Class {
         name: "Blip",
         resize: Resize::Exact([384, 384]),
@@ -135,17 +116,11 @@ const MODEL_TYPES: &[(&str, &str)] = &[
 ];
 
 pub(super) fn text(file: &Path) -> Result<String, PreprocessError> {
-    std::fs::read_to_string(file).map_err(|source| PreprocessError::Io {
-        file: file.to_path_buf(),
-        source,
-    })
+    std::fs::read_to_string(file).map_err(|source| PreprocessError::Io { file: file.to_path_buf(), source })
 }
 
 fn parse(file: &Path, json: &str) -> Result<Value, PreprocessError> {
-    serde_json::from_str(json).map_err(|source| PreprocessError::Json {
-        file: file.to_path_buf(),
-        source,
-    })
+    serde_json::from_str(json).map_err(|source| PreprocessError::Json { file: file.to_path_buf(), source })
 }
 
 pub(super) fn from_folder(folder: &Path) -> Result<Preprocessor, PreprocessError> {
@@ -164,10 +139,7 @@ pub(super) fn from_folder(folder: &Path) -> Result<Preprocessor, PreprocessError
             return read(&file, &json, || model_type(&folder.join(CONFIG)));
         }
     }
-    Err(PreprocessError::Missing {
-        folder: folder.to_path_buf(),
-        looked_for: FILES,
-    })
+    Err(PreprocessError::Missing { folder: folder.to_path_buf(), looked_for: FILES })
 }
 
 pub(super) fn from_json(file: &Path, json: &str) -> Result<Preprocessor, PreprocessError> {
@@ -190,11 +162,7 @@ fn read(
     json: &Value,
     model_type: impl Fn() -> Option<String>,
 ) -> Result<Preprocessor, PreprocessError> {
-    let root = Fields {
-        file,
-        path: String::new(),
-        json,
-    };
+    let root = Fields { file, path: String::new(), json };
     if !json.is_object() {
         return Err(root.wrong("", "an object"));
     }
@@ -202,14 +170,9 @@ fn read(
         Some(PROCESSOR) => transformers(root.inside("image_processor")?, model_type),
         Some(PREPROCESSOR) => transformers(root, model_type),
         Some(OPEN_CLIP) => open_clip(root),
-        Some(CONFIG) if json.get("pretrained_cfg").is_some() => {
-            timm(root.inside("pretrained_cfg")?)
-        }
+        Some(CONFIG) if json.get("pretrained_cfg").is_some() => timm(root.inside("pretrained_cfg")?),
         Some(CONFIG) if is_timm(json) => timm(root),
-        _ => Err(PreprocessError::UnknownFile {
-            file: file.to_path_buf(),
-            known: FILES,
-        }),
+        _ => Err(PreprocessError::UnknownFile { file: file.to_path_buf(), known: FILES }),
     }
 }
 
@@ -246,11 +209,7 @@ fn transformers(
                     return Err(fields.wrong("crop_size", "a size, since `do_center_crop` is true"));
                 }
             };
-            Some(Crop {
-                size,
-                centre: Centre::Floor,
-                fill: [0; 3],
-            })
+            Some(Crop { size, centre: Centre::Floor, fill: [0; 3] })
         }
     };
     let filter = match fields.json.get("resample") {
@@ -282,19 +241,8 @@ fn transformers(
     };
     // SegGPT's flag concerns its masks.
     let to_rgb = class.name != "SegGpt" && fields.flag("do_convert_rgb", class.do_convert_rgb)?;
-    let background = if to_rgb {
-        Background::WHITE
-    } else {
-        Background::DropAlpha
-    };
-    Ok(Preprocessor {
-        convert: Convert::First(background),
-        resize,
-        filter,
-        crop,
-        rescale,
-        normalize,
-    })
+    let background = if to_rgb { Background::WHITE } else { Background::DropAlpha };
+    Ok(Preprocessor { convert: Convert::First(background), resize, filter, crop, rescale, normalize })
 }
 
 /// The class that a file names; of old it named a feature extractor.
@@ -302,16 +250,11 @@ fn class(
     fields: &Fields<'_>,
     model_type: impl Fn() -> Option<String>,
 ) -> Result<&'static Class, PreprocessError> {
-    let named = match (
-        fields.text("image_processor_type")?,
-        fields.text("feature_extractor_type")?,
-    ) {
+    let named = match (fields.text("image_processor_type")?, fields.text("feature_extractor_type")?) {
         (Some(name), _) | (None, Some(name)) => name.to_string(),
         (None, None) => {
             let model_type = model_type();
-            let row = MODEL_TYPES
-                .iter()
-                .find(|(known, _)| Some(*known) == model_type.as_deref());
+            let row = MODEL_TYPES.iter().find(|(known, _)| Some(*known) == model_type.as_deref());
             match (row, model_type) {
                 (Some((_, class)), _) => format!("{class}ImageProcessor"),
                 (None, Some(model_type)) => {
@@ -321,24 +264,13 @@ fn class(
             }
         }
     };
-    let bare = named
-        .strip_suffix("Fast")
-        .or_else(|| named.strip_suffix("Pil"))
-        .unwrap_or(&named);
-    let bare = bare
-        .strip_suffix("ImageProcessor")
-        .or_else(|| bare.strip_suffix("FeatureExtractor"));
-    CLASSES
-        .iter()
-        .find(|class| Some(class.name) == bare)
-        .ok_or_else(|| PreprocessError::UnknownType {
-            file: fields.file.to_path_buf(),
-            found: named,
-            known: CLASSES
-                .iter()
-                .map(|class| format!("{}ImageProcessor", class.name))
-                .collect(),
-        })
+    let bare = named.strip_suffix("Fast").or_else(|| named.strip_suffix("Pil")).unwrap_or(&named);
+    let bare = bare.strip_suffix("ImageProcessor").or_else(|| bare.strip_suffix("FeatureExtractor"));
+    CLASSES.iter().find(|class| Some(class.name) == bare).ok_or_else(|| PreprocessError::UnknownType {
+        file: fields.file.to_path_buf(),
+        found: named,
+        known: CLASSES.iter().map(|class| format!("{}ImageProcessor", class.name)).collect(),
+    })
 }
 
 /// `size`: a number, `[height, width]`, or an object with one of four sets of keys.
@@ -350,11 +282,8 @@ fn transformers_size(fields: &Fields<'_>, class: &Class) -> Result<Resize, Prepr
         Some(Value::Number(_)) if !square => Ok(Resize::ShortestEdge(fields.side("size")?)),
         Some(Value::Object(size)) => {
             let inner = fields.inside("size")?;
-            let mut keys: Vec<&str> = size
-                .iter()
-                .filter(|(_, v)| !v.is_null())
-                .map(|(k, _)| k.as_str())
-                .collect();
+            let mut keys: Vec<&str> =
+                size.iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k.as_str()).collect();
             keys.sort_unstable();
             match keys[..] {
                 ["height", "width"] => Ok(Resize::Exact([inner.side("height")?, inner.side("width")?])),
@@ -404,11 +333,7 @@ fn open_clip(root: Fields<'_>) -> Result<Preprocessor, PreprocessError> {
             None => return Err(fields.wrong("fill_color", "0 to 255")),
         },
     };
-    let black = Crop {
-        size,
-        centre: Centre::Nearest,
-        fill: [0; 3],
-    };
+    let black = Crop { size, centre: Centre::Nearest, fill: [0; 3] };
     let (resize, filter, crop) = match fields.text("resize_mode")? {
         None | Some("shortest" | "") if size[0] == size[1] => {
             (Resize::ShortestEdge(size[0]), filter, Some(black))
@@ -420,14 +345,7 @@ fn open_clip(root: Fields<'_>) -> Result<Preprocessor, PreprocessError> {
         Some(_) => return Err(fields.wrong("resize_mode", "shortest, longest or squash")),
     };
     let normalize = Some(fields.normalize(["mean", "std"], CLIP_MEAN, CLIP_STD)?);
-    Ok(Preprocessor {
-        convert: Convert::Last,
-        resize,
-        filter,
-        crop,
-        rescale: Rescale::Over255,
-        normalize,
-    })
+    Ok(Preprocessor { convert: Convert::Last, resize, filter, crop, rescale: Rescale::Over255, normalize })
 }
 
 /// timm's `create_transform` for evaluation, on pictures that its data sets have converted to RGB.
@@ -448,10 +366,7 @@ fn timm(fields: Fields<'_>) -> Result<Preprocessor, PreprocessError> {
         Some("hamming") => Filter::Hamming,
         Some("lanczos") => Filter::Lanczos,
         Some(_) => {
-            return Err(fields.wrong(
-                "interpolation",
-                "nearest, bilinear, bicubic, box, hamming or lanczos",
-            ));
+            return Err(fields.wrong("interpolation", "nearest, bilinear, bicubic, box, hamming or lanczos"));
         }
     };
     let crop_pct = match fields.number("crop_pct", 0.875)? {
@@ -459,26 +374,14 @@ fn timm(fields: Fields<'_>) -> Result<Preprocessor, PreprocessError> {
         crop_pct => crop_pct,
     };
     let scaled = size.map(|side| (side as f64 / crop_pct).floor());
-    if !scaled
-        .iter()
-        .all(|side| (1.0..=MAX_SIDE as f64).contains(side))
-    {
-        return Err(fields.wrong(
-            "crop_pct",
-            &format!("a share that scales to 1 to {MAX_SIDE} pixels"),
-        ));
+    if !scaled.iter().all(|side| (1.0..=MAX_SIDE as f64).contains(side)) {
+        return Err(fields.wrong("crop_pct", &format!("a share that scales to 1 to {MAX_SIDE} pixels")));
     }
     let scaled = scaled.map(|side| side as usize);
     let mean = fields.triple("mean", IMAGENET_MEAN)?;
-    let black = Crop {
-        size,
-        centre: Centre::Nearest,
-        fill: [0; 3],
-    };
+    let black = Crop { size, centre: Centre::Nearest, fill: [0; 3] };
     let (resize, crop) = match fields.text("crop_mode")? {
-        None | Some("center" | "") if scaled[0] == scaled[1] => {
-            (Resize::ShortestEdge(scaled[0]), black)
-        }
+        None | Some("center" | "") if scaled[0] == scaled[1] => (Resize::ShortestEdge(scaled[0]), black),
         None | Some("center" | "") => (Resize::Cover(scaled), black),
         Some("squash") => (Resize::Exact(scaled), black),
         Some("border") => {
@@ -489,14 +392,7 @@ fn timm(fields: Fields<'_>) -> Result<Preprocessor, PreprocessError> {
     };
     let normalize = Some(fields.normalize(["mean", "std"], IMAGENET_MEAN, IMAGENET_STD)?);
     let convert = Convert::First(Background::DropAlpha);
-    Ok(Preprocessor {
-        convert,
-        resize,
-        filter,
-        crop: Some(crop),
-        rescale: Rescale::Over255,
-        normalize,
-    })
+    Ok(Preprocessor { convert, resize, filter, crop: Some(crop), rescale: Rescale::Over255, normalize })
 }
 
 /// The fields of one object in a file. A null field counts as absent, as in open_clip and timm.
@@ -520,31 +416,18 @@ impl<'a> Fields<'a> {
     }
 
     fn wrong(&self, key: &str, expected: &str) -> PreprocessError {
-        let value = if key.is_empty() {
-            Some(self.json)
-        } else {
-            self.get(key)
-        };
+        let value = if key.is_empty() { Some(self.json) } else { self.get(key) };
         let mut found = value.map_or("nothing".to_string(), Value::to_string);
         if found.chars().count() > 80 {
             found = found.chars().take(80).chain(['…']).collect();
         }
         let (file, field) = (self.file.to_path_buf(), self.dotted(key));
-        PreprocessError::Field {
-            file,
-            field,
-            expected: expected.to_string(),
-            found,
-        }
+        PreprocessError::Field { file, field, expected: expected.to_string(), found }
     }
 
     fn inside(&self, key: &str) -> Result<Fields<'a>, PreprocessError> {
         match self.get(key) {
-            Some(json @ Value::Object(_)) => Ok(Fields {
-                file: self.file,
-                path: self.dotted(key),
-                json,
-            }),
+            Some(json @ Value::Object(_)) => Ok(Fields { file: self.file, path: self.dotted(key), json }),
             _ => Err(self.wrong(key, "an object")),
         }
     }
@@ -554,20 +437,13 @@ impl<'a> Fields<'a> {
         'a: 'b,
     {
         match self.get(key) {
-            None => Ok(Fields {
-                file: self.file,
-                path: self.dotted(key),
-                json: absent,
-            }),
+            None => Ok(Fields { file: self.file, path: self.dotted(key), json: absent }),
             Some(_) => self.inside(key),
         }
     }
 
     fn not_null(&self, keys: &[&str]) -> Result<(), PreprocessError> {
-        match keys
-            .iter()
-            .find(|key| self.json.get(key) == Some(&Value::Null))
-        {
+        match keys.iter().find(|key| self.json.get(key) == Some(&Value::Null)) {
             Some(key) => Err(self.wrong(key, "a value, or no such field")),
             None => Ok(()),
         }
@@ -578,19 +454,14 @@ impl<'a> Fields<'a> {
         match self.json.get(key) {
             None => Ok(absent),
             Some(Value::Null) => Ok(false),
-            Some(value) => value
-                .as_bool()
-                .ok_or_else(|| self.wrong(key, "true or false")),
+            Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
         }
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, PreprocessError> {
         match self.get(key) {
             None => Ok(None),
-            Some(value) => value
-                .as_str()
-                .map(Some)
-                .ok_or_else(|| self.wrong(key, "a string")),
+            Some(value) => value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a string")),
         }
     }
 

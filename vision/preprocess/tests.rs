@@ -11,21 +11,10 @@ const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures")
 /// Compares with a tensor of the reference, within the fixtures' tolerance.
 fn assert_equals(found: &Pixels, tensors: &SafeTensors<'_>, key: &str, context: &str) {
     let expected = tensors.tensor(key).unwrap();
-    assert_eq!(
-        [found.channels, found.height, found.width],
-        expected.shape(),
-        "{context}: shape"
-    );
-    let numbers = expected
-        .data()
-        .chunks_exact(4)
-        .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-    let furthest = found
-        .data
-        .iter()
-        .zip(numbers)
-        .map(|(a, b)| (a - b).abs() - 1e-6 * b.abs())
-        .fold(0.0, f32::max);
+    assert_eq!([found.channels, found.height, found.width], expected.shape(), "{context}: shape");
+    let numbers = expected.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let furthest =
+        found.data.iter().zip(numbers).map(|(a, b)| (a - b).abs() - 1e-6 * b.abs()).fold(0.0, f32::max);
     assert!(furthest <= 2e-6, "{context}: {furthest} off");
 }
 
@@ -39,12 +28,7 @@ fn fixture(name: &str, key: &str, pictures: usize) {
         let file = folder.join(format!("images/{i}.png"));
         let picture = Picture::read(&file, Orientation::AsStored).unwrap();
         let found = preprocessor.apply_picture(&picture).unwrap();
-        assert_equals(
-            &found,
-            &tensors,
-            &format!("{key}.{i}"),
-            &format!("{name} picture {i}"),
-        );
+        assert_equals(&found, &tensors, &format!("{key}.{i}"), &format!("{name} picture {i}"));
         let rgb = crate::image::read(&file, ReadOptions::STORED).unwrap();
         assert_eq!(preprocessor.apply(&rgb).unwrap(), found);
         assert_eq!(preprocessor.image_size(), Some([found.height, found.width]));
@@ -108,9 +92,7 @@ fn every_option_equals_its_reference() {
     for (i, case) in cases.iter().enumerate() {
         let file = Path::new(case["file"].as_str().unwrap());
         let preprocessor = Preprocessor::from_json(file, &case["config"].to_string()).unwrap();
-        let picture = Path::new(FIXTURES)
-            .join("pictures")
-            .join(case["picture"].as_str().unwrap());
+        let picture = Path::new(FIXTURES).join("pictures").join(case["picture"].as_str().unwrap());
         let picture = Picture::read(&picture, Orientation::AsStored).unwrap();
         let found = preprocessor.apply_picture(&picture).unwrap();
         assert_equals(&found, &tensors, &i.to_string(), &case.to_string());
@@ -126,76 +108,39 @@ fn an_empty_file_means_the_class_defaults() {
     let clip = read("CLIPImageProcessor");
     assert_eq!(clip, read("CLIPFeatureExtractor"));
     assert_eq!(clip, read("CLIPImageProcessorFast"));
-    assert_eq!(
-        (clip.resize, clip.filter),
-        (Resize::ShortestEdge(224), Filter::Bicubic)
-    );
-    assert_eq!(
-        clip.crop,
-        Some(Crop {
-            size: [224, 224],
-            centre: Centre::Floor,
-            fill: [0; 3]
-        })
-    );
+    assert_eq!((clip.resize, clip.filter), (Resize::ShortestEdge(224), Filter::Bicubic));
+    assert_eq!(clip.crop, Some(Crop { size: [224, 224], centre: Centre::Floor, fill: [0; 3] }));
     assert_eq!(clip.convert, Convert::First(Background::WHITE));
     let vit = read("ViTImageProcessor");
-    assert_eq!(
-        (vit.resize, vit.filter, vit.crop),
-        (Resize::Exact([224, 224]), Filter::Bilinear, None)
-    );
-    assert_eq!(
-        vit.normalize,
-        Some(Normalize {
-            mean: [0.5; 3],
-            std: [0.5; 3]
-        })
-    );
+    assert_eq!((vit.resize, vit.filter, vit.crop), (Resize::Exact([224, 224]), Filter::Bilinear, None));
+    assert_eq!(vit.normalize, Some(Normalize { mean: [0.5; 3], std: [0.5; 3] }));
 }
 
 #[test]
 fn the_models_image_size_decides_for_open_clip() {
-    let read = |json: &str| {
-        Preprocessor::from_json(Path::new("open_clip_config.json"), json)
-            .unwrap()
-            .image_size()
-    };
-    assert_eq!(
-        read(r#"{"model_cfg": {"vision_cfg": {"image_size": 336}}}"#),
-        Some([336, 336])
-    );
-    assert_eq!(
-        read(r#"{"preprocess_cfg": {"size": [32, 48], "resize_mode": "longest"}}"#),
-        Some([32, 48])
-    );
+    let read =
+        |json: &str| Preprocessor::from_json(Path::new("open_clip_config.json"), json).unwrap().image_size();
+    assert_eq!(read(r#"{"model_cfg": {"vision_cfg": {"image_size": 336}}}"#), Some([336, 336]));
+    assert_eq!(read(r#"{"preprocess_cfg": {"size": [32, 48], "resize_mode": "longest"}}"#), Some([32, 48]));
     assert_eq!(read("{}"), Some([224, 224]));
 }
 
 #[test]
 fn what_cannot_be_followed_is_refused_by_name() {
-    let says = |file: &str, json: &str| {
-        Preprocessor::from_json(Path::new(file), json)
-            .unwrap_err()
-            .to_string()
-    };
+    let says =
+        |file: &str, json: &str| Preprocessor::from_json(Path::new(file), json).unwrap_err().to_string();
     let clip = |fields: &str| {
         says(
             "preprocessor_config.json",
             &format!("{{\"image_processor_type\": \"CLIPImageProcessor\", {fields}}}"),
         )
     };
-    let unknown = says(
-        "preprocessor_config.json",
-        r#"{"image_processor_type": "Qwen2VLImageProcessor"}"#,
-    );
+    let unknown = says("preprocessor_config.json", r#"{"image_processor_type": "Qwen2VLImageProcessor"}"#);
     assert!(
         unknown.starts_with("preprocessor_config.json: Qwen2VLImageProcessor is not a known"),
         "{unknown}"
     );
-    assert!(
-        unknown.contains("CLIPImageProcessor, ChineseCLIPImageProcessor"),
-        "{unknown}"
-    );
+    assert!(unknown.contains("CLIPImageProcessor, ChineseCLIPImageProcessor"), "{unknown}");
     assert!(says("preprocessor_config.json", "{}").contains("without `image_processor_type`"));
     assert!(
         says("preprocessor_config.json", "{\"size\": ")
@@ -206,47 +151,26 @@ fn what_cannot_be_followed_is_refused_by_name() {
         "preprocessor_config.json: `size.shortest_edge`: expected 1 to 16384 pixels, found 0"
     );
     assert!(clip("\"size\": 1000000").contains("found 1000000"));
-    assert!(
-        clip("\"size\": {\"longest_edge\": 224}").contains("`size`: expected height and width")
-    );
+    assert!(clip("\"size\": {\"longest_edge\": 224}").contains("`size`: expected height and width"));
     assert!(clip("\"crop_size\": {\"shortest_edge\": 224}").contains("`crop_size.height`"));
     assert!(clip("\"resample\": 6").contains("`resample`: expected 0 to 5, found 6"));
-    assert!(
-        clip("\"image_mean\": [0.1, 0.2]").contains("`image_mean`: expected one number or three")
-    );
+    assert!(clip("\"image_mean\": [0.1, 0.2]").contains("`image_mean`: expected one number or three"));
     assert!(clip("\"image_std\": [1, 0, 1]").contains("`image_std`"));
-    assert!(
-        clip("\"do_resize\": \"yes\"")
-            .contains("`do_resize`: expected true or false, found \"yes\"")
-    );
+    assert!(clip("\"do_resize\": \"yes\"").contains("`do_resize`: expected true or false, found \"yes\""));
     assert!(clip("\"do_pad\": true").contains("`do_pad`"));
-    let open_clip = |fields: &str| {
-        says(
-            "open_clip_config.json",
-            &format!("{{\"preprocess_cfg\": {{{fields}}}}}"),
-        )
-    };
+    let open_clip =
+        |fields: &str| says("open_clip_config.json", &format!("{{\"preprocess_cfg\": {{{fields}}}}}"));
     assert!(open_clip("\"interpolation\": \"lanczos\"").contains("`preprocess_cfg.interpolation`"));
     assert!(open_clip("\"resize_mode\": \"fit\"").contains("`preprocess_cfg.resize_mode`"));
-    let timm = |fields: &str| {
-        says(
-            "config.json",
-            &format!("{{\"pretrained_cfg\": {{{fields}}}}}"),
-        )
-    };
+    let timm = |fields: &str| says("config.json", &format!("{{\"pretrained_cfg\": {{{fields}}}}}"));
     assert!(
         timm("\"input_size\": [1, 28, 28]")
             .contains("`pretrained_cfg.input_size`: expected [3, height, width]")
     );
     assert!(timm("\"crop_pct\": 1e-9").contains("`pretrained_cfg.crop_pct`"));
     assert!(says("config.json", "{\"model_type\": \"bert\"}").contains("not a preprocessor file"));
-    let missing = Preprocessor::from_folder(Path::new("no/such/folder"))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        missing.contains("preprocessor_config.json, open_clip_config.json"),
-        "{missing}"
-    );
+    let missing = Preprocessor::from_folder(Path::new("no/such/folder")).unwrap_err().to_string();
+    assert!(missing.contains("preprocessor_config.json, open_clip_config.json"), "{missing}");
 }
 
 #[test]
@@ -260,12 +184,7 @@ fn a_file_without_a_type_asks_the_model() {
     let refused = Preprocessor::from_folder(&folder);
     std::fs::remove_dir_all(&folder).unwrap();
     assert_eq!(found.unwrap().resize, Resize::Exact([48, 48]));
-    assert!(
-        refused
-            .unwrap_err()
-            .to_string()
-            .contains("model_type \"opera\"")
-    );
+    assert!(refused.unwrap_err().to_string().contains("model_type \"opera\""));
 }
 
 fn clip_32() -> Preprocessor {
@@ -277,53 +196,29 @@ fn a_batch_holds_what_apply_gives() {
     let images: Vec<Rgb8> = [(40, 33), (1, 1), (200, 31)]
         .iter()
         .map(|&(width, height)| {
-            let pixels = (0..width * height * 3)
-                .map(|i| (i * 31 % 251) as u8)
-                .collect();
+            let pixels = (0..width * height * 3).map(|i| (i * 31 % 251) as u8).collect();
             Rgb8::new(width, height, pixels).unwrap()
         })
         .collect();
     let preprocessor = clip_32();
     let batch = preprocessor.batch(&images, &Device::default()).unwrap();
     assert_eq!(batch.dims(), [3, 3, 32, 32]);
-    let one_by_one: Vec<f32> = images
-        .iter()
-        .flat_map(|image| preprocessor.apply(image).unwrap().data)
-        .collect();
+    let one_by_one: Vec<f32> =
+        images.iter().flat_map(|image| preprocessor.apply(image).unwrap().data).collect();
     assert_eq!(batch.into_data().try_to_vec::<f32>().unwrap(), one_by_one);
-    assert!(matches!(
-        preprocessor.batch(&[], &Device::default()),
-        Err(PreprocessError::EmptyBatch)
-    ));
-    let ragged = Preprocessor {
-        crop: None,
-        ..preprocessor
-    }
-    .batch(&images, &Device::default());
-    assert!(matches!(
-        ragged,
-        Err(PreprocessError::Ragged {
-            index: 1,
-            found: [32, 32],
-            ..
-        })
-    ));
+    assert!(matches!(preprocessor.batch(&[], &Device::default()), Err(PreprocessError::EmptyBatch)));
+    let ragged = Preprocessor { crop: None, ..preprocessor }.batch(&images, &Device::default());
+    assert!(matches!(ragged, Err(PreprocessError::Ragged { index: 1, found: [32, 32], .. })));
 }
 
 #[test]
 fn one_pixel_and_twenty_megapixels() {
     let preprocessor = clip_32();
-    let dot = preprocessor
-        .apply(&Rgb8::new(1, 1, vec![255, 0, 128]).unwrap())
-        .unwrap();
+    let dot = preprocessor.apply(&Rgb8::new(1, 1, vec![255, 0, 128]).unwrap()).unwrap();
     assert!(dot.data[..1024].iter().all(|&x| x == dot.data[0]));
     let photo = Rgb8::new(5472, 3648, vec![77; 5472 * 3648 * 3]).unwrap();
     let grey = preprocessor.apply(&photo).unwrap();
-    assert!(
-        grey.data[..1024]
-            .iter()
-            .all(|&x| x == (77.0 / 255.0 - 0.48145466) / 0.26862954)
-    );
+    assert!(grey.data[..1024].iter().all(|&x| x == (77.0 / 255.0 - 0.48145466) / 0.26862954));
 }
 
 /// Resized to 32 pixels across, this is 3.2 megapixels down; only the part that is cut out is computed.
@@ -332,12 +227,6 @@ fn a_thread_of_a_picture_costs_what_its_centre_costs() {
     let thread = Rgb8::new(1, 100_000, vec![9; 300_000]).unwrap();
     assert_eq!(clip_32().apply(&thread).unwrap().height, 32);
     let long = Rgb8::new(1, 10_000_000, vec![9; 30_000_000]).unwrap();
-    let unbounded = Preprocessor {
-        crop: None,
-        ..clip_32()
-    };
-    assert!(matches!(
-        unbounded.apply(&long),
-        Err(PreprocessError::TooLarge { .. })
-    ));
+    let unbounded = Preprocessor { crop: None, ..clip_32() };
+    assert!(matches!(unbounded.apply(&long), Err(PreprocessError::TooLarge { .. })));
 }

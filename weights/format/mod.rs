@@ -182,7 +182,9 @@ impl Format {
             // the header is a JSON object after its length
             [_, _, _, _, _, _, _, _, b'{', ..] => Some(Format::Safetensors),
             [b'P', b'K', 3, 4, ..] => Some(Format::Torch),
-            _ if path.extension().is_some_and(|extension| extension == "safetensors") => Some(Format::Safetensors),
+            _ if path.extension().is_some_and(|extension| extension == "safetensors") => {
+                Some(Format::Safetensors)
+            }
             [0x80, 1..=5, ..] => Some(Format::Torch),
             _ if torch::is_tar(bytes) => Some(Format::Torch),
             _ => None,
@@ -199,7 +201,9 @@ fn lookalike(bytes: &[u8]) -> Option<Lookalike> {
     let start = match std::str::from_utf8(start) {
         Ok(start) => start,
         // cut in the middle of a character
-        Err(error) if error.error_len().is_none() => std::str::from_utf8(&start[..error.valid_up_to()]).ok()?,
+        Err(error) if error.error_len().is_none() => {
+            std::str::from_utf8(&start[..error.valid_up_to()]).ok()?
+        }
         Err(_) => return None,
     };
     let start = start.trim_start().to_lowercase();
@@ -215,7 +219,12 @@ fn lookalike(bytes: &[u8]) -> Option<Lookalike> {
 }
 
 /// The place of `name` among `entries`, by `index`.
-fn position(file: &Path, entries: &[Entry], index: &HashMap<String, usize>, name: &str) -> Result<usize, Error> {
+fn position(
+    file: &Path,
+    entries: &[Entry],
+    index: &HashMap<String, usize>,
+    name: &str,
+) -> Result<usize, Error> {
     index.get(name).copied().ok_or_else(|| Error::NoTensor {
         file: file.to_owned(),
         key: name.to_owned(),

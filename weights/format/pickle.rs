@@ -70,8 +70,14 @@ pub(super) struct Pickle<'a> {
 impl<'a> Pickle<'a> {
     /// Reads the pickle that starts at `start`.
     pub fn read(bytes: &'a [u8], start: usize) -> Result<Self, TorchError> {
-        let mut machine =
-            Machine { bytes, at: start, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
+        let mut machine = Machine {
+            bytes,
+            at: start,
+            nodes: Vec::new(),
+            stack: Vec::new(),
+            marks: Vec::new(),
+            memo: HashMap::new(),
+        };
         loop {
             let at = machine.at;
             match machine.step() {
@@ -213,7 +219,8 @@ impl<'a> Machine<'a> {
             b'S' => {
                 let line = self.line()?;
                 let quoted = line.len() >= 2 && line.as_bytes()[0] == line.as_bytes()[line.len() - 1];
-                let text = quoted.then(|| line.get(1..line.len() - 1)).flatten().filter(|text| !text.contains('\\'));
+                let text =
+                    quoted.then(|| line.get(1..line.len() - 1)).flatten().filter(|text| !text.contains('\\'));
                 self.push(text.map_or(Node::Other, Node::Text));
             }
             b'T' | b'B' => {
@@ -468,7 +475,11 @@ impl<'a> Machine<'a> {
 
     fn top(&self) -> Step<Id> {
         let floor = self.marks.last().copied().unwrap_or(0);
-        self.stack.get(floor..).and_then(<[Id]>::last).copied().ok_or(PickleError::Malformed("an empty stack"))
+        self.stack
+            .get(floor..)
+            .and_then(<[Id]>::last)
+            .copied()
+            .ok_or(PickleError::Malformed("an empty stack"))
     }
 
     fn pop_to_mark(&mut self) -> Step<Vec<Id>> {

@@ -135,7 +135,9 @@ impl Layout {
             let Some(dtype) = Dtype::from_name(&dtype) else {
                 return Err(HeaderError::UnknownDtype { key, found: dtype });
             };
-            let Some(length) = dtype.bytes_of(&shape) else { return Err(HeaderError::TooLarge { key, shape }) };
+            let Some(length) = dtype.bytes_of(&shape) else {
+                return Err(HeaderError::TooLarge { key, shape });
+            };
             if end < begin {
                 return Err(HeaderError::Backwards { key, begin, end });
             }

@@ -1,6 +1,6 @@
 //! torch.save files: the zip archive of torch 1.6 and later, and the legacy layout before it.
 //!
-//! The object is read as data ([`super::pickle`]), never run. Tensors are found in dictionaries and lists to any
+//! The object is read as data (see `pickle.rs`), never run. Tensors are found in dictionaries and lists to any
 //! depth; their keys are joined by dots, so that `{"model": {"head.weight": ...}}` has the key `model.head.weight`.
 //! Whatever else is pickled beside them (settings, counters, random states) is passed over.
 //!
@@ -158,7 +158,8 @@ fn is_contiguous(shape: &[usize], strides: &[usize]) -> bool {
 
 /// Appends the values of a view in row-major order.
 fn gather(storage: &[u8], offset: usize, shape: &[usize], strides: &[usize], size: usize, out: &mut Vec<u8>) {
-    let (Some((&length, shape)), Some((&stride, strides))) = (shape.split_first(), strides.split_first()) else {
+    let (Some((&length, shape)), Some((&stride, strides))) = (shape.split_first(), strides.split_first())
+    else {
         out.extend_from_slice(&storage[offset * size..(offset + 1) * size]);
         return;
     };
@@ -197,7 +198,8 @@ fn read(file: &[u8]) -> Result<Tensors, Refusal> {
 
 fn read_zip(file: &[u8]) -> Result<Tensors, TorchError> {
     let contents = zip::entries(file)?;
-    let folder = contents.keys().find_map(|name| name.strip_suffix("data.pkl")).ok_or(TorchError::NoPickle)?;
+    let folder =
+        contents.keys().find_map(|name| name.strip_suffix("data.pkl")).ok_or(TorchError::NoPickle)?;
     let content = |name: &str| contents.get(&format!("{folder}{name}")).cloned();
 
     if content("byteorder").is_some_and(|order| &file[order] == b"big") {
@@ -243,7 +245,9 @@ fn read_legacy(file: &[u8]) -> Result<Tensors, TorchError> {
     let mut storages: HashMap<&str, Range<usize>> = HashMap::new();
     let mut at = keys.end;
     for &key in order {
-        let Node::Text(key) = keys.nodes[key] else { return Err(TorchError::Legacy("a storage without a name")) };
+        let Node::Text(key) = keys.nodes[key] else {
+            return Err(TorchError::Legacy("a storage without a name"));
+        };
         let &size = sizes.get(key).ok_or(TorchError::Legacy("a storage of unknown dtype"))?;
         let truncated = TorchError::Legacy("a storage is cut short: truncated?");
         let elements = file.get(at..).and_then(<[u8]>::first_chunk).ok_or(truncated.clone())?;
@@ -379,6 +383,7 @@ fn locate(
     if dtype.bytes_of(shape).is_none_or(|bytes| bytes > most) {
         return Err(TorchError::TooLarge { key, shape: shape.clone() });
     }
-    let view = View { storage: bytes.start + start..bytes.start + end, offset: *offset, strides: strides.clone() };
+    let view =
+        View { storage: bytes.start + start..bytes.start + end, offset: *offset, strides: strides.clone() };
     Ok((Entry { name: key, shape: shape.clone(), dtype }, view))
 }

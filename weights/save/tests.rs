@@ -57,7 +57,11 @@ fn saving_undoes_loading() {
     let file = crate::open(&first).unwrap();
     let again = load(Tiny::new(&Device::flex()), file.as_ref(), &KEYS, &LoadOptions::default()).unwrap();
     save(&again, &KEYS, None, &second, None).unwrap();
-    assert_eq!(std::fs::read(&first).unwrap(), std::fs::read(&second).unwrap(), "the same module, the same bytes");
+    assert_eq!(
+        std::fs::read(&first).unwrap(),
+        std::fs::read(&second).unwrap(),
+        "the same module, the same bytes"
+    );
 }
 
 proptest! {
@@ -92,7 +96,8 @@ fn the_reference_implementation_reads_what_is_saved() {
     let path = folder.path().join("m.safetensors");
     let linear = LinearConfig::new(3, 2).init(&Device::flex());
     let keys = KeyMap::new(&[Rule::Transpose("fc.weight", "weight"), Rule::Rename("fc.bias", "bias")]);
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned()), ("author".to_owned(), "\"鸟\"".to_owned())]);
+    let metadata =
+        HashMap::from([("format".to_owned(), "pt".to_owned()), ("author".to_owned(), "\"鸟\"".to_owned())]);
     save(&linear, &keys, Some(FloatDType::F16), &path, Some(metadata.clone())).unwrap();
 
     let bytes = std::fs::read(&path).unwrap();
@@ -117,7 +122,9 @@ fn the_reference_implementation_reads_what_is_saved() {
 fn a_failed_save_leaves_the_old_file_and_nothing_else() {
     let folder = folder();
     let path = folder.path().join("m.safetensors");
-    let names = || std::fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect::<Vec<_>>();
+    let names = || {
+        std::fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect::<Vec<_>>()
+    };
     let linear = LinearConfig::new(3, 2).init(&Device::flex());
     std::fs::write(&path, "old").unwrap();
 
@@ -126,9 +133,14 @@ fn a_failed_save_leaves_the_old_file_and_nothing_else() {
     assert!(error.to_string().ends_with("no rule fills parameter `bias`"), "{error}");
     let keys = KeyMap::new(&[Rule::Concat(&["a", "b"], "weight"), Rule::Rename("b", "bias")]);
     let error = save(&linear, &keys, None, &path, None).unwrap_err();
-    assert!(error.to_string().ends_with("`weight` has 3 rows, which cannot be cut into 2 equal parts"), "{error}");
+    assert!(
+        error.to_string().ends_with("`weight` has 3 rows, which cannot be cut into 2 equal parts"),
+        "{error}"
+    );
     let keys = KeyMap::new(&[Rule::Rename("a", "weight"), Rule::Rename("a", "bias")]);
-    assert!(matches!(save(&linear, &keys, None, &path, None), Err(Error::Duplicate { key, .. }) if key == "a"));
+    assert!(
+        matches!(save(&linear, &keys, None, &path, None), Err(Error::Duplicate { key, .. }) if key == "a")
+    );
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
     assert_eq!(names(), ["m.safetensors"]);
 
@@ -145,7 +157,8 @@ fn a_panic_in_the_middle_leaves_no_partial_file() {
     let path = folder.path().join("m.safetensors");
     let bytes = Box::new(|| panic!("the device is gone"));
     let tensor = Pending { key: "a".into(), dtype: Dtype::F32, shape: vec![1], bytes };
-    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| write(&path, vec![tensor], HashMap::new())));
+    let result =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| write(&path, vec![tensor], HashMap::new())));
     assert!(result.is_err());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
