@@ -5,3 +5,6 @@
 
 pub mod layers;
 pub mod ops;
+
+#[cfg(test)]
+mod testing;

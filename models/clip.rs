@@ -1,8 +1,8 @@
 //! CLIP: two towers, one for pictures and one for text, whose embeddings meet (Radford et al. 2021,
 //! <https://arxiv.org/abs/2103.00020>).
 //!
-//! The numbers match `transformers` (`CLIPModel`), open_clip and OpenAI's own release, whose three
-//! layouts of the same weights are read.
+//! The numbers match `transformers` (`CLIPModel`) and open_clip; OpenAI's own release has open_clip's names
+//! and says its sizes by its shapes. All three layouts of the same weights are read.
 //!
 //! ```sh
 //! volary classify cat.jpg --labels "a cat,a dog" --model path/to/clip-vit-base-patch32
@@ -11,12 +11,21 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{
-    Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp,
-    MlpConfig,
+    Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
 use volary_kernels::ops::{Activation, Mask};
 use volary_vision::patch::PatchEmbedding;
 use volary_vision::resnet::{ResNet, ResNetConfig};
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Ones, Rule};
+
+use Rule::{Ignore, Rename, Reshape, Split, Transpose, Under};
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output};
 
 /// Shape of a whole CLIP.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,7 +99,7 @@ pub enum Pooling {
 
 /// Both towers and the temperature.
 #[derive(Module, Debug)]
-pub struct Clip {
+pub struct ClipModel {
     /// Pictures.
     pub vision: VisionTower,
     /// Text.
@@ -161,16 +170,17 @@ pub struct Block {
 
 /// What a tower gives.
 pub struct TowerOutput {
-    /// `[batch, seq, d_model]`: after the blocks, and for text after the final norm.
-    pub hidden: Tensor<3>,
+    /// `[batch, seq, d_model]`: after the blocks, and for text after the final norm. A convolutional tower
+    /// has none.
+    pub hidden: Option<Tensor<3>>,
     /// `[batch, d_embed]`, not normalised.
     pub embedding: Tensor<2>,
 }
 
 impl ClipConfig {
     /// An untrained model. Nothing is allocated before first use.
-    pub fn init(&self, device: &Device) -> Clip {
-        Clip {
+    pub fn init(&self, device: &Device) -> ClipModel {
+        ClipModel {
             vision: match &self.vision {
                 VisionConfig::Vit(vit) => VisionTower::Vit(vit.init(self.d_embed, device)),
                 VisionConfig::ResNet(resnet) => VisionTower::ResNet(resnet.init(device)),
@@ -246,7 +256,7 @@ impl VitTower {
         let hidden = self.blocks.iter().fold(x, |x, block| block.forward(x, &Mask::Full));
         let class = hidden.clone().narrow(1, 0, 1).reshape([batch, d_model]);
         let embedding = self.projection.forward(self.post_norm.forward(class));
-        TowerOutput { hidden, embedding }
+        TowerOutput { hidden: Some(hidden), embedding }
     }
 }
 
@@ -265,22 +275,35 @@ impl TextTower {
         };
         let at = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let pooled = hidden.clone().gather(1, at).reshape([batch, d_model]);
-        TowerOutput { hidden, embedding: self.projection.forward(pooled) }
+        let embedding = self.projection.forward(pooled);
+        TowerOutput { hidden: Some(hidden), embedding }
     }
 }
 
-impl Clip {
-    /// Unit vectors of pictures: `[batch, 3, size, size] -> [batch, d_embed]`.
+impl VisionTower {
+    /// Pixels `[batch, 3, image_size, image_size]`, normalised.
+    pub fn forward(&self, pixels: Tensor<4>) -> TowerOutput {
+        match self {
+            VisionTower::Vit(vit) => vit.forward(pixels),
+            VisionTower::ResNet(resnet) => TowerOutput { hidden: None, embedding: resnet.forward(pixels) },
+        }
+    }
+}
+
+impl ClipModel {
+    /// Unit vectors of pictures: `[batch, 3, image_size, image_size] -> [batch, d_embed]`.
     pub fn encode_images(&self, pixels: Tensor<4>) -> Tensor<2> {
-        normalise(match &self.vision {
-            VisionTower::Vit(vit) => vit.forward(pixels).embedding,
-            VisionTower::ResNet(resnet) => resnet.forward(pixels),
-        })
+        normalise(self.vision.forward(pixels).embedding)
     }
 
     /// Unit vectors of texts: token ids `[batch, seq] -> [batch, d_embed]`.
     pub fn encode_texts(&self, ids: Tensor<2, Int>) -> Tensor<2> {
         normalise(self.text.forward(ids, &Mask::Causal).embedding)
+    }
+
+    /// Scaled cosine similarities of unit vectors, `[images, texts]`.
+    pub fn logits(&self, images: Tensor<2>, texts: Tensor<2>) -> Tensor<2> {
+        images.matmul(texts.transpose()) * self.logit_scale.val().exp().unsqueeze()
     }
 }
 
@@ -289,3 +312,595 @@ pub fn normalise(x: Tensor<2>) -> Tensor<2> {
     let length = x.clone().square().sum_dim(1).sqrt();
     x / length
 }
+
+/// The public layouts of CLIP weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// `CLIPModel` of transformers: `config.json` with `model_type` `clip`.
+    Transformers,
+    /// open_clip: `open_clip_config.json`.
+    OpenClip,
+    /// OpenAI's state dictionary, without a configuration.
+    OpenAi,
+}
+
+impl Layout {
+    fn of(folder: &Folder, config: Option<&Config>) -> Option<Self> {
+        match config {
+            Some(config) if config.text("model_type") == Some("clip") => Some(Self::Transformers),
+            Some(config) if config.has("model_cfg") => Some(Self::OpenClip),
+            Some(_) => None,
+            None => {
+                let checkpoint = folder.checkpoint().ok()?;
+                let has = |key| checkpoint.entries().iter().any(|entry| entry.name == key);
+                (has("visual.conv1.weight") && has("token_embedding.weight")).then_some(Self::OpenAi)
+            }
+        }
+    }
+
+    /// The key map of the layout.
+    pub fn keys(self, vision: &VisionConfig) -> &'static KeyMap {
+        match (self, vision) {
+            (Self::Transformers, _) => &KEYS_TRANSFORMERS,
+            (_, VisionConfig::Vit(_)) => &KEYS_OPEN_CLIP_VIT,
+            (_, VisionConfig::ResNet(_)) => &KEYS_OPEN_CLIP_RESNET,
+        }
+    }
+}
+
+impl ClipConfig {
+    /// The configuration of a folder and the layout of its weights.
+    ///
+    /// # Errors
+    /// If the configuration is missing, malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<(Self, Layout), Error> {
+        let config = crate::registry::first_config(folder)?;
+        match Layout::of(folder, config.as_ref()).zip(config) {
+            Some((Layout::Transformers, config)) => Ok((transformers(&config)?, Layout::Transformers)),
+            Some((layout, config)) => Ok((open_clip(&config)?, layout)),
+            None => Ok((open_ai(folder.checkpoint()?.as_ref())?, Layout::OpenAi)),
+        }
+    }
+}
+
+/// `config.json` of transformers' `CLIPModel`; what it leaves out has the values of `CLIPConfig`.
+fn transformers(config: &Config) -> Result<ClipConfig, ConfigError> {
+    let vision = config.object_or_empty("vision_config")?;
+    let text = config.object_or_empty("text_config")?;
+    vision.only("num_channels", &["3"])?;
+    let blocks = |config: &Config, d_model, d_ff, n_heads| -> Result<TransformerConfig, ConfigError> {
+        let blocks = TransformerConfig {
+            d_model: config.size_or("hidden_size", d_model)?,
+            d_ff: config.size_or("intermediate_size", d_ff)?,
+            n_layers: config.size_or("num_hidden_layers", 12)?,
+            n_heads: config.size_or("num_attention_heads", n_heads)?,
+            activation: config.activation_or("hidden_act", Activation::QuickGelu)?,
+            layer_norm_eps: config.number_or("layer_norm_eps", 1e-5)?,
+        };
+        config.divides("num_attention_heads", blocks.n_heads, blocks.d_model)?;
+        Ok(blocks)
+    };
+    let vit = VitConfig {
+        image_size: vision.size_or("image_size", 224)?,
+        patch_size: vision.size_or("patch_size", 32)?,
+        transformer: blocks(&vision, 768, 3072, 12)?,
+    };
+    if vit.patch_size > vit.image_size {
+        return Err(vision.error("patch_size", "at most image_size"));
+    }
+    // The first uploads say 2 whatever the vocabulary: their end token has the highest id.
+    let pooling = match text.integer_or("eos_token_id", 49407)? {
+        2 => Pooling::HighestId,
+        id => Pooling::First(id),
+    };
+    Ok(ClipConfig {
+        vision: VisionConfig::Vit(vit),
+        text: TextConfig {
+            context_length: text.size_or("max_position_embeddings", 77)?,
+            vocab_size: text.size_or("vocab_size", 49408)?,
+            transformer: blocks(&text, 512, 2048, 8)?,
+            pooling,
+        },
+        d_embed: config.size_or("projection_dim", 512)?,
+    })
+}
+
+/// `open_clip_config.json`; what it leaves out has open_clip's defaults.
+fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
+    let model = config.object("model_cfg")?;
+    let (vision, text) = (model.object("vision_cfg")?, model.object("text_cfg")?);
+    known(&model, &["embed_dim", "vision_cfg", "text_cfg", "quick_gelu"])?;
+    for field in ["init_logit_scale", "custom_text", "multimodal_cfg", "init_logit_bias"] {
+        model.only(field, if field == "custom_text" { &["false"] } else { &[] })?;
+    }
+    let quick_gelu = model.flag_or("quick_gelu", false)?;
+    let activation = if quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
+    let blocks = |config: &Config, width, layers, n_heads| -> Result<TransformerConfig, ConfigError> {
+        let d_model: usize = config.size_or("width", width)?;
+        Ok(TransformerConfig {
+            d_model,
+            d_ff: (d_model as f64 * config.number_or("mlp_ratio", 4.0)?) as usize,
+            n_layers: layers,
+            n_heads,
+            activation,
+            layer_norm_eps: config.object_or_empty("norm_kwargs")?.number_or("eps", 1e-5)?,
+        })
+    };
+    let d_embed = model.size("embed_dim")?;
+    let image_size = vision.size_or("image_size", 224)?;
+    let head_width = vision.size_or("head_width", 64)?;
+    let width = vision.size_or("width", 768)?;
+    known(&vision, VISION_FIELDS)?;
+    vision.only("ls_init_value", &[])?;
+    vision.only("pool_type", &["\"tok\""])?;
+    vision.only("pos_embed_type", &["\"learnable\""])?;
+    for field in ["attentional_pool", "no_ln_pre", "final_ln_after_pool", "input_patchnorm"] {
+        vision.only(field, &["false"])?;
+    }
+    let vision_config = if let Some(layers) = vision.sizes("layers") {
+        let layers = <[usize; 4]>::try_from(layers).map_err(|_| vision.error("layers", "a number or four"))?;
+        vision.divides("head_width", head_width, width * 32)?;
+        if !image_size.is_multiple_of(32) || !width.is_multiple_of(2) {
+            return Err(vision.error("image_size", "a multiple of 32, with an even width"));
+        }
+        let n_heads = width * 32 / head_width;
+        VisionConfig::ResNet(ResNetConfig { image_size, width, layers, n_heads, d_embed })
+    } else {
+        vision.divides("head_width", head_width, width)?;
+        let patch_size = vision.size_or("patch_size", 16)?;
+        if patch_size > image_size {
+            return Err(vision.error("patch_size", "at most image_size"));
+        }
+        let layers = vision.size_or("layers", 12)?;
+        let transformer = blocks(&vision, 768, layers, width / head_width)?;
+        VisionConfig::Vit(VitConfig { image_size, patch_size, transformer })
+    };
+    known(&text, TEXT_FIELDS)?;
+    text.only("ls_init_value", &[])?;
+    for field in ["embed_cls", "no_causal_mask", "final_ln_after_pool", "proj_bias", "output_tokens"] {
+        text.only(field, &["false"])?;
+    }
+    text.only("proj_type", &["\"linear\""])?;
+    let n_heads = text.size_or("heads", 8)?;
+    let transformer = blocks(&text, 512, text.size_or("layers", 12)?, n_heads)?;
+    text.divides("heads", n_heads, transformer.d_model)?;
+    let pooling = match text.text("pool_type") {
+        None | Some("argmax") => Pooling::HighestId,
+        Some("eos") => Pooling::First(text.integer_or("eos_id", 2)?),
+        Some(_) => return Err(text.error("pool_type", "argmax or eos (others are not supported)")),
+    };
+    Ok(ClipConfig {
+        vision: vision_config,
+        text: TextConfig {
+            context_length: text.size_or("context_length", 77)?,
+            vocab_size: text.size_or("vocab_size", 49408)?,
+            transformer,
+            pooling,
+        },
+        d_embed,
+    })
+}
+
+/// Fields of `vision_cfg` that are read, checked, or without effect on a forward pass.
+const VISION_FIELDS: &[&str] = &[
+    "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "norm_kwargs", "ls_init_value",
+    "pool_type", "pos_embed_type", "attentional_pool", "no_ln_pre", "final_ln_after_pool", "input_patchnorm",
+    "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens",
+];
+/// The same of `text_cfg`.
+const TEXT_FIELDS: &[&str] = &[
+    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "ls_init_value",
+    "embed_cls", "no_causal_mask", "final_ln_after_pool", "proj_bias", "proj_type", "pool_type", "eos_id",
+    "pad_id", "output_tokens", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode",
+];
+
+/// Refuses settings that would change the numbers and are not built.
+fn known(config: &Config, fields: &[&str]) -> Result<(), ConfigError> {
+    let harmless = ["custom_text", "init_logit_scale", "init_logit_bias", "multimodal_cfg"];
+    match config.fields().find(|field| !fields.contains(field) && !harmless.contains(field)) {
+        Some(field) => Err(config.error(field, "no such setting (it is not supported)")),
+        None => Ok(()),
+    }
+}
+
+/// OpenAI's checkpoints say their sizes by their shapes; heads are 64 wide.
+fn open_ai(checkpoint: &dyn Checkpoint) -> Result<ClipConfig, Error> {
+    const HEAD_WIDTH: usize = 64;
+    let shape = |key: &str| -> Result<Vec<usize>, Error> {
+        let entry = checkpoint.entries().iter().find(|entry| entry.name == key);
+        match entry.filter(|entry| !entry.shape.is_empty() && !entry.shape.contains(&0)) {
+            Some(entry) => Ok(entry.shape.clone()),
+            None => Err(volary_weights::Error::NoTensor {
+                file: checkpoint.path().into(),
+                key: key.into(),
+                nearest: Vec::new(),
+            }
+            .into()),
+        }
+    };
+    let last = |key: &str| -> Result<usize, Error> { Ok(shape(key)?.last().copied().unwrap_or(1)) };
+    let first = |key: &str| -> Result<usize, Error> { Ok(shape(key)?[0]) };
+    let layers = |prefix: &str| {
+        let index = |name: &str| name.strip_prefix(prefix)?.split('.').next()?.parse::<usize>().ok();
+        checkpoint.entries().iter().filter_map(|entry| index(&entry.name)).max().map_or(0, |last| last + 1)
+    };
+    let blocks = |d_model: usize, n_layers: usize| TransformerConfig {
+        d_model,
+        d_ff: 4 * d_model,
+        n_layers,
+        n_heads: (d_model / HEAD_WIDTH).max(1),
+        activation: Activation::QuickGelu,
+        layer_norm_eps: 1e-5,
+    };
+    let d_embed = last("text_projection")?;
+    let root = |positions: usize| ((positions.saturating_sub(1)) as f64).sqrt().round() as usize;
+    let vision = if shape("visual.proj").is_ok() {
+        let patch_size = last("visual.conv1.weight")?;
+        VisionConfig::Vit(VitConfig {
+            image_size: root(first("visual.positional_embedding")?) * patch_size,
+            patch_size,
+            transformer: blocks(first("visual.conv1.weight")?, layers("visual.transformer.resblocks.")),
+        })
+    } else {
+        let width = first("visual.layer1.0.conv1.weight")?;
+        VisionConfig::ResNet(ResNetConfig {
+            image_size: root(first("visual.attnpool.positional_embedding")?) * 32,
+            width,
+            layers: [1, 2, 3, 4].map(|stage| layers(&format!("visual.layer{stage}."))),
+            n_heads: (width * 32 / HEAD_WIDTH).max(1),
+            d_embed,
+        })
+    };
+    let d_text = last("token_embedding.weight")?;
+    Ok(ClipConfig {
+        vision,
+        text: TextConfig {
+            context_length: first("positional_embedding")?,
+            vocab_size: first("token_embedding.weight")?,
+            transformer: blocks(d_text, layers("transformer.resblocks.")),
+            pooling: Pooling::HighestId,
+        },
+        d_embed,
+    })
+}
+
+const BLOCK_TRANSFORMERS: &[Rule] = &[
+    Rename("layer_norm1.weight", "norm1.weight"),
+    Rename("layer_norm1.bias", "norm1.bias"),
+    Rename("self_attn.q_proj.weight", "attention.query.weight"),
+    Rename("self_attn.q_proj.bias", "attention.query.bias"),
+    Rename("self_attn.k_proj.weight", "attention.key.weight"),
+    Rename("self_attn.k_proj.bias", "attention.key.bias"),
+    Rename("self_attn.v_proj.weight", "attention.value.weight"),
+    Rename("self_attn.v_proj.bias", "attention.value.bias"),
+    Rename("self_attn.out_proj.weight", "attention.output.weight"),
+    Rename("self_attn.out_proj.bias", "attention.output.bias"),
+    Rename("layer_norm2.weight", "norm2.weight"),
+    Rename("layer_norm2.bias", "norm2.bias"),
+    Rename("mlp.fc1.weight", "mlp.up.weight"),
+    Rename("mlp.fc1.bias", "mlp.up.bias"),
+    Rename("mlp.fc2.weight", "mlp.down.weight"),
+    Rename("mlp.fc2.bias", "mlp.down.bias"),
+];
+
+/// Keys of transformers' `CLIPModel`.
+pub const KEYS_TRANSFORMERS: KeyMap = KeyMap::new(&[
+    Reshape("logit_scale", "logit_scale", Ones::Scalar),
+    Rename("visual_projection.weight", "vision.Vit.projection.weight"),
+    Rename("text_projection.weight", "text.projection.weight"),
+    Under(
+        "vision_model.",
+        "vision.Vit.",
+        &[
+            Rename("embeddings.class_embedding", "class_token"),
+            Rename("embeddings.patch_embedding.weight", "patches.weight"),
+            Rename("embeddings.position_embedding.weight", "positions.weight"),
+            Ignore("embeddings.position_ids"),
+            Rename("pre_layrnorm.weight", "pre_norm.weight"),
+            Rename("pre_layrnorm.bias", "pre_norm.bias"),
+            Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
+            Rename("post_layernorm.weight", "post_norm.weight"),
+            Rename("post_layernorm.bias", "post_norm.bias"),
+        ],
+    ),
+    Under(
+        "text_model.",
+        "text.",
+        &[
+            Rename("embeddings.token_embedding.weight", "tokens.weight"),
+            Rename("embeddings.position_embedding.weight", "positions.weight"),
+            Ignore("embeddings.position_ids"),
+            Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
+            Rename("final_layer_norm.weight", "final_norm.weight"),
+            Rename("final_layer_norm.bias", "final_norm.bias"),
+        ],
+    ),
+]);
+
+const BLOCK_OPEN_CLIP: &[Rule] = &[
+    Rename("ln_1.weight", "norm1.weight"),
+    Rename("ln_1.bias", "norm1.bias"),
+    Split("attn.in_proj_weight", &["attention.query.weight", "attention.key.weight", "attention.value.weight"]),
+    Split("attn.in_proj_bias", &["attention.query.bias", "attention.key.bias", "attention.value.bias"]),
+    Rename("attn.out_proj.weight", "attention.output.weight"),
+    Rename("attn.out_proj.bias", "attention.output.bias"),
+    Rename("ln_2.weight", "norm2.weight"),
+    Rename("ln_2.bias", "norm2.bias"),
+    Rename("mlp.c_fc.weight", "mlp.up.weight"),
+    Rename("mlp.c_fc.bias", "mlp.up.bias"),
+    Rename("mlp.c_proj.weight", "mlp.down.weight"),
+    Rename("mlp.c_proj.bias", "mlp.down.bias"),
+];
+
+const BATCH_NORM: &[Rule] = &[
+    Rename("weight", "weight"),
+    Rename("bias", "bias"),
+    Rename("running_mean", "running_mean"),
+    Rename("running_var", "running_var"),
+    Ignore("num_batches_tracked"),
+];
+
+const BOTTLENECK: &[Rule] = &[
+    Reshape("conv1.weight", "conv1.weight", Ones::After(2)),
+    Under("bn1.", "bn1.", BATCH_NORM),
+    Rename("conv2.weight", "conv2.weight"),
+    Under("bn2.", "bn2.", BATCH_NORM),
+    Reshape("conv3.weight", "conv3.weight", Ones::After(2)),
+    Under("bn3.", "bn3.", BATCH_NORM),
+    Reshape("downsample.0.weight", "shortcut.conv.weight", Ones::After(2)),
+    Under("downsample.1.", "shortcut.bn.", BATCH_NORM),
+];
+
+/// What open_clip and OpenAI name alike in both kinds of towers.
+const TEXT_OPEN_CLIP: &[Rule] = &[
+    Reshape("logit_scale", "logit_scale", Ones::Scalar),
+    Rename("token_embedding.weight", "text.tokens.weight"),
+    Rename("positional_embedding", "text.positions.weight"),
+    Under("transformer.resblocks.{}.", "text.blocks.{}.", BLOCK_OPEN_CLIP),
+    Rename("ln_final.weight", "text.final_norm.weight"),
+    Rename("ln_final.bias", "text.final_norm.bias"),
+    Transpose("text_projection", "text.projection.weight"),
+    Ignore("attn_mask"),
+    Ignore("input_resolution"),
+    Ignore("context_length"),
+    Ignore("vocab_size"),
+];
+
+/// Keys of open_clip and OpenAI with a vision transformer.
+pub const KEYS_OPEN_CLIP_VIT: KeyMap = KeyMap::new(&[
+    Under("", "", TEXT_OPEN_CLIP),
+    Under(
+        "visual.",
+        "vision.Vit.",
+        &[
+            Rename("class_embedding", "class_token"),
+            Rename("conv1.weight", "patches.weight"),
+            Rename("positional_embedding", "positions.weight"),
+            Rename("ln_pre.weight", "pre_norm.weight"),
+            Rename("ln_pre.bias", "pre_norm.bias"),
+            Under("transformer.resblocks.{}.", "blocks.{}.", BLOCK_OPEN_CLIP),
+            Rename("ln_post.weight", "post_norm.weight"),
+            Rename("ln_post.bias", "post_norm.bias"),
+            Transpose("proj", "projection.weight"),
+        ],
+    ),
+]);
+
+/// Keys of open_clip and OpenAI with a convolutional tower.
+pub const KEYS_OPEN_CLIP_RESNET: KeyMap = KeyMap::new(&[
+    Under("", "", TEXT_OPEN_CLIP),
+    Under(
+        "visual.",
+        "vision.ResNet.",
+        &[
+            Rename("conv1.weight", "conv1.weight"),
+            Under("bn1.", "bn1.", BATCH_NORM),
+            Rename("conv2.weight", "conv2.weight"),
+            Under("bn2.", "bn2.", BATCH_NORM),
+            Rename("conv3.weight", "conv3.weight"),
+            Under("bn3.", "bn3.", BATCH_NORM),
+            Under("layer1.{}.", "stages.0.blocks.{}.", BOTTLENECK),
+            Under("layer2.{}.", "stages.1.blocks.{}.", BOTTLENECK),
+            Under("layer3.{}.", "stages.2.blocks.{}.", BOTTLENECK),
+            Under("layer4.{}.", "stages.3.blocks.{}.", BOTTLENECK),
+            Rename("attnpool.positional_embedding", "pool.positions"),
+            Rename("attnpool.q_proj.weight", "pool.query.weight"),
+            Rename("attnpool.q_proj.bias", "pool.query.bias"),
+            Rename("attnpool.k_proj.weight", "pool.key.weight"),
+            Rename("attnpool.k_proj.bias", "pool.key.bias"),
+            Rename("attnpool.v_proj.weight", "pool.value.weight"),
+            Rename("attnpool.v_proj.bias", "pool.value.bias"),
+            Rename("attnpool.c_proj.weight", "pool.output.weight"),
+            Rename("attnpool.c_proj.bias", "pool.output.bias"),
+        ],
+    ),
+]);
+
+/// CLIP as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "clip",
+    about: "two towers for pictures and text whose embeddings meet",
+    file: "models/clip.rs",
+    tasks: &["classify", "embed", "search", "forward"],
+    proved: &["clip", "clip_gelu", "open_clip_vit"],
+    presets: PRESETS,
+    recognises: |folder, config| Layout::of(folder, config).is_some(),
+    describe: |folder| {
+        let (config, layout) = ClipConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), layout.keys(&config.vision))
+    },
+    open: |folder, options, device| {
+        let (config, layout) = ClipConfig::of(folder)?;
+        let model = config.load(folder, layout, options, device)?;
+        Ok(Box::new(Runner { model, config, layout, device: device.clone() }))
+    },
+};
+
+impl ClipConfig {
+    /// The model filled with the folder's weights.
+    ///
+    /// # Errors
+    /// If they cannot be read or do not fit.
+    pub fn load(
+        &self,
+        folder: &Folder,
+        layout: Layout,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<ClipModel, Error> {
+        fill(folder, self.init(device), layout.keys(&self.vision), options)
+    }
+
+    /// Side of the square pictures that the model sees, in pixels.
+    pub fn image_size(&self) -> usize {
+        match &self.vision {
+            VisionConfig::Vit(vit) => vit.image_size,
+            VisionConfig::ResNet(resnet) => resnet.image_size,
+        }
+    }
+}
+
+/// A CLIP behind the forward contract.
+struct Runner {
+    model: ClipModel,
+    config: ClipConfig,
+    layout: Layout,
+    device: Device,
+}
+
+impl Forward for Runner {
+    /// `pixel_values`, `input_ids` and `attention_mask` for transformers' layout; `image` and `text` for the
+    /// others.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let (size, text) = (self.config.image_size(), &self.config.text);
+        let of_transformers = self.layout == Layout::Transformers;
+        let names = if of_transformers { ("pixel_values", "input_ids") } else { ("image", "text") };
+        let pixels = inputs.float::<4>(names.0);
+        let ids = inputs.ids::<2>(names.1, text.vocab_size);
+        let mask = if of_transformers { inputs.mask("attention_mask") } else { None };
+        if let Some([_, channels, height, width]) = pixels.as_ref().map(Tensor::dims)
+            && [channels, height, width] != [3, size, size]
+        {
+            let found = [channels, height, width];
+            inputs.problem(format!("`{}` has pictures of {found:?}, expected [3, {size}, {size}]", names.0));
+        }
+        let seq = ids.as_ref().map_or(0, |ids| ids.dims()[1]);
+        if seq > text.context_length {
+            inputs.problem(format!("`{}` has {seq} tokens a row, at most {} fit", names.1, text.context_length));
+        }
+        if let (Some(ids), Some(mask)) = (&ids, &mask)
+            && ids.dims() != mask.dims()
+        {
+            let (mask, ids) = (mask.dims(), ids.dims());
+            inputs.problem(format!("`attention_mask` is {mask:?}, `input_ids` {ids:?}"));
+        }
+        inputs.missing(names.0);
+        inputs.missing(names.1);
+        inputs.finish()?;
+        let (Some(pixels), Some(ids)) = (pixels, ids) else {
+            return Err(Error::Input { system: "clip", problems: vec!["an input is missing".into()] });
+        };
+
+        let mask = match mask {
+            Some(real) => Mask::All(vec![Mask::Causal, Mask::Padding(real)]),
+            None => Mask::Causal,
+        };
+        let vision = self.model.vision.forward(pixels.to_device(&self.device));
+        let text = self.model.text.forward(ids.to_device(&self.device), &mask);
+        let (images, texts) = (normalise(vision.embedding.clone()), normalise(text.embedding.clone()));
+        let logits = self.model.logits(images.clone(), texts.clone());
+        let mut outputs = vec![
+            output("logits_per_image", logits.clone()),
+            output("logits_per_text", logits.transpose()),
+        ];
+        if of_transformers {
+            outputs.extend([
+                output("image_embeds", images),
+                output("text_embeds", texts),
+                output("vision_model_output.pooler_output", vision.embedding),
+                output("text_model_output.pooler_output", text.embedding),
+            ]);
+            for (name, hidden) in [("vision", vision.hidden), ("text", text.hidden)] {
+                outputs.extend(hidden.map(|hidden| output(&format!("{name}_model_output.last_hidden_state"), hidden)));
+            }
+        } else {
+            outputs.extend([output("image_features", vision.embedding), output("text_features", text.embedding)]);
+        }
+        Ok(outputs)
+    }
+}
+
+/// The MLP of every published CLIP is four times as wide as the model.
+const fn blocks(d_model: usize, n_layers: usize, activation: Activation) -> TransformerConfig {
+    TransformerConfig {
+        d_model,
+        d_ff: 4 * d_model,
+        n_layers,
+        n_heads: d_model / 64,
+        activation,
+        layer_norm_eps: 1e-5,
+    }
+}
+
+const fn text(d_model: usize, n_layers: usize, activation: Activation) -> TextConfig {
+    let transformer = blocks(d_model, n_layers, activation);
+    TextConfig { context_length: 77, vocab_size: 49408, transformer, pooling: Pooling::HighestId }
+}
+
+const fn vit(image_size: usize, patch_size: usize, transformer: TransformerConfig) -> VisionConfig {
+    VisionConfig::Vit(VitConfig { image_size, patch_size, transformer })
+}
+
+const fn openai_vit(image_size: usize, patch_size: usize, widths: [usize; 2], n_layers: usize) -> Shape {
+    use Activation::QuickGelu;
+    Shape::Clip(ClipConfig {
+        vision: vit(image_size, patch_size, blocks(widths[0], n_layers, QuickGelu)),
+        text: text(widths[1], 12, QuickGelu),
+        d_embed: widths[1],
+    })
+}
+
+const fn openai_resnet(image_size: usize, width: usize, layers: [usize; 4], d_text: usize, d_embed: usize) -> Shape {
+    let n_heads = width * 32 / 64;
+    Shape::Clip(ClipConfig {
+        vision: VisionConfig::ResNet(ResNetConfig { image_size, width, layers, n_heads, d_embed }),
+        text: text(d_text, 12, Activation::QuickGelu),
+        d_embed,
+    })
+}
+
+/// open_clip's larger towers: heads of another width, and exact GELU.
+const fn laion(width: usize, n_layers: usize, n_heads: usize, d_ff: usize, text_width: usize, text_layers: usize, d_embed: usize) -> Shape {
+    let transformer = TransformerConfig { d_ff, n_heads, ..blocks(width, n_layers, Activation::Gelu) };
+    Shape::Clip(ClipConfig {
+        vision: vit(224, 14, transformer),
+        text: text(text_width, text_layers, Activation::Gelu),
+        d_embed,
+    })
+}
+
+const fn openai(name: &'static str, shape: Shape, parameters: usize) -> Preset {
+    let (weights, license) = (Weights::Hub, "MIT");
+    Preset { name, shape, weights, license, parameters, source: "sum over OpenAI's state dictionary" }
+}
+
+const fn laion_preset(name: &'static str, shape: Shape, parameters: usize) -> Preset {
+    let (weights, license) = (Weights::Hub, "MIT");
+    Preset { name, shape, weights, license, parameters, source: "open_clip's model_profile.csv (in millions)" }
+}
+
+/// Published sizes.
+pub const PRESETS: &[Preset] = &[
+    openai("openai/clip-vit-base-patch32", openai_vit(224, 32, [768, 512], 12), 151_277_313),
+    openai("openai/clip-vit-base-patch16", openai_vit(224, 16, [768, 512], 12), 149_620_737),
+    openai("openai/clip-vit-large-patch14", openai_vit(224, 14, [1024, 768], 24), 427_616_513),
+    openai("openai/clip-vit-large-patch14-336", openai_vit(336, 14, [1024, 768], 24), 427_944_193),
+    openai("timm/resnet50_clip.openai", openai_resnet(224, 64, [3, 4, 6, 3], 512, 1024), 102_007_137),
+    openai("timm/resnet101_clip.openai", openai_resnet(224, 64, [3, 4, 23, 3], 512, 512), 119_688_033),
+    openai("timm/resnet50x4_clip.openai", openai_resnet(288, 80, [4, 6, 10, 6], 640, 640), 178_300_601),
+    openai("timm/resnet50x16_clip.openai", openai_resnet(384, 96, [6, 8, 18, 8], 768, 768), 290_979_217),
+    openai("timm/resnet50x64_clip.openai", openai_resnet(448, 128, [3, 15, 36, 10], 1024, 1024), 623_258_305),
+    laion_preset("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", laion(1280, 32, 16, 5120, 1024, 24, 1024), 986_109_441),
+    laion_preset("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", laion(1408, 40, 16, 6144, 1024, 24, 1024), 1_366_678_273),
+    laion_preset("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", laion(1664, 48, 16, 8192, 1280, 32, 1280), 2_539_567_362),
+];

@@ -1,5 +1,19 @@
 //! Volary: a multimodal model zoo on Burn.
 
+pub mod bert;
 pub mod clip;
-#[cfg(feature = "train")]
-pub mod train;
+pub mod config;
+pub mod device;
+mod error;
+pub mod folder;
+pub mod index;
+pub mod preset;
+pub mod pretrained;
+pub mod recipe;
+pub mod registry;
+pub mod tensors;
+pub mod vit;
+pub mod vocabulary;
+
+pub use error::Error;
+pub use pretrained::Clip;

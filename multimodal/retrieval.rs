@@ -1,7 +1,7 @@
 //! How well queries find their counterparts.
 
 /// The share of queries whose counterpart is among the best `k` candidates.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Recall {
     /// Among the first.
     pub at_1: f64,

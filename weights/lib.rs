@@ -43,5 +43,5 @@ mod testing;
 pub use error::{Error, Problem};
 pub use format::{Checkpoint, Dtype, Entry, open};
 pub use load::{Kind, LoadOptions, NotFinite, Parameter, check, load, parameters};
-pub use rule::{KeyMap, Rule};
+pub use rule::{KeyMap, Ones, Rule};
 pub use save::{read_tensors, save, save_tensors};

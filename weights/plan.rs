@@ -242,10 +242,10 @@ impl<'a> Planner<'a> {
                 let [.., rows, cols] = first.shape[..] else { return Err(mismatch(first, expected)) };
                 Ok(Source { transpose: Some((rows, cols)), ..run(first, 0..elements(first)) })
             }
-            Rule::Reshape(..) => {
+            Rule::Reshape(_, _, ones) => {
                 let squeeze =
                     |shape: &[usize]| shape.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
-                fit(squeeze(&first.shape) == squeeze(wanted), wanted)?;
+                fit(squeeze(&first.shape) == squeeze(wanted), &ones.stored(wanted))?;
                 Ok(run(first, 0..elements(first)))
             }
             Rule::Rename(..) | Rule::Ignore(..) | Rule::Under(..) => {

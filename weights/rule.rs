@@ -18,14 +18,36 @@ pub enum Rule {
     Concat(&'static [&'static str], &'static str),
     /// `(key, path)`: the last two dimensions are swapped.
     Transpose(&'static str, &'static str),
-    /// `(key, path)`: the shapes agree but for dimensions of size 1, as `[1, n, d]` and `[n, d]`. Saving writes the
-    /// module's shape.
-    Reshape(&'static str, &'static str),
+    /// `(key, path, ones)`: the checkpoint's shape has dimensions of size 1 that the module's lacks, as `[1, n, d]` for
+    /// `[n, d]`. Any number of them loads; saving writes those of `ones`.
+    Reshape(&'static str, &'static str, Ones),
     /// `(key)`: a tensor that the module has no use for: a constant buffer, an unused head, the second copy of a tied
     /// weight.
     Ignore(&'static str),
     /// `(key prefix, path prefix, rules)`: the rules of a part, e.g. of an image tower inside a two-tower model.
     Under(&'static str, &'static str, &'static [Rule]),
+}
+
+/// Where a checkpoint's tensor has dimensions of size 1 that the module's lacks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ones {
+    /// So many before the module's: a position table `[1, n, d]` for `[n, d]`.
+    Before(usize),
+    /// So many after the module's: a 1x1 convolution `[out, in, 1, 1]` for `[out, in]`.
+    After(usize),
+    /// The other way round: a scalar `[]` for `[1]`.
+    Scalar,
+}
+
+impl Ones {
+    /// The checkpoint's shape for the module's `shape`.
+    pub(crate) fn stored(self, shape: &[usize]) -> Vec<usize> {
+        match self {
+            Ones::Before(count) => [&vec![1; count], shape].concat(),
+            Ones::After(count) => [shape, &vec![1; count]].concat(),
+            Ones::Scalar => Vec::new(),
+        }
+    }
 }
 
 /// Why a rule cannot be followed.
@@ -127,7 +149,7 @@ fn flatten(rules: &[Rule], key_prefix: &str, path_prefix: &str, lines: &mut Vec<
                 .map_err(|reason| Error::Rule { rule, reason })
         };
         lines.push(match rule {
-            Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path) => {
+            Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path, _) => {
                 line(&[key], &[path])?
             }
             Rule::Split(key, paths) => line(&[key], paths)?,

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
 use crate::format::Memory;
-use crate::rule::{KeyMap, Rule};
+use crate::rule::{KeyMap, Ones, Rule};
 
 /// A file of a fixture folder.
 pub fn fixture(name: &str) -> PathBuf {
@@ -92,7 +92,7 @@ pub const KEYS: KeyMap = KeyMap::new(&[
             Rule::Ignore("attn.bias"),
         ],
     ),
-    Rule::Reshape("pos_embed", "pos"),
+    Rule::Reshape("pos_embed", "pos", Ones::Before(1)),
     Rule::Concat(&["upper", "lower"], "stacked"),
     Rule::Rename("position_ids", "ids"),
     Rule::Rename("mask", "mask"),

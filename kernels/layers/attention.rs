@@ -161,3 +161,6 @@ fn store(buffer: &mut Option<Tensor<4>>, new: Tensor<4>, at: usize, capacity: us
     *buffer = Some(held.clone());
     held.narrow(2, 0, at + seq)
 }
+
+#[cfg(test)]
+mod tests;

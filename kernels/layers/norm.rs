@@ -1,5 +1,5 @@
 use burn::module::{Initializer, Module, Param, RunningState};
-use burn::tensor::{Device, Tensor, module};
+use burn::tensor::{DType, Device, Tensor, module};
 
 /// `(x - mean) / √(variance + eps) * weight + bias` over the last axis (Ba et al. 2016).
 #[derive(Module, Debug)]
@@ -39,16 +39,25 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// The identity scale over `d_model` channels.
     pub fn new(d_model: usize, eps: f64, device: &Device) -> Self {
-        Self {
-            weight: Initializer::Ones.init([d_model], device),
-            eps,
-        }
+        Self { weight: Initializer::Ones.init([d_model], device), eps }
     }
 
     /// `[..., d_model] -> [..., d_model]`.
+    ///
+    /// Half precision is normalised in f32, where the squares do not overflow, and rounded at the end.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match x.dtype() {
+            dtype @ (DType::F16 | DType::BF16) => {
+                let weight = self.weight.val().cast(DType::F32);
+                self.normalise(x.cast(DType::F32), weight).cast(dtype)
+            }
+            _ => self.normalise(x, self.weight.val()),
+        }
+    }
+
+    fn normalise<const D: usize>(&self, x: Tensor<D>, weight: Tensor<1>) -> Tensor<D> {
         let mean_square = x.clone().square().mean_dim(D - 1);
-        x / (mean_square + self.eps).sqrt() * self.weight.val().unsqueeze()
+        x / (mean_square + self.eps).sqrt() * weight.unsqueeze()
     }
 }
 
@@ -103,11 +112,7 @@ impl BatchNorm {
         let variance = centred.clone().square().mean_dim(0); // [1, channels]
         let unbiased = rows as f64 / (rows.max(2) - 1) as f64;
         blend(&self.running_mean, mean.detach().reshape([channels]), Self::MOMENTUM);
-        blend(
-            &self.running_var,
-            variance.clone().detach().reshape([channels]) * unbiased,
-            Self::MOMENTUM,
-        );
+        blend(&self.running_var, variance.clone().detach().reshape([channels]) * unbiased, Self::MOMENTUM);
         let scale = self.weight.val().unsqueeze() * (variance + self.eps).sqrt().recip();
         centred * scale + self.bias.val().unsqueeze()
     }
@@ -117,3 +122,6 @@ fn blend(running: &RunningState<Tensor<1>>, new: Tensor<1>, momentum: f64) {
     let old = running.value_sync().to_device(&new.device());
     running.update((old * (1.0 - momentum) + new * momentum).detach());
 }
+
+#[cfg(test)]
+mod tests;

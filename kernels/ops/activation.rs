@@ -1,4 +1,4 @@
-use burn::tensor::{Tensor, activation};
+use burn::tensor::{DType, Tensor, activation};
 
 /// A pointwise non-linearity, named as checkpoints' configurations name it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -59,8 +59,11 @@ impl Activation {
     }
 }
 
-/// `x / 2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
+/// `x / 2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`; half precision in f32, as `1 + tanh` cancels for negative `x`.
 fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if let dtype @ (DType::F16 | DType::BF16) = x.dtype() {
+        return gelu_tanh(x.cast(DType::F32)).cast(dtype);
+    }
     let cubic = x.clone() + x.clone().powi_scalar(3) * 0.044715;
     let gate = (cubic * (2.0 / core::f64::consts::PI).sqrt()).tanh() + 1.0;
     x * gate * 0.5
@@ -69,12 +72,22 @@ fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, TensorData, Tolerance};
+    use crate::testing::{assert_close, assert_gradient, floats, tensor};
+    use burn::tensor::Device;
+
+    const ALL: [Activation; 6] = [
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::QuickGelu,
+        Activation::Silu,
+        Activation::Relu,
+        Activation::Tanh,
+    ];
 
     /// Values of `torch.nn.functional` at -3, -1, 0, 0.5 and 2.
     #[test]
     fn literals() {
-        let x = Tensor::<1>::from_floats([-3.0, -1.0, 0.0, 0.5, 2.0], &Device::flex());
+        let x = tensor([5], &[-3.0, -1.0, 0.0, 0.5, 2.0], &Device::flex());
         let cases = [
             (Activation::Gelu, [-0.00404969, -0.15865526, 0.0, 0.34573123, 1.9544997]),
             (Activation::GeluTanh, [-0.00363739, -0.158808, 0.0, 0.345714, 1.9545977]),
@@ -84,10 +97,32 @@ mod tests {
             (Activation::Tanh, [-0.9950548, -0.7615942, 0.0, 0.46211717, 0.9640276]),
         ];
         for (activation, expected) in cases {
-            activation.forward(x.clone()).into_data().assert_approx_eq::<f32>(
-                &TensorData::from(expected),
-                Tolerance::absolute(2e-6),
-            );
+            assert_close(activation.forward(x.clone()), &expected, 2e-6);
+        }
+    }
+
+    #[test]
+    fn half_precision_is_within_rounding_of_f32() {
+        let x = tensor([9], &[-60.0, -5.0, -3.0, -1.0, -0.25, 0.0, 0.5, 2.0, 60.0], &Device::flex());
+        for (dtype, tolerance) in [(DType::F16, 5e-3), (DType::BF16, 4e-2)] {
+            for activation in ALL {
+                let expected = floats(activation.forward(x.clone()));
+                let found = floats(activation.forward(x.clone().cast(dtype)));
+                for (found, expected) in found.iter().zip(&expected) {
+                    let error = (found - expected).abs();
+                    assert!(
+                        error <= tolerance * expected.abs() + 1e-7,
+                        "{activation:?} {dtype:?}: {found} for {expected}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        for activation in ALL {
+            assert_gradient(|x| activation.forward(x), [5], &[-3.0, -1.0, -0.2, 0.5, 2.0]);
         }
     }
 

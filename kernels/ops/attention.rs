@@ -11,11 +11,12 @@ pub enum Mask {
     Full,
     /// The keys up to the query's own position.
     Causal,
-    /// Causal, and besides every query of row `b` sees the first `prefix[b]` keys; `[batch]` lengths.
+    /// Causal, and besides every query of row `b` sees the first `prefix[b]` keys; one length per row.
     Prefix(Vec<usize>),
     /// Keys that are real tokens (`true`); `[batch, keys]`.
     Padding(Tensor<2, Bool>),
-    /// Added to the scores before the softmax; `[batch or 1, heads or 1, queries, keys]`.
+    /// Added to the scores before the softmax, in their dtype; `[batch, heads, queries, keys]`, where any axis
+    /// may be 1.
     Bias(Tensor<4>),
     /// All of these at once: a key must be allowed by each, and biases add up.
     All(Vec<Mask>),
@@ -31,7 +32,9 @@ pub enum Mask {
 /// Returns `[batch, heads, queries, d_head]`. A query that may attend to no key gets zeros.
 ///
 /// # Panics
-/// If `heads` is not a multiple of `kv_heads`, or the mask's shape does not fit.
+/// - If `key` or `value` does not fit `query`, or `heads` is not a multiple of `kv_heads`.
+/// - If [`Mask::Prefix`] has not one length per row, [`Mask::Padding`] is not `[batch, keys]`, or an axis of
+///   [`Mask::Bias`] is neither 1 nor that of the scores.
 pub fn attention(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -39,23 +42,32 @@ pub fn attention(
     mask: &Mask,
     scale: Option<f64>,
 ) -> Tensor<4> {
-    let [batch, heads, queries, _] = query.dims();
+    let [batch, heads, queries, d_head] = query.dims();
     let [_, kv_heads, keys, _] = key.dims();
+    assert_eq!(
+        key.dims(),
+        [batch, kv_heads, keys, d_head],
+        "keys (left) share batch and d_head with the queries {:?}",
+        query.dims()
+    );
+    assert_eq!(
+        value.dims()[..3],
+        [batch, kv_heads, keys],
+        "values (left) share batch, heads and length with the keys {:?}",
+        key.dims()
+    );
     assert!(
         kv_heads > 0 && heads.is_multiple_of(kv_heads),
         "{heads} query heads do not divide into {kv_heads} key-value heads"
     );
     let mut resolved = Resolved::default();
     resolved.add(mask, [batch, heads, queries, keys], &query.device());
-    let options = AttentionModuleOptions {
-        scale,
-        is_causal: resolved.causal,
-        ..Default::default()
-    };
+    let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
-    scaled_dot_product(query, key, value, resolved.hidden, resolved.bias, options)
+    let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
+    scaled_dot_product(query, key, value, resolved.hidden, bias, options)
 }
 
 /// Repeats every head `times` times in a row: `[batch, heads, seq, d] -> [batch, heads * times, seq, d]`.
@@ -64,9 +76,8 @@ fn repeat_heads(x: Tensor<4>, times: usize) -> Tensor<4> {
         return x;
     }
     let [batch, heads, seq, d_head] = x.dims();
-    x.unsqueeze_dim::<5>(2)
-        .expand([batch, heads, times, seq, d_head])
-        .reshape([batch, heads * times, seq, d_head])
+    let x = x.unsqueeze_dim::<5>(2).expand([batch, heads, times, seq, d_head]);
+    x.reshape([batch, heads * times, seq, d_head])
 }
 
 /// A mask in the three forms that the kernel takes.
@@ -85,7 +96,7 @@ impl Resolved {
             Mask::Full => {}
             Mask::Causal => self.causal = true,
             Mask::Prefix(prefix) => {
-                assert_eq!(prefix.len(), batch, "one prefix length per row of the batch");
+                assert_eq!(prefix.len(), batch, "a prefix mask has one length (left) per row of the batch");
                 let lengths: Vec<i64> = prefix.iter().map(|&length| length as i64).collect();
                 let lengths = Tensor::<1, Int>::from_ints(lengths.as_slice(), device);
                 let key = Tensor::<1, Int>::arange(0..keys as i64, device);
@@ -108,10 +119,15 @@ impl Resolved {
                 );
             }
             Mask::Padding(real) => {
-                assert_eq!(real.dims(), [batch, keys], "padding mask is [batch, keys]");
+                assert_eq!(real.dims(), [batch, keys], "a padding mask (left) is [batch, keys]");
                 self.hide(real.clone().bool_not().reshape([batch, 1, 1, keys]), shape);
             }
             Mask::Bias(bias) => {
+                assert!(
+                    bias.dims().iter().zip(shape).all(|(&axis, wanted)| axis == 1 || axis == wanted),
+                    "a bias of {:?} does not fit scores [batch, heads, queries, keys] of {shape:?}",
+                    bias.dims()
+                );
                 let bias = bias.clone().expand(shape);
                 self.bias = Some(match self.bias.take() {
                     Some(sum) => sum + bias,
@@ -130,3 +146,6 @@ impl Resolved {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

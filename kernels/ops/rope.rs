@@ -65,6 +65,7 @@ pub struct GridRopeConfig {
 
 /// Where in the table the tokens of a sequence stand.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one is made per forward pass, and never stored in numbers")]
 pub enum Positions {
     /// Every row of the batch stands at this position and those that follow.
     From(usize),
@@ -172,8 +173,7 @@ impl Rope {
             }
             Pairing::Interleaved => {
                 let x = x.reshape([batch, heads, seq, pairs, 2]);
-                let (a, b) =
-                    turn(x.clone().narrow(4, 0, 1).squeeze_dim(4), x.narrow(4, 1, 1).squeeze_dim(4));
+                let (a, b) = turn(x.clone().narrow(4, 0, 1).squeeze_dim(4), x.narrow(4, 1, 1).squeeze_dim(4));
                 Tensor::stack::<5>(vec![a, b], 4).reshape([batch, heads, seq, d_rot])
             }
         };

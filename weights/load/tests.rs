@@ -105,7 +105,7 @@ fn a_check_finds_the_same_without_reading_a_tensor() {
     tensors[0] = floats("pos_embed", &[1, 4, 4], [f32::NAN; 16]);
     let checkpoint = checkpoint(&tensors);
     let found = check(&Tiny::new(&Device::flex()), &checkpoint, &KEYS, &LoadOptions::default()).unwrap();
-    let (key, expected, found_shape) = ("pos_embed".to_owned(), vec![3, 4], vec![1, 4, 4]);
+    let (key, expected, found_shape) = ("pos_embed".to_owned(), vec![1, 3, 4], vec![1, 4, 4]);
     assert_eq!(found, [Problem::Shape { key, expected, found: found_shape }]);
 }
 

@@ -49,8 +49,6 @@ fn saving_undoes_loading() {
         .filter(|tensor| !tensor.key.starts_with("cls.") && !tensor.key.ends_with("attn.bias"))
         .map(|tensor| (tensor.key, tensor.shape, tensor.bytes))
         .collect();
-    let pos = expected.iter_mut().find(|(key, ..)| key == "pos_embed").unwrap();
-    pos.1 = vec![3, 4]; // a reshape is saved in the module's shape
     expected.sort();
     assert_eq!(entries(&first), expected);
 

@@ -16,13 +16,16 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use volary_multimodal::contrastive::{bank_cross_entropy, info_nce};
-use volary_multimodal::retrieval::{Recall, recall};
 use volary_text::tokenizer::{Tokenizer, TokenizerError};
+use volary_vision::preprocess::Preprocessor;
 
-use super::augment::{augment, plain};
+use super::augment::augment;
 use super::curve;
-use super::data::{EmojiData, Language};
-use crate::clip::{Clip, ClipConfig};
+use super::data::{EmojiData, Gallery, Language};
+use super::evaluate::{evaluate, table};
+use crate::clip::{ClipConfig, ClipModel};
+use crate::error::Error;
+use crate::pretrained::Clip;
 
 /// The settings of a run; written beside its checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -104,6 +107,9 @@ pub enum TrainError {
     /// A caption could not be tokenized.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// The development pictures could not be read.
+    #[error(transparent)]
+    Model(#[from] Error),
     /// The loss is not a number any more.
     #[error("step {step}: the loss is {loss}; lower the learning rate")]
     Diverged {
@@ -117,7 +123,7 @@ pub enum TrainError {
 /// A trained model and its loss per step.
 pub struct Outcome {
     /// Without autodiff.
-    pub model: Clip,
+    pub clip: Clip,
     /// One loss per step.
     pub losses: Vec<f32>,
 }
@@ -129,28 +135,39 @@ struct Part {
     concepts: TensorData,
 }
 
-/// Trains, or goes on where `folder` has a checkpoint.
-///
-/// `until` stops the run early, after so many steps of all (a checkpoint is written then); the schedule
-/// is that of the whole run.
+/// All that a run is made of.
+pub struct Job<'a> {
+    /// The settings.
+    pub recipe: &'a Recipe,
+    /// The model's shape.
+    pub config: &'a ClipConfig,
+    /// What is learned.
+    pub data: &'a EmojiData,
+    /// What the run is watched on; never trained on.
+    pub development: &'a [Gallery],
+    /// For the captions.
+    pub tokenizer: &'a Tokenizer,
+    /// For the development pictures.
+    pub preprocessor: &'a Preprocessor,
+    /// Where the checkpoint and the loss curve go.
+    pub folder: &'a Path,
+    /// Stops early, after so many steps of all; the schedule is that of the whole run.
+    pub until: usize,
+    /// Where to compute.
+    pub device: &'a Device,
+}
+
+/// Trains, or goes on where the job's folder has a checkpoint.
 ///
 /// # Errors
 /// If files of the run cannot be read or written, or the loss diverges.
-pub fn train(
-    recipe: &Recipe,
-    config: &ClipConfig,
-    data: &EmojiData,
-    development: Option<&EmojiData>,
-    tokenizer: &Tokenizer,
-    folder: &Path,
-    until: usize,
-    device: &Device,
-) -> Result<Outcome, TrainError> {
+pub fn train(job: &Job) -> Result<Outcome, TrainError> {
+    let &Job { recipe, data, tokenizer, folder, .. } = job;
     fs::create_dir_all(folder).map_err(|error| file_error(folder, error))?;
-    let device = device.clone().autodiff();
+    let device = job.device.clone().autodiff();
     let bank = Bank::tokenize(data, tokenizer)?;
-    let mut run = Run::begin(recipe, config, &bank, folder, &device)?;
-    let until = until.min(recipe.steps);
+    let mut run = Run::begin(recipe, job.config, &bank, folder, &device)?;
+    let until = job.until.min(recipe.steps);
     let bar = progress(recipe.steps);
     bar.set_position(run.losses.len() as u64);
     std::thread::scope(|scope| {
@@ -179,22 +196,31 @@ pub fn train(
             if done % recipe.checkpoint_every == 0 || done == until {
                 run.save(recipe, folder)?;
             }
-            if let Some(development) = development
-                && (done % recipe.evaluate_every == 0 || done == until)
-            {
-                let table = evaluate(&run.model.valid(), development, tokenizer)?;
-                bar.suspend(|| eprintln!("step {done}, loss {:.3}\n{table}", mean_of_last(&run.losses, 200)));
+            if done % recipe.evaluate_every == 0 || done == until {
+                let clip = job.clip(run.model.valid());
+                for gallery in job.development {
+                    let scores = table(&evaluate(&clip, gallery)?);
+                    let loss = mean_of_last(&run.losses, 200);
+                    bar.suspend(|| eprintln!("step {done}, loss {loss:.3}\n{scores}"));
+                }
             }
         }
         Ok(())
     })?;
     bar.finish();
-    Ok(Outcome { model: run.model.valid(), losses: run.losses })
+    Ok(Outcome { clip: job.clip(run.model.valid()), losses: run.losses })
+}
+
+impl Job<'_> {
+    fn clip(&self, model: ClipModel) -> Clip {
+        let (tokenizer, preprocessor) = (self.tokenizer.clone(), self.preprocessor.clone());
+        Clip { model, config: self.config.clone(), tokenizer, preprocessor, device: self.device.clone() }
+    }
 }
 
 /// Everything that changes from step to step.
 struct Run {
-    model: Clip,
+    model: ClipModel,
     optimizer: ModuleOptimizer,
     /// Names' embeddings per language, `[concepts, d_embed]`.
     bank: [Tensor<2>; 2],
@@ -217,7 +243,7 @@ impl Bank {
     }
 
     /// Encodes names `from..to` of one language, `[to - from, d_embed]`, without autodiff.
-    fn encode(&self, model: &Clip, language: usize, from: usize, to: usize, device: &Device) -> Tensor<2> {
+    fn encode(&self, model: &ClipModel, language: usize, from: usize, to: usize, device: &Device) -> Tensor<2> {
         let ids = pad(&self.ids[language][from..to], self.pad);
         model.encode_texts(Tensor::from_data(ids, device))
     }
@@ -374,7 +400,7 @@ impl Run {
 /// step's, and its pairs against each other.
 fn part_loss(
     recipe: &Recipe,
-    model: &Clip,
+    model: &ClipModel,
     bank: &[Tensor<2>; 2],
     language: usize,
     part: Part,
@@ -470,71 +496,6 @@ fn parts(
             }
         })
         .collect())
-}
-
-/// Recall in both directions and languages, style by style.
-#[derive(Debug)]
-pub struct Table {
-    /// Style, language, picture to text, text to picture.
-    pub rows: Vec<(String, Language, Recall, Recall)>,
-}
-
-impl core::fmt::Display for Table {
-    fn fmt(&self, f: &mut core::fmt::Formatter) -> core::fmt::Result {
-        for (style, language, to_text, to_image) in &self.rows {
-            let show = |r: &Recall| {
-                format!("{:5.1} {:5.1} {:5.1}", 100.0 * r.at_1, 100.0 * r.at_5, 100.0 * r.at_10)
-            };
-            writeln!(f, "{style:14} {language:?}  image->text {}  text->image {}", show(to_text), show(to_image))?;
-        }
-        Ok(())
-    }
-}
-
-/// Every picture of every style against all names, and every name against the style's pictures.
-///
-/// # Errors
-/// If a name cannot be tokenized.
-pub fn evaluate(model: &Clip, data: &EmojiData, tokenizer: &Tokenizer) -> Result<Table, TokenizerError> {
-    let device = model.logit_scale.val().device();
-    let bank = Bank::tokenize(data, tokenizer)?;
-    let count = data.concepts.len();
-    let names = [0, 1].map(|language| -> Vec<f32> {
-        (0..count)
-            .step_by(128)
-            .flat_map(|from| floats(bank.encode(model, language, from, count.min(from + 128), &device).into_data()))
-            .collect()
-    });
-    let d_embed = names[0].len() / count;
-    let mut rows = Vec::new();
-    for (index, style) in data.styles.iter().enumerate() {
-        let pictures: Vec<usize> = (0..style.concepts.len()).collect();
-        let images: Vec<f32> = pictures
-            .chunks(128)
-            .flat_map(|chunk| {
-                let pixels: Vec<f32> = chunk
-                    .par_iter()
-                    .flat_map_iter(|&picture| normalise(plain(data.picture(index, picture), data.size)))
-                    .collect();
-                let pixels = TensorData::new(pixels, [chunk.len(), 3, data.size, data.size]);
-                floats(model.encode_images(Tensor::from_data(pixels, &device)).into_data())
-            })
-            .collect();
-        for (language, names) in Language::ALL.into_iter().zip(&names) {
-            let own: Vec<f32> = style
-                .concepts
-                .iter()
-                .flat_map(|&concept| names[concept * d_embed..][..d_embed].iter().copied())
-                .collect();
-            rows.push((
-                style.name.clone(),
-                language,
-                recall(&images, names, &style.concepts, d_embed),
-                recall(&own, &images, &pictures, d_embed),
-            ));
-        }
-    }
-    Ok(Table { rows })
 }
 
 /// To -1..1, the mean and deviation 0.5 of the model's preprocessor.

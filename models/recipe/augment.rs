@@ -2,19 +2,12 @@
 
 use fastrand::Rng;
 
+use super::data::Freedom;
+
 /// A square picture, `size * size` pixels of red, green, blue, alpha in 0..1, colours times alpha.
 struct Layer {
     size: usize,
     pixels: Vec<[f32; 4]>,
-}
-
-/// What may be done to a picture without changing what it shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Freedom {
-    /// Mirroring is allowed.
-    Mirror,
-    /// Left and right matter: arrows, letters, flags, pointing hands.
-    KeepSides,
 }
 
 /// One random view: `size * size * 4` bytes of straight-alpha RGBA to `3 * size * size` values in 0..1,
@@ -42,11 +35,6 @@ pub fn augment(rgba: &[u8], size: usize, freedom: Freedom, rng: &mut Rng) -> Vec
         }
     }
     planes(&picture)
-}
-
-/// The picture as it is, over white: what evaluation sees.
-pub fn plain(rgba: &[u8], size: usize) -> Vec<f32> {
-    planes(&Layer::from_rgba(rgba, size).over(&vec![[1.0; 3]; size * size]))
 }
 
 fn planes(picture: &[[f32; 3]]) -> Vec<f32> {

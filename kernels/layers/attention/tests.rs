@@ -1,0 +1,104 @@
+use super::*;
+use crate::testing::{assert_close, assert_gradient, floats, noise};
+use burn::module::Module;
+
+fn layer() -> Attention {
+    AttentionConfig::new(12, 4).with_n_kv_heads(Some(2)).init(&Device::flex())
+}
+
+#[test]
+fn the_past_ignores_the_future() {
+    let (layer, x) = (layer(), noise([2, 7, 12], 1, &Device::flex()));
+    let prefix = layer.forward(x.clone().narrow(1, 0, 3), &Mask::Causal);
+    assert_close(layer.forward(x, &Mask::Causal).narrow(1, 0, 3), &floats(prefix), 1e-6);
+}
+
+#[test]
+fn full_attention_does_not_know_the_order() {
+    let (layer, x) = (layer(), noise([2, 5, 12], 1, &Device::flex()));
+    let turned = layer.forward(x.clone().flip([1]), &Mask::Full).flip([1]);
+    assert_close(layer.forward(x, &Mask::Full), &floats(turned), 1e-6);
+}
+
+/// One token attends to itself alone: what remains are the value and output projections.
+#[test]
+fn one_token_keeps_its_value() {
+    let layer = AttentionConfig::new(6, 2).init(&Device::flex());
+    let x = noise([3, 1, 6], 1, &Device::flex());
+    let expected = layer.output.forward(layer.value.forward(x.clone()));
+    assert_close(layer.forward(x, &Mask::Causal), &floats(expected), 1e-6);
+}
+
+#[test]
+fn cross_attention_to_itself_is_self_attention_and_widths_are_free() {
+    let (layer, x) = (layer(), noise([2, 5, 12], 1, &Device::flex()));
+    let own = layer.forward(x.clone(), &Mask::Full);
+    assert_close(layer.cross(x.clone(), x.clone(), &Mask::Full), &floats(own), 0.0);
+
+    let config = AttentionConfig::new(12, 3).with_d_head(Some(5)).with_d_context(Some(7));
+    let layer = config.with_bias(false).with_output_bias(false).init(&Device::flex());
+    assert_eq!(layer.cross(x, noise([2, 9, 7], 2, &Device::flex()), &Mask::Full).dims(), [2, 5, 12]);
+    assert_eq!(layer.num_params(), 15 * 12 + 2 * (15 * 7) + 12 * 15);
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    let layer = AttentionConfig::new(4, 2).with_n_kv_heads(Some(1)).init(&Device::flex()).train();
+    let x = floats(noise([1, 3, 4], 1, &Device::flex()));
+    assert_gradient(|x| layer.forward(x, &Mask::Causal), [1, 3, 4], &x);
+}
+
+/// In steps of 1, and of 3 and 4.
+#[test]
+fn a_cache_gives_what_all_at_once_gives() {
+    let (layer, x) = (layer(), noise([2, 7, 12], 1, &Device::flex()));
+    let expected = floats(layer.forward(x.clone(), &Mask::Causal));
+    for steps in [&[1; 7][..], &[3, 4]] {
+        let mut cache = KvCache::new(9);
+        let mut outputs = Vec::new();
+        for &step in steps {
+            let new = x.clone().narrow(1, cache.len(), step);
+            outputs.push(layer.cached(new, &mut cache, &Mask::Causal));
+        }
+        assert_eq!(cache.len(), 7);
+        assert_close(Tensor::cat(outputs, 1), &expected, 1e-6);
+    }
+}
+
+#[test]
+fn a_truncated_cache_forgets() {
+    let (layer, x) = (layer(), noise([1, 5, 12], 1, &Device::flex()));
+    let mut cache = KvCache::new(5);
+    layer.cached(x.clone(), &mut cache, &Mask::Causal);
+    cache.truncate(8);
+    assert_eq!(cache.len(), 5);
+    cache.truncate(2);
+    assert_eq!(cache.len(), 2);
+    let other = noise([1, 3, 12], 2, &Device::flex());
+    let expected =
+        layer.forward(Tensor::cat(vec![x.narrow(1, 0, 2), other.clone()], 1), &Mask::Causal).narrow(1, 2, 3);
+    assert_close(layer.cached(other, &mut cache, &Mask::Causal), &floats(expected), 1e-6);
+    cache.truncate(0);
+    assert!(cache.is_empty());
+}
+
+/// Beams: a clone goes on alone.
+#[test]
+fn a_cloned_cache_is_independent() {
+    let (layer, x) = (layer(), noise([1, 4, 12], 1, &Device::flex()));
+    let mut cache = KvCache::new(4);
+    layer.cached(x.clone().narrow(1, 0, 3), &mut cache, &Mask::Causal);
+    let mut beam = cache.clone();
+    layer.cached(noise([1, 1, 12], 2, &Device::flex()), &mut beam, &Mask::Causal);
+    let last = layer.cached(x.clone().narrow(1, 3, 1), &mut cache, &Mask::Causal);
+    assert_close(last, &floats(layer.forward(x, &Mask::Causal).narrow(1, 3, 1)), 1e-6);
+}
+
+#[test]
+#[should_panic(expected = "cache of 4 tokens cannot hold 5")]
+fn a_full_cache_panics() {
+    let (layer, x) = (layer(), noise([1, 5, 12], 1, &Device::flex()));
+    let mut cache = KvCache::new(4);
+    layer.cached(x.clone().narrow(1, 0, 3), &mut cache, &Mask::Causal);
+    layer.cached(x.narrow(1, 3, 2), &mut cache, &Mask::Causal);
+}

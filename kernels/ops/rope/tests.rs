@@ -1,0 +1,185 @@
+use super::*;
+use crate::testing::{assert_close, assert_gradient, floats, noise, tensor};
+
+const PAIRINGS: [Pairing; 2] = [Pairing::Half, Pairing::Interleaved];
+
+fn rope(d_rot: usize, positions: usize, pairing: Pairing) -> Rope {
+    RopeConfig::new(d_rot, positions).with_pairing(pairing).init(&Device::flex())
+}
+
+fn each(positions: &[&[i32]]) -> Positions {
+    let flat = positions.concat();
+    let shape = [positions.len(), positions[0].len()];
+    Positions::Each(Tensor::from_data(TensorData::new(flat, shape), &Device::flex()))
+}
+
+/// 1, 2, 3, 4 at positions 1 and 3; by the formula in Python's floats, frequencies 1 and 0.01.
+#[test]
+fn literals() {
+    let x = tensor([1, 1, 2, 4], &[1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0], &Device::flex());
+    let half = [
+        [-1.984110649, 1.959900667, 2.462377902, 4.019799668],
+        [-1.413352521, 1.879118067, -2.828857482, 4.058191135],
+    ];
+    let interleaved = [
+        [-1.142639664, 1.922075597, 2.959850668, 4.029799502],
+        [-1.272232513, -1.838864985, 2.878668100, 4.088186636],
+    ];
+    for (pairing, expected) in PAIRINGS.into_iter().zip([half, interleaved]) {
+        let turned = rope(4, 4, pairing).apply(x.clone(), &each(&[&[1, 3]]));
+        assert_close(turned, &expected.concat(), 1e-6);
+    }
+}
+
+#[test]
+fn position_zero_is_the_identity_and_norms_stay() {
+    let x = noise([2, 3, 5, 8], 1, &Device::flex());
+    for pairing in PAIRINGS {
+        let turned = rope(8, 5, pairing).apply(x.clone(), &Positions::From(0));
+        let first = |x: Tensor<4>| floats(x.narrow(2, 0, 1));
+        assert_eq!(first(turned.clone()), first(x.clone()));
+        let norm = |x: Tensor<4>| x.square().sum_dim(3);
+        assert_close(norm(turned), &floats(norm(x.clone())), 1e-5);
+    }
+}
+
+/// The product of a query at `m` and a key at `n` is that at `m + 40` and `n + 40`, and not that at `m + 1`.
+#[test]
+fn products_depend_on_the_difference_only() {
+    let [q, k] = [1, 2].map(|seed| noise([1, 1, 1, 16], seed, &Device::flex()));
+    for pairing in PAIRINGS {
+        let rope = rope(16, 64, pairing);
+        let product = |m: usize, n: usize| {
+            let q = rope.apply(q.clone(), &Positions::From(m));
+            let k = rope.apply(k.clone(), &Positions::From(n));
+            (q * k).sum().into_scalar::<f64>()
+        };
+        for (m, n) in [(0, 0), (3, 1), (2, 17)] {
+            assert!((product(m, n) - product(m + 40, n + 40)).abs() < 2e-6);
+            assert!((product(m, n) - product(m + 1, n)).abs() > 1e-3);
+        }
+    }
+}
+
+/// A checkpoint neither stores nor misses it.
+#[test]
+fn a_table_is_no_parameter() {
+    assert_eq!(rope(8, 5, Pairing::Half).num_params(), 0);
+}
+
+#[test]
+fn positions_per_row_are_those_of_the_offset() {
+    let x = noise([2, 2, 3, 8], 1, &Device::flex());
+    for pairing in PAIRINGS {
+        let rope = rope(8, 9, pairing);
+        let found = rope.apply(x.clone(), &each(&[&[4, 5, 6], &[0, 1, 2]]));
+        for (row, first) in [(0, 4), (1, 0)] {
+            let alone = rope.apply(x.clone().narrow(0, row, 1), &Positions::From(first));
+            assert_close(found.clone().narrow(0, row, 1), &floats(alone), 0.0);
+        }
+        let shared = rope.apply(x.clone(), &each(&[&[4, 5, 6]]));
+        assert_close(shared, &floats(rope.apply(x.clone(), &Positions::From(4))), 0.0);
+    }
+}
+
+#[test]
+fn partial_rotation_leaves_the_rest() {
+    let x = noise([1, 2, 3, 10], 1, &Device::flex());
+    for pairing in PAIRINGS {
+        let rope = rope(6, 8, pairing);
+        let turned = rope.apply(x.clone(), &Positions::From(5));
+        assert_eq!(floats(turned.clone().narrow(3, 6, 4)), floats(x.clone().narrow(3, 6, 4)));
+        let alone = rope.apply(x.clone().narrow(3, 0, 6), &Positions::From(5));
+        assert_close(turned.narrow(3, 0, 6), &floats(alone), 0.0);
+    }
+}
+
+#[test]
+fn half_precision_is_turned_in_f32() {
+    let rope = rope(8, 4000, Pairing::Half);
+    let x = noise([1, 1, 2, 8], 1, &Device::flex());
+    for (dtype, tolerance) in [(DType::F16, 5e-4), (DType::BF16, 4e-3)] {
+        let x = x.clone().cast(dtype);
+        let expected = rope.apply(x.clone().cast(DType::F32), &Positions::From(3998));
+        let found = rope.apply(x, &Positions::From(3998));
+        assert_eq!(found.dtype(), dtype);
+        assert_close(found, &floats(expected), tolerance);
+    }
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    let x = floats(noise::<4>([1, 2, 2, 6], 1, &Device::flex()));
+    for pairing in PAIRINGS {
+        let rope = rope(4, 4, pairing);
+        assert_gradient(|x| rope.apply(x, &Positions::From(1)), [1, 2, 2, 6], &x);
+        assert_gradient(|x| rope.apply(x, &each(&[&[3, 0]])), [1, 2, 2, 6], &x);
+    }
+}
+
+/// Row 2, column 1 of a 3x4 grid: half of the channels as at position 2, the other half as at position 1.
+#[test]
+fn a_grid_is_a_line_along_each_axis() {
+    let (rows, cols) = (3, 4);
+    let x = noise([1, 2, 1 + rows * cols, 8], 1, &Device::flex());
+    let grid = GridRopeConfig::new(8, rows, cols).with_class_tokens(1).init(&Device::flex());
+    let line = rope(4, 4, Pairing::Interleaved);
+    let turned = grid.apply(x.clone(), &Positions::From(0));
+    assert_eq!(floats(turned.clone().narrow(2, 0, 1)), floats(x.clone().narrow(2, 0, 1)));
+    for row in 0..rows {
+        for col in 0..cols {
+            let patch =
+                |x: &Tensor<4>, channel| x.clone().narrow(2, 1 + row * cols + col, 1).narrow(3, channel, 4);
+            for (channel, position) in [(0, row), (4, col)] {
+                let expected = line.apply(patch(&x, channel), &Positions::From(position));
+                assert_close(patch(&turned, channel), &floats(expected), 0.0);
+            }
+        }
+    }
+}
+
+/// A grid of twice the pretrained side walks in half steps.
+#[test]
+fn a_larger_grid_is_spread_over_the_pretrained_one() {
+    let pretrained = GridRopeConfig::new(8, 3, 3).init(&Device::flex());
+    let fine = GridRopeConfig::new(8, 6, 6).with_pretrained_side(Some(3)).init(&Device::flex());
+    for (row, col) in [(0, 0), (1, 2), (2, 1)] {
+        let coarse = pretrained.sin.clone().narrow(0, row * 3 + col, 1);
+        assert_close(fine.sin.clone().narrow(0, row * 12 + col * 2, 1), &floats(coarse), 1e-7);
+    }
+}
+
+/// Dropped patches keep the angles of their places.
+#[test]
+fn a_subset_of_patches_turns_as_in_the_whole() {
+    let x = noise([1, 1, 10, 4], 1, &Device::flex());
+    let grid = GridRopeConfig::new(4, 3, 3).with_class_tokens(1).init(&Device::flex());
+    let whole = grid.apply(x.clone(), &Positions::From(0));
+    let kept = Tensor::from_data([0, 2, 9], &Device::flex());
+    let subset = grid.apply(x.select(2, kept.clone()), &each(&[&[0, 2, 9]]));
+    assert_close(subset, &floats(whole.select(2, kept)), 0.0);
+}
+
+#[test]
+#[should_panic(expected = "positions 3..5 are beyond a rotary table of 4")]
+fn a_sequence_beyond_the_table_panics() {
+    rope(4, 4, Pairing::Half).apply(Tensor::zeros([1, 1, 2, 4], &Device::flex()), &Positions::From(3));
+}
+
+#[test]
+#[should_panic]
+fn a_position_beyond_the_table_panics() {
+    rope(4, 4, Pairing::Half).apply(Tensor::zeros([1, 1, 2, 4], &Device::flex()), &each(&[&[0, 4]]));
+}
+
+#[test]
+#[should_panic(expected = "positions are [1, 3], the sequence is [1, 2]")]
+fn positions_of_another_length_panic() {
+    rope(4, 4, Pairing::Half).apply(Tensor::zeros([1, 1, 2, 4], &Device::flex()), &each(&[&[0, 1, 2]]));
+}
+
+#[test]
+#[should_panic(expected = "6 channels turn, but a head has 4")]
+fn a_head_narrower_than_the_rotation_panics() {
+    rope(6, 4, Pairing::Half).apply(Tensor::zeros([1, 1, 2, 4], &Device::flex()), &Positions::From(0));
+}

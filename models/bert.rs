@@ -1,0 +1,622 @@
+//! BERT: a bidirectional text encoder (Devlin et al. 2018, <https://arxiv.org/abs/1810.04805>), and its
+//! descendants of the same shape: RoBERTa (Liu et al. 2019, <https://arxiv.org/abs/1907.11692>), XLM-RoBERTa
+//! (Conneau et al. 2019, <https://arxiv.org/abs/1911.02116>) and CamemBERT.
+//!
+//! The numbers match `transformers` (`BertModel`, `RobertaModel`, `XLMRobertaModel`). Uploads of Google, of
+//! HFL for Chinese and of Facebook AI are read, the first ones' `gamma` and `beta` too; heads are left aside.
+//!
+//! ```sh
+//! volary forward path/to/bert-base-chinese --input in.safetensors --output out.safetensors
+//! ```
+
+use burn::module::Module;
+use burn::tensor::{Device, Int, Tensor};
+use volary_kernels::layers::{
+    Attention, AttentionConfig, Embedding, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig,
+};
+use volary_kernels::ops::{Activation, Mask};
+use volary_weights::{KeyMap, Rule};
+
+use Rule::{Ignore, Rename, Under};
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output};
+
+/// Shape of an encoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BertConfig {
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Number of positions in the table.
+    pub n_positions: usize,
+    /// How the tokens of a text are numbered.
+    pub numbering: Numbering,
+    /// Number of segments that a token may belong to.
+    pub n_token_types: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Width of the MLP.
+    pub d_ff: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Number of attention heads.
+    pub n_heads: usize,
+    /// The MLP's activation.
+    pub activation: Activation,
+    /// Added to variances.
+    pub layer_norm_eps: f64,
+    /// Whether there is a pooler.
+    pub pooler: bool,
+}
+
+/// How the tokens of a text are numbered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbering {
+    /// BERT: 0, 1, 2, ...
+    FromZero,
+    /// RoBERTa: padding, of this id, keeps the id as its position; real tokens count on from there.
+    AfterPadding(usize),
+}
+
+/// An encoder.
+#[derive(Module, Debug)]
+pub struct Bert {
+    /// `[vocab_size, d_model]`.
+    pub tokens: Embedding,
+    /// `[n_positions, d_model]`.
+    pub positions: Embedding,
+    /// `[n_token_types, d_model]`.
+    pub token_types: Embedding,
+    /// On the sum of the three.
+    pub norm: LayerNorm,
+    /// The blocks.
+    pub blocks: Vec<BertBlock>,
+    /// `[d_model, d_model]`, on the first token.
+    pub pooler: Option<Linear>,
+    #[module(skip)]
+    numbering: Numbering,
+}
+
+/// A post-norm transformer block.
+#[derive(Module, Debug)]
+pub struct BertBlock {
+    /// Self-attention.
+    pub attention: Attention,
+    /// After the attention's residual.
+    pub norm1: LayerNorm,
+    /// Two projections.
+    pub mlp: Mlp,
+    /// After the MLP's residual.
+    pub norm2: LayerNorm,
+    #[module(skip)]
+    activation: Activation,
+}
+
+/// A batch of texts. One without more than ids is `ids.into()`.
+#[derive(Clone, Debug)]
+pub struct BertInput {
+    /// `[batch, seq]`.
+    pub ids: Tensor<2, Int>,
+    /// The segment of each token, `[batch, seq]`; all 0 when `None`.
+    pub token_types: Option<Tensor<2, Int>>,
+    /// `[batch, seq]`; as the model numbers them when `None`.
+    pub positions: Option<Tensor<2, Int>>,
+    /// Which tokens are real, as [`Mask::Padding`].
+    pub mask: Mask,
+}
+
+impl From<Tensor<2, Int>> for BertInput {
+    fn from(ids: Tensor<2, Int>) -> Self {
+        Self { ids, token_types: None, positions: None, mask: Mask::Full }
+    }
+}
+
+/// What the encoder gives.
+#[derive(Clone, Debug)]
+pub struct BertOutput {
+    /// `[batch, seq, d_model]`.
+    pub hidden: Tensor<3>,
+    /// `[batch, d_model]`, if there is a pooler.
+    pub pooled: Option<Tensor<2>>,
+}
+
+impl BertConfig {
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> Bert {
+        let Self { d_model, layer_norm_eps, .. } = *self;
+        let norm = || LayerNorm::new(d_model, layer_norm_eps, device);
+        let table = |rows| Embedding::new(rows, d_model, 0.02, device);
+        let block = |_| BertBlock {
+            attention: AttentionConfig::new(d_model, self.n_heads).init(device),
+            norm1: norm(),
+            mlp: MlpConfig::new(d_model, self.d_ff).init(device),
+            norm2: norm(),
+            activation: self.activation,
+        };
+        Bert {
+            tokens: table(self.vocab_size),
+            positions: table(self.n_positions),
+            token_types: table(self.n_token_types),
+            norm: norm(),
+            blocks: (0..self.n_layers).map(block).collect(),
+            pooler: self.pooler.then(|| LinearConfig::new(d_model, d_model).init(device)),
+            numbering: self.numbering,
+        }
+    }
+}
+
+impl BertBlock {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
+        let x = self.norm1.forward(x.clone() + self.attention.forward(x, mask));
+        self.norm2.forward(x.clone() + self.mlp.forward(x, self.activation))
+    }
+}
+
+impl Bert {
+    /// Encodes a batch of texts.
+    ///
+    /// # Panics
+    /// If an id, a type or a position is outside its table, or shapes differ.
+    pub fn forward(&self, input: impl Into<BertInput>) -> BertOutput {
+        let BertInput { ids, token_types, positions, mask } = input.into();
+        let [batch, _] = ids.dims();
+        let token_types = token_types.unwrap_or_else(|| ids.zeros_like());
+        let positions = positions.unwrap_or_else(|| self.numbering.positions(&ids));
+        let x = self.tokens.forward(ids)
+            + self.token_types.forward(token_types)
+            + self.positions.forward(positions);
+        let x = self.norm.forward(x); // [batch, seq, d_model]
+        let hidden = self.blocks.iter().fold(x, |x, block| block.forward(x, &mask));
+        let pooled = self.pooler.as_ref().map(|pooler| {
+            let [_, _, d_model] = hidden.dims();
+            let first = hidden.clone().narrow(1, 0, 1).reshape([batch, d_model]);
+            pooler.forward(first).tanh()
+        });
+        BertOutput { hidden, pooled }
+    }
+}
+
+impl Numbering {
+    /// Positions of token ids: `[batch, seq] -> [batch, seq]`.
+    pub fn positions(self, ids: &Tensor<2, Int>) -> Tensor<2, Int> {
+        let [batch, seq] = ids.dims();
+        match self {
+            Self::FromZero => {
+                Tensor::<1, Int>::arange(0..seq as i64, &ids.device()).unsqueeze::<2>().expand([batch, seq])
+            }
+            Self::AfterPadding(padding) => {
+                let real = ids.clone().not_equal_elem(padding as i64).int();
+                real.clone().cumsum(1) * real + padding as i64
+            }
+        }
+    }
+}
+
+/// The `model_type`s of this shape.
+const FAMILIES: &[&str] = &["bert", "roberta", "xlm-roberta", "camembert"];
+
+/// More blocks than this are a mistake; even empty ones would fill the memory.
+const MAX_LAYERS: usize = 1000;
+
+impl BertConfig {
+    /// The configuration of a folder. Whether there is a pooler, only the weights tell.
+    ///
+    /// # Errors
+    /// If the configuration is missing, malformed, or asks for what is not built, or there are no weights.
+    pub fn of(folder: &Folder) -> Result<Self, Error> {
+        let config = Self::parse(&folder.config("config.json")?)?;
+        let checkpoint = folder.checkpoint()?;
+        let is_pooler = |name: &str| {
+            KEYS.prefixes
+                .iter()
+                .any(|prefix| name.strip_prefix(prefix).unwrap_or(name) == "pooler.dense.weight")
+        };
+        let pooler = checkpoint.entries().iter().any(|entry| is_pooler(&entry.name));
+        Ok(Self { pooler, ..config })
+    }
+
+    /// `config.json` of `transformers`; what it leaves out has the values of `BertConfig` and its sisters.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        let family = config.text("model_type").filter(|family| FAMILIES.contains(family));
+        let family = family.ok_or_else(|| config.error("model_type", &FAMILIES.join(", ")))?;
+        config.only("position_embedding_type", &["\"absolute\""])?;
+        config.only("is_decoder", &["false"])?;
+        config.only("add_cross_attention", &["false"])?;
+        let d_model = config.size_or("hidden_size", 768)?;
+        let n_heads = config.size_or("num_attention_heads", 12)?;
+        config.divides("num_attention_heads", n_heads, d_model)?;
+        let n_layers = config.size_or("num_hidden_layers", 12)?;
+        if n_layers > MAX_LAYERS {
+            return Err(config.error("num_hidden_layers", "at most 1000 blocks"));
+        }
+        let n_positions = config.size_or("max_position_embeddings", 512)?;
+        let numbering = match family {
+            "bert" => Numbering::FromZero,
+            _ => {
+                let padding = usize::try_from(config.integer_or("pad_token_id", 1)?).ok();
+                let padding = padding.filter(|&padding| padding < n_positions);
+                let expected = format!("a position, 0 to {}", n_positions - 1);
+                Numbering::AfterPadding(padding.ok_or_else(|| config.error("pad_token_id", &expected))?)
+            }
+        };
+        Ok(Self {
+            vocab_size: config.size_or("vocab_size", if family == "roberta" { 50265 } else { 30522 })?,
+            n_positions,
+            numbering,
+            n_token_types: config.size_or("type_vocab_size", 2)?,
+            d_model,
+            d_ff: config.size_or("intermediate_size", 3072)?,
+            n_layers,
+            n_heads,
+            activation: config.activation_or("hidden_act", Activation::Gelu)?,
+            layer_norm_eps: config.number_or("layer_norm_eps", 1e-12)?,
+            pooler: true,
+        })
+    }
+}
+
+/// `gamma` and `beta` are the names of the first uploads.
+const NORM: &[Rule] =
+    &[Rename("weight", "weight"), Rename("bias", "bias"), Rename("gamma", "weight"), Rename("beta", "bias")];
+
+const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+
+const BLOCK: &[Rule] = &[
+    Under("attention.self.query.", "attention.query.", LINEAR),
+    Under("attention.self.key.", "attention.key.", LINEAR),
+    Under("attention.self.value.", "attention.value.", LINEAR),
+    Under("attention.output.dense.", "attention.output.", LINEAR),
+    Under("attention.output.LayerNorm.", "norm1.", NORM),
+    Under("intermediate.dense.", "mlp.up.", LINEAR),
+    Under("output.dense.", "mlp.down.", LINEAR),
+    Under("output.LayerNorm.", "norm2.", NORM),
+];
+
+/// Keys of `BertModel` and its sisters; the heads of other classes are ignored.
+pub const KEYS: KeyMap = KeyMap::new(&[
+    Rename("embeddings.word_embeddings.weight", "tokens.weight"),
+    Rename("embeddings.position_embeddings.weight", "positions.weight"),
+    Rename("embeddings.token_type_embeddings.weight", "token_types.weight"),
+    Under("embeddings.LayerNorm.", "norm.", NORM),
+    Under("encoder.layer.{}.", "blocks.{}.", BLOCK),
+    Under("pooler.dense.", "pooler.", LINEAR),
+    Ignore("embeddings.position_ids"),
+    Ignore("embeddings.token_type_ids"),
+    Ignore("cls.{*}"),
+    Ignore("lm_head.{*}"),
+    Ignore("classifier.{*}"),
+    Ignore("qa_outputs.{*}"),
+])
+.with_prefixes(&["bert.", "roberta."]);
+
+/// BERT as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "bert",
+    about: "bidirectional text encoders: BERT, RoBERTa, XLM-RoBERTa",
+    file: "models/bert.rs",
+    tasks: &["forward"],
+    proved: &["bert", "bert_legacy_bin", "roberta", "xlm_roberta"],
+    presets: PRESETS,
+    recognises: |_, config| {
+        let Some(config) = config else { return false };
+        let is = |family: &str| FAMILIES.contains(&family);
+        // a RoBERTa with projections of its own
+        let series = |architecture: &str| architecture.starts_with("RobertaSeries");
+        config.text("model_type").is_some_and(is) && !config.first_of("architectures").is_some_and(series)
+    },
+    describe: |folder| describe(folder, &BertConfig::of(folder)?.init(&Device::flex()), &KEYS),
+    open: |folder, options, device| {
+        let config = BertConfig::of(folder)?;
+        let model = fill(folder, config.init(device), &KEYS, options)?;
+        Ok(Box::new(Runner { model, config }))
+    },
+};
+
+/// An encoder behind the forward contract.
+struct Runner {
+    model: Bert,
+    config: BertConfig,
+}
+
+impl Forward for Runner {
+    /// `input_ids`, and if wanted `attention_mask`, `token_type_ids` and `position_ids`.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let BertConfig { vocab_size, n_token_types, n_positions, .. } = self.config;
+        let ids = inputs.ids::<2>("input_ids", vocab_size);
+        let real = inputs.mask("attention_mask");
+        let token_types = inputs.ids::<2>("token_type_ids", n_token_types);
+        let positions = inputs.ids::<2>("position_ids", n_positions);
+        inputs.missing("input_ids");
+        let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
+
+        let [batch, seq] = ids.dims();
+        let mut fits = |name: &str, dims: Option<[usize; 2]>, one_row: bool| match dims {
+            Some(dims) if dims != [batch, seq] && !(one_row && dims == [1, seq]) => {
+                inputs.problem(format!("`{name}` is {dims:?}, `input_ids` {:?}", [batch, seq]));
+            }
+            _ => {}
+        };
+        fits("attention_mask", real.as_ref().map(Tensor::dims), false);
+        fits("token_type_ids", token_types.as_ref().map(Tensor::dims), true);
+        fits("position_ids", positions.as_ref().map(Tensor::dims), true);
+        if positions.is_none() {
+            let last = self.config.numbering.last(&ids);
+            if last >= n_positions {
+                let problem = "`input_ids` has texts that reach position";
+                inputs.problem(format!("{problem} {last}, the last one is {}", n_positions - 1));
+            }
+        }
+        inputs.finish()?;
+
+        let rows = |ids: Tensor<2, Int>| ids.expand([batch, seq]);
+        let BertOutput { hidden, pooled } = self.model.forward(BertInput {
+            ids,
+            token_types: token_types.map(rows),
+            positions: positions.map(rows),
+            mask: real.map_or(Mask::Full, Mask::Padding),
+        });
+        let mut outputs = vec![output("last_hidden_state", hidden)];
+        outputs.extend(pooled.map(|pooled| output("pooler_output", pooled)));
+        Ok(outputs)
+    }
+}
+
+impl Numbering {
+    /// The highest position of any of the tokens, `[batch, seq]`.
+    fn last(self, ids: &Tensor<2, Int>) -> usize {
+        match self {
+            Self::FromZero => ids.dims()[1] - 1,
+            Self::AfterPadding(_) => {
+                let positions = self.positions(ids).into_data().convert::<i64>();
+                positions.iter::<i64>().max().unwrap_or(0) as usize
+            }
+        }
+    }
+}
+
+/// Devlin et al. 2018, section 3: BERT base.
+const BASE: BertConfig = BertConfig {
+    vocab_size: 30522,
+    n_positions: 512,
+    numbering: Numbering::FromZero,
+    n_token_types: 2,
+    d_model: 768,
+    d_ff: 3072,
+    n_layers: 12,
+    n_heads: 12,
+    activation: Activation::Gelu,
+    layer_norm_eps: 1e-12,
+    pooler: true,
+};
+const LARGE: BertConfig = BertConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..BASE };
+const CASED: BertConfig = BertConfig { vocab_size: 28996, ..BASE };
+const CHINESE: BertConfig = BertConfig { vocab_size: 21128, ..BASE };
+
+/// Liu et al. 2019, table 9. The first two of the 514 positions are never those of a real token.
+const ROBERTA: BertConfig = roberta(50265, BASE);
+const ROBERTA_LARGE: BertConfig = roberta(50265, LARGE);
+const XLM_ROBERTA: BertConfig = roberta(250002, BASE);
+const XLM_ROBERTA_LARGE: BertConfig = roberta(250002, LARGE);
+
+const fn roberta(vocab_size: usize, bert: BertConfig) -> BertConfig {
+    BertConfig {
+        vocab_size,
+        n_positions: 514,
+        numbering: Numbering::AfterPadding(1),
+        n_token_types: 1,
+        layer_norm_eps: 1e-5,
+        ..bert
+    }
+}
+
+const fn preset(name: &'static str, license: &'static str, config: BertConfig, parameters: usize) -> Preset {
+    let source = match config.numbering {
+        Numbering::FromZero => "transformers, BertModel with its pooler",
+        Numbering::AfterPadding(_) => "transformers, (XLM)RobertaModel with its pooler",
+    };
+    Preset { name, shape: Shape::Bert(config), weights: Weights::Hub, license, parameters, source }
+}
+
+/// Published sizes.
+pub const PRESETS: &[Preset] = &[
+    preset("google-bert/bert-base-uncased", "Apache-2.0", BASE, 109_482_240),
+    preset("google-bert/bert-base-cased", "Apache-2.0", CASED, 108_310_272),
+    preset("google-bert/bert-large-uncased", "Apache-2.0", LARGE, 335_141_888),
+    preset("google-bert/bert-base-chinese", "Apache-2.0", CHINESE, 102_267_648),
+    preset("hfl/chinese-roberta-wwm-ext", "Apache-2.0", CHINESE, 102_267_648),
+    preset("FacebookAI/roberta-base", "MIT", ROBERTA, 124_645_632),
+    preset("FacebookAI/roberta-large", "MIT", ROBERTA_LARGE, 355_359_744),
+    preset("FacebookAI/xlm-roberta-base", "MIT", XLM_ROBERTA, 278_043_648),
+    preset("FacebookAI/xlm-roberta-large", "MIT", XLM_ROBERTA_LARGE, 559_890_432),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::{FloatDType, TensorData, Tolerance};
+    use volary_weights::{LoadOptions, parameters, save};
+
+    use super::*;
+
+    const TINY: BertConfig = BertConfig {
+        vocab_size: 50,
+        n_positions: 9,
+        d_model: 8,
+        d_ff: 16,
+        n_layers: 2,
+        n_heads: 2,
+        layer_norm_eps: 1e-5,
+        ..BASE
+    };
+
+    fn ids<const D: usize>(shape: [usize; D], values: &[i64]) -> TensorData {
+        TensorData::new(values.to_vec(), shape)
+    }
+
+    fn fixture(name: &str) -> Folder {
+        Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
+    }
+
+    fn run(folder: &Folder, inputs: &[(&str, TensorData)], options: &LoadOptions) -> Result<Outputs, Error> {
+        let inputs: BTreeMap<_, _> =
+            inputs.iter().map(|(name, data)| (name.to_string(), data.clone())).collect();
+        crate::registry::forward(folder, &inputs, options, &Device::flex())
+    }
+
+    #[test]
+    fn presets_have_the_published_number_of_parameters() {
+        for preset in PRESETS {
+            assert_eq!(preset.shape.count(), preset.parameters, "{}", preset.name);
+        }
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_one_parameter() {
+        for config in [LARGE, XLM_ROBERTA] {
+            for parameter in parameters(&config.init(&Device::flex())) {
+                let keys = KEYS.keys(&parameter.path).unwrap();
+                assert_eq!(keys.len(), 1, "{}", parameter.path);
+                assert_eq!(KEYS.paths(&keys[0]).unwrap(), [parameter.path]);
+            }
+        }
+        let of = |key| KEYS.paths(key).unwrap();
+        assert_eq!(of("encoder.layer.3.output.LayerNorm.gamma"), ["blocks.3.norm2.weight"]);
+        assert_eq!(of("embeddings.LayerNorm.beta"), ["norm.bias"]);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        let error = |fields: &str| {
+            let text = format!("{{\"model_type\": \"roberta\", {fields}}}");
+            let config = Config::parse(Path::new("config.json"), text.as_bytes()).unwrap();
+            BertConfig::parse(&config).unwrap_err().to_string()
+        };
+        for (fields, named) in [
+            (
+                r#""position_embedding_type": "relative_key""#,
+                "`position_embedding_type`: expected \"absolute\"",
+            ),
+            (r#""is_decoder": true"#, "`is_decoder`"),
+            (r#""add_cross_attention": true"#, "`add_cross_attention`"),
+            (r#""hidden_size": 30"#, "`num_attention_heads`: expected a divisor of 30"),
+            (r#""hidden_act": "mish""#, "`hidden_act`"),
+            (r#""vocab_size": 0"#, "`vocab_size`"),
+            (r#""num_hidden_layers": 2000000000"#, "`num_hidden_layers`: expected at most 1000 blocks"),
+            (r#""pad_token_id": 512"#, "`pad_token_id`: expected a position, 0 to 511, found 512"),
+            (r#""pad_token_id": -1"#, "`pad_token_id`"),
+            (r#""layer_norm_eps": "small""#, "`layer_norm_eps`"),
+            (r#""model_type": "electra""#, "`model_type`: expected bert, roberta, xlm-roberta, camembert"),
+        ] {
+            let message = error(fields);
+            assert!(message.contains(named), "{message}");
+        }
+    }
+
+    #[test]
+    fn roberta_counts_real_tokens_from_after_the_padding_id() {
+        let tokens = Tensor::<2, Int>::from_data([[5, 1, 7, 1], [1, 1, 9, 8]], &Device::flex());
+        let positions = |numbering: Numbering| numbering.positions(&tokens).into_data().convert::<i64>();
+        let roberta = positions(Numbering::AfterPadding(1));
+        assert_eq!(roberta, ids([2, 4], &[2, 1, 3, 1, 1, 1, 2, 3]));
+        assert_eq!(positions(Numbering::FromZero), ids([2, 4], &[0, 1, 2, 3, 0, 1, 2, 3]));
+    }
+
+    #[test]
+    fn real_tokens_do_not_see_padding() {
+        let device = Device::flex();
+        let model = TINY.init(&device);
+        let real = Tensor::<2, burn::tensor::Bool>::from_data([[true, true, true, false, false]], &device);
+        let encode = |tokens: [[i64; 5]; 1]| {
+            let ids = Tensor::<2, Int>::from_data(tokens, &device);
+            let input = BertInput { mask: Mask::Padding(real.clone()), ..ids.into() };
+            let BertOutput { hidden, pooled } = model.forward(input);
+            (hidden.narrow(1, 0, 3).into_data(), pooled.unwrap().into_data())
+        };
+        let (hidden, pooled) = encode([[3, 4, 5, 0, 0]]);
+        let (other_hidden, other_pooled) = encode([[3, 4, 5, 6, 7]]);
+        hidden.assert_approx_eq::<f32>(&other_hidden, Tolerance::default());
+        pooled.assert_approx_eq::<f32>(&other_pooled, Tolerance::default());
+    }
+
+    #[test]
+    fn a_pooler_is_there_if_the_weights_have_one() {
+        let folder = std::env::temp_dir().join(format!("volary-bert-pooler-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let text = r#"{"model_type": "bert", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 9}"#;
+        std::fs::write(folder.join("config.json"), text).unwrap();
+        let tokens = [("input_ids", ids([1, 2], &[3, 4]))];
+        for (pooler, expected) in
+            [(true, vec!["last_hidden_state", "pooler_output"]), (false, vec!["last_hidden_state"])]
+        {
+            let model = BertConfig { pooler, ..TINY }.init(&Device::flex());
+            save(&model, &KEYS, None, &folder.join("model.safetensors"), None).unwrap();
+            let outputs = run(&Folder::Disk(folder.clone()), &tokens, &LoadOptions::default()).unwrap();
+            assert_eq!(outputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), expected);
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told_all_at_once() {
+        let two = || ids([1, 2], &[3, 4]);
+        type Case<'a> = (&'a str, &'a [(&'a str, TensorData)], &'a [&'a str]);
+        let cases: &[Case] = &[
+            ("bert", &[], &["`input_ids` is missing"]),
+            ("bert", &[("input_ids", ids([2], &[3, 4]))], &["`input_ids` is [2], expected 2 dimensions"]),
+            ("bert", &[("input_ids", ids([1, 1], &[96]))], &["`input_ids` holds 96, expected 0 to 95"]),
+            ("bert", &[("input_ids", ids([1, 1], &[-1]))], &["`input_ids` holds -1"]),
+            ("bert", &[("input_ids", ids([1, 21], &[5; 21]))], &["reach position 20, the last one is 19"]),
+            ("roberta", &[("input_ids", ids([1, 19], &[5; 19]))], &["reach position 20, the last one is 19"]),
+            (
+                "bert",
+                &[
+                    ("input_ids", two()),
+                    ("attention_mask", ids([1, 3], &[1; 3])),
+                    ("token_type_ids", ids([1, 2], &[0, 2])),
+                    ("position_ids", ids([2, 2], &[0; 4])),
+                    ("pixel_values", two()),
+                ],
+                &[
+                    "`attention_mask` is [1, 3], `input_ids` [1, 2]",
+                    "`token_type_ids` holds 2, expected 0 to 1",
+                    "`position_ids` is [2, 2], `input_ids` [1, 2]",
+                    "`pixel_values` is not one of",
+                ],
+            ),
+        ];
+        for (folder, inputs, named) in cases {
+            let message = run(&fixture(folder), inputs, &LoadOptions::default()).unwrap_err().to_string();
+            for part in *named {
+                assert!(message.contains(part), "{message}");
+            }
+        }
+        // 18 real tokens after padding id 1 are positions 2 to 19; padding keeps its place
+        let padded: Vec<i64> = [[5; 18].as_slice(), &[1; 4]].concat();
+        assert!(
+            run(&fixture("roberta"), &[("input_ids", ids([1, 22], &padded))], &LoadOptions::default())
+                .is_ok()
+        );
+    }
+
+    #[test]
+    fn half_precision_stays_close() {
+        let inputs = [("input_ids", ids([1, 4], &[8, 4, 57, 77]))];
+        let hidden = |dtype| {
+            let options = LoadOptions { dtype: Some(dtype), ..LoadOptions::default() };
+            run(&fixture("bert"), &inputs, &options).unwrap().remove(0).1
+        };
+        let tolerance = Tolerance::absolute(2e-2);
+        hidden(FloatDType::F16).assert_approx_eq::<f32>(&hidden(FloatDType::F32), tolerance);
+    }
+}

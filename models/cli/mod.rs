@@ -1,0 +1,184 @@
+//! One file per command; here are the flags that all of them share.
+
+mod classify;
+mod doctor;
+mod embed;
+mod eval;
+mod forward;
+mod info;
+mod list;
+mod preprocess;
+mod search;
+mod tokenize;
+#[cfg(feature = "train")]
+mod train;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use burn::tensor::{Device, FloatDType};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use volary::pretrained::{EMBEDDED, resolve};
+use volary::{Clip, Error};
+use volary_weights::LoadOptions;
+
+/// A multimodal model zoo: pictures and text, in Chinese and English.
+#[derive(Parser)]
+#[command(name = "volary", version, arg_required_else_help = true, infer_subcommands = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    shared: Shared,
+}
+
+/// What every command understands.
+#[derive(Args, Clone)]
+pub struct Shared {
+    /// Where to compute: `cpu`, `cuda` or `cuda:N`.
+    #[arg(long, global = true, default_value = "cpu")]
+    device: String,
+    /// The numbers that weights are held and computed in.
+    #[arg(long, global = true, value_enum, default_value = "f32")]
+    dtype: Dtype,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Never use the network.
+    #[arg(long, global = true)]
+    pub offline: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Name what pictures show, among labels of your own or all that the model knows.
+    Classify(classify::Arguments),
+    /// Turn pictures and texts into vectors.
+    Embed(embed::Arguments),
+    /// Search a folder of pictures by text or by a picture.
+    Search(search::Arguments),
+    /// Run a checkpoint folder on given tensors: to compare with another implementation.
+    Forward(forward::Arguments),
+    /// Write the pixel tensors that a folder's preprocessor makes of pictures.
+    Preprocess(preprocess::Arguments),
+    /// Print the tokens that a folder's tokenizer makes of texts.
+    Tokenize(tokenize::Arguments),
+    /// Show what a folder or preset is: shapes, parameters, memory, keys that do not match.
+    Info(info::Arguments),
+    /// List the systems and their published sizes.
+    List(list::Arguments),
+    /// Measure retrieval on pictures with captions, in both directions and languages.
+    Eval(eval::Arguments),
+    /// Check this machine and this program.
+    Doctor,
+    /// Train a model by one of the recipes here.
+    #[cfg(feature = "train")]
+    Train(train::Arguments),
+}
+
+/// Runs the program. 0: done; 1: a failure; 2: wrong use.
+pub fn run() -> ExitCode {
+    let Cli { command, shared } = Cli::parse();
+    let result = match command {
+        Command::Classify(arguments) => classify::run(arguments, &shared),
+        Command::Embed(arguments) => embed::run(arguments, &shared),
+        Command::Search(arguments) => search::run(arguments, &shared),
+        Command::Forward(arguments) => forward::run(arguments, &shared),
+        Command::Preprocess(arguments) => preprocess::run(arguments, &shared),
+        Command::Tokenize(arguments) => tokenize::run(arguments, &shared),
+        Command::Info(arguments) => info::run(arguments, &shared),
+        Command::List(arguments) => list::run(arguments, &shared),
+        Command::Eval(arguments) => eval::run(arguments, &shared),
+        Command::Doctor => doctor::run(&shared),
+        #[cfg(feature = "train")]
+        Command::Train(arguments) => train::run(arguments, &shared),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output (`head`) may stop reading: that is no failure.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+/// The command was used wrongly, which the argument parser could not see.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+impl Shared {
+    /// The device that was asked for.
+    pub fn device(&self) -> Result<Device> {
+        Ok(volary::device::choose(&self.device)?)
+    }
+
+    /// How weights are loaded.
+    pub fn load_options(&self) -> LoadOptions {
+        LoadOptions { dtype: Some(self.float_dtype()), ..LoadOptions::default() }
+    }
+
+    fn float_dtype(&self) -> FloatDType {
+        match self.dtype {
+            Dtype::F32 => FloatDType::F32,
+            Dtype::Bf16 => FloatDType::BF16,
+            Dtype::F16 => FloatDType::F16,
+        }
+    }
+}
+
+/// Which two-tower model to use.
+#[derive(Args, Clone)]
+pub struct Model {
+    /// A folder, a preset, or owner/name; without it the model inside this program.
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+}
+
+impl Model {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.model.as_deref().unwrap_or(EMBEDDED)
+    }
+
+    /// Whether it is the one inside this program.
+    pub fn is_embedded(&self) -> bool {
+        self.name() == EMBEDDED
+    }
+
+    /// Loads it.
+    pub fn load(&self, shared: &Shared) -> Result<Clip> {
+        let folder = resolve(self.name())?;
+        let system = volary::registry::System::of(&folder)?;
+        if system.name != "clip" {
+            return Err(Error::Task { system: system.name, task: "compare pictures with text" }.into());
+        }
+        Ok(Clip::in_folder(folder).dtype(shared.float_dtype()).load(&shared.device()?)?)
+    }
+}
+
+/// Writes a line to standard output; a closed pipe is an error and not a panic.
+pub fn say(line: impl AsRef<str>) -> Result<()> {
+    writeln!(io::stdout().lock(), "{}", line.as_ref())?;
+    Ok(())
+}
+
+/// Writes a value as JSON to standard output.
+pub fn say_json(value: &impl Serialize) -> Result<()> {
+    say(serde_json::to_string_pretty(value).context("the result cannot be written as JSON")?)
+}

@@ -1,0 +1,82 @@
+//! `volary train`
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use volary::recipe::contrastive::{Job, Recipe, train};
+use volary::recipe::data::{EmojiData, Gallery};
+use volary::recipe::emoji::{HELD_OUT, config, export, preprocessor, tokenizer};
+
+use super::{Shared, say};
+
+/// Arguments of `train`.
+#[derive(Args)]
+pub struct Arguments {
+    #[command(subcommand)]
+    recipe: Which,
+}
+
+#[derive(Subcommand)]
+enum Which {
+    /// The bilingual CLIP of this program, on prepared emoji; goes on where the folder has a checkpoint.
+    EmojiClip(EmojiClip),
+}
+
+#[derive(Args)]
+struct EmojiClip {
+    /// Prepared data: `recipes/emoji_clip/prepare.py` makes it.
+    #[arg(long)]
+    data: PathBuf,
+    /// Where checkpoint, loss curve and, at the end, the model folder `export` go.
+    #[arg(long)]
+    out: PathBuf,
+    /// Optimizer steps in all.
+    #[arg(long, default_value_t = Recipe::default().steps)]
+    steps: usize,
+    /// Pairs per step.
+    #[arg(long, default_value_t = Recipe::default().batch)]
+    batch: usize,
+    /// Parts of a batch, each computed on a thread of its own.
+    #[arg(long, default_value_t = Recipe::default().accumulate)]
+    accumulate: usize,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = Recipe::default().learning_rate)]
+    learning_rate: f64,
+    /// Of initial weights, order, captions and augmentation.
+    #[arg(long, default_value_t = Recipe::default().seed)]
+    seed: u64,
+    /// Stop after so many steps of all; the schedule stays that of the whole run.
+    #[arg(long)]
+    until: Option<usize>,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
+    let Which::EmojiClip(arguments) = arguments.recipe;
+    let data = EmojiData::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
+    let development = Gallery::read(&arguments.data, |style| style == HELD_OUT[0])?;
+    let tokenizer = tokenizer(&data, &arguments.out)?;
+    let recipe = Recipe {
+        steps: arguments.steps,
+        batch: arguments.batch,
+        accumulate: arguments.accumulate,
+        learning_rate: arguments.learning_rate,
+        seed: arguments.seed,
+        ..Recipe::default()
+    };
+    let outcome = train(&Job {
+        recipe: &recipe,
+        config: &config(&tokenizer),
+        data: &data,
+        development: &development,
+        tokenizer: &tokenizer,
+        preprocessor: &preprocessor()?,
+        folder: &arguments.out,
+        until: arguments.until.unwrap_or(recipe.steps),
+        device: &shared.device()?,
+    })?;
+    let folder = arguments.out.join("export");
+    export(&outcome.clip, &arguments.out.join("tokenizer.json"), &folder)?;
+    say(format!("{} steps; the model is in {}", outcome.losses.len(), folder.display()))
+}

@@ -1,0 +1,262 @@
+//! Reading a checkpoint's `config.json` with errors that name the file and the field.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::Value;
+use volary_kernels::ops::Activation;
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not JSON.
+    #[error("{}: not valid JSON: {problem}", file.display())]
+    Syntax {
+        /// The file.
+        file: PathBuf,
+        /// Where and why.
+        problem: String,
+    },
+    /// A field is missing or has the wrong kind of value.
+    #[error("{}: `{field}`: expected {expected}, found {found}", file.display())]
+    Field {
+        /// The file.
+        file: PathBuf,
+        /// The field, with the objects that lead to it: `text_config.hidden_size`.
+        field: String,
+        /// What would have been right.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+}
+
+/// A JSON object of a configuration file, knowing where it stands.
+#[derive(Clone, Debug)]
+pub struct Config {
+    file: Arc<Path>,
+    /// With a dot at the end, or empty at the root.
+    prefix: String,
+    value: Value,
+}
+
+impl Config {
+    /// Parses the bytes of `file`.
+    ///
+    /// # Errors
+    /// If they are not a JSON object.
+    pub fn parse(file: &Path, bytes: &[u8]) -> Result<Self, ConfigError> {
+        let value: Value = serde_json::from_slice(bytes)
+            .map_err(|error| ConfigError::Syntax { file: file.into(), problem: error.to_string() })?;
+        if !value.is_object() {
+            let problem = "the file does not hold an object".into();
+            return Err(ConfigError::Syntax { file: file.into(), problem });
+        }
+        Ok(Self { file: file.into(), prefix: String::new(), value })
+    }
+
+    /// The file this comes from.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Whether the field is there and not null.
+    pub fn has(&self, field: &str) -> bool {
+        self.value.get(field).is_some_and(|value| !value.is_null())
+    }
+
+    /// The object under `field`.
+    ///
+    /// # Errors
+    /// If there is no object of that name.
+    pub fn object(&self, field: &str) -> Result<Config, ConfigError> {
+        match self.value.get(field) {
+            Some(value) if value.is_object() => Ok(self.inside(field, value.clone())),
+            _ => Err(self.error(field, "an object")),
+        }
+    }
+
+    /// The object under `field`, or an empty one.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn object_or_empty(&self, field: &str) -> Result<Config, ConfigError> {
+        if self.has(field) { self.object(field) } else { Ok(self.inside(field, Value::Object(Default::default()))) }
+    }
+
+    fn inside(&self, field: &str, value: Value) -> Config {
+        Config { file: self.file.clone(), prefix: format!("{}{field}.", self.prefix), value }
+    }
+
+    /// This object with the fields of `over` in place of its own.
+    pub fn overlaid(&self, over: &Config) -> Config {
+        let mut merged = self.clone();
+        if let (Some(fields), Some(new)) = (merged.value.as_object_mut(), over.value.as_object()) {
+            fields.extend(new.iter().map(|(key, value)| (key.clone(), value.clone())));
+        }
+        merged
+    }
+
+    /// The names of the fields.
+    pub fn fields(&self) -> impl Iterator<Item = &str> {
+        self.value.as_object().into_iter().flat_map(|fields| fields.keys().map(String::as_str))
+    }
+
+    /// A size: a whole number from 1 to 2³¹.
+    ///
+    /// # Errors
+    /// If it is missing or something else.
+    pub fn size(&self, field: &str) -> Result<usize, ConfigError> {
+        match self.value.get(field).and_then(Value::as_u64) {
+            Some(size @ 1..=0x8000_0000) => Ok(size as usize),
+            _ => Err(self.error(field, "a whole number from 1 to 2147483648")),
+        }
+    }
+
+    /// A size, or `default` where the field is missing or null.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn size_or(&self, field: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.has(field) { self.size(field) } else { Ok(default) }
+    }
+
+    /// A whole number, or `default`.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn integer_or(&self, field: &str, default: i64) -> Result<i64, ConfigError> {
+        match self.value.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value.as_i64().ok_or_else(|| self.error(field, "a whole number")),
+        }
+    }
+
+    /// A finite number, or `default`.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn number_or(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
+        match self.value.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => {
+                value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| self.error(field, "a number"))
+            }
+        }
+    }
+
+    /// `true` or `false`, or `default`.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn flag_or(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
+        match self.value.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value.as_bool().ok_or_else(|| self.error(field, "true or false")),
+        }
+    }
+
+    /// A text, if there is one.
+    pub fn text(&self, field: &str) -> Option<&str> {
+        self.value.get(field).and_then(Value::as_str)
+    }
+
+    /// A list of whole numbers, if there is one.
+    pub fn sizes(&self, field: &str) -> Option<Vec<usize>> {
+        let list = self.value.get(field)?.as_array()?;
+        list.iter().map(|value| value.as_u64().map(|size| size as usize)).collect()
+    }
+
+    /// How many entries the object under `field` has.
+    pub fn count(&self, field: &str) -> Option<usize> {
+        self.value.get(field).and_then(Value::as_object).map(|object| object.len())
+    }
+
+    /// The first text of a list, as of `architectures`.
+    pub fn first_of(&self, field: &str) -> Option<&str> {
+        self.value.get(field)?.as_array()?.first()?.as_str()
+    }
+
+    /// An activation by its Hugging Face name, or `default`.
+    ///
+    /// # Errors
+    /// If the name is unknown.
+    pub fn activation_or(&self, field: &str, default: Activation) -> Result<Activation, ConfigError> {
+        match self.value.get(field) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => value
+                .as_str()
+                .and_then(Activation::from_name)
+                .ok_or_else(|| self.error(field, &format!("one of {}", Activation::NAMES.join(", ")))),
+        }
+    }
+
+    /// Refuses a field that is set to anything but one of `allowed` (JSON texts), unless it is missing or null.
+    ///
+    /// # Errors
+    /// If it is set to something else.
+    pub fn only(&self, field: &str, allowed: &[&str]) -> Result<(), ConfigError> {
+        match self.value.get(field) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if allowed.contains(&value.to_string().as_str()) => Ok(()),
+            Some(_) => Err(self.error(field, &format!("{} (others are not supported)", allowed.join(" or ")))),
+        }
+    }
+
+    /// That `parts` divide `whole`, e.g. heads a width.
+    ///
+    /// # Errors
+    /// Naming `field` if they do not.
+    pub fn divides(&self, field: &str, parts: usize, whole: usize) -> Result<(), ConfigError> {
+        if parts > 0 && whole.is_multiple_of(parts) {
+            Ok(())
+        } else {
+            Err(self.error(field, &format!("a divisor of {whole}")))
+        }
+    }
+
+    /// The error that `field` is not what was `expected`.
+    pub fn error(&self, field: &str, expected: &str) -> ConfigError {
+        let mut found = self.value.get(field).map_or("nothing".into(), Value::to_string);
+        if found.chars().count() > 80 {
+            found = found.chars().take(80).chain("...".chars()).collect();
+        }
+        ConfigError::Field {
+            file: self.file.to_path_buf(),
+            field: format!("{}{field}", self.prefix),
+            expected: expected.into(),
+            found,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new("config.json"), text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn an_error_names_file_field_expected_and_found() {
+        let text = config(r#"{"text_config": {"hidden_size": "wide"}}"#).object("text_config").unwrap();
+        let message = text.size("hidden_size").unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "config.json: `text_config.hidden_size`: expected a whole number from 1 to 2147483648, found \"wide\""
+        );
+    }
+
+    #[test]
+    fn zero_negative_and_huge_are_no_sizes() {
+        for value in ["0", "-3", "1e30", "2.5", "null", "99999999999"] {
+            assert!(config(&format!("{{\"n\": {value}}}")).size("n").is_err(), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_no_configuration() {
+        assert!(Config::parse(Path::new("config.json"), b"[1]").is_err());
+    }
+}

@@ -1,0 +1,123 @@
+use std::path::PathBuf;
+
+use volary_text::tokenizer::TokenizerError;
+use volary_vision::image::ImageError;
+use volary_vision::preprocess::PreprocessError;
+
+use crate::config::ConfigError;
+
+/// Why a model could not be loaded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Neither a folder, nor a preset, nor the form of a hub id.
+    #[error("`{name}` is neither a folder nor a preset{}", hint.as_deref().unwrap_or_default())]
+    UnknownModel {
+        /// What was asked for.
+        name: String,
+        /// What to do instead.
+        hint: Option<String>,
+    },
+    /// Weights that would have to be downloaded.
+    #[error("`{name}` would have to come from the hub, and downloading is not built yet: fetch the repository with another tool and name its folder")]
+    NotYetFromHub {
+        /// The repository.
+        name: String,
+    },
+    /// A folder without a configuration.
+    #[error("{}: no configuration; looked for {}", folder.display(), looked_for.join(", "))]
+    NoConfig {
+        /// The folder.
+        folder: PathBuf,
+        /// The files that would have told.
+        looked_for: &'static [&'static str],
+    },
+    /// A configuration of no system we have.
+    #[error("{}: {found} is none of the systems here; known: {}", file.display(), known.join(", "))]
+    UnknownSystem {
+        /// The configuration file.
+        file: PathBuf,
+        /// What it calls itself.
+        found: String,
+        /// What is known.
+        known: Vec<String>,
+    },
+    /// The configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The weights are wrong.
+    #[error(transparent)]
+    Weights(#[from] volary_weights::Error),
+    /// The tokenizer is wrong, or a text cannot be tokenized.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A picture cannot be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The preprocessor is wrong, or does not fit.
+    #[error(transparent)]
+    Preprocess(#[from] PreprocessError),
+    /// Tensors that do not fit the model; everything wrong with them.
+    #[error("{system}: {}", problems.join("; "))]
+    Input {
+        /// The system.
+        system: &'static str,
+        /// One sentence each.
+        problems: Vec<String>,
+    },
+    /// The preprocessor and the model disagree.
+    #[error("{}: the preprocessor makes pictures of {found} pixels, the model sees {expected}", folder.display())]
+    PictureSize {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// Side in pixels.
+        expected: usize,
+        /// Height and width in pixels, or that they vary.
+        found: String,
+    },
+    /// The tokenizer knows more tokens than the model.
+    #[error("{}: the tokenizer has {found} tokens, the model {expected}", folder.display())]
+    Vocabulary {
+        /// The checkpoint folder.
+        folder: PathBuf,
+        /// The model's.
+        expected: usize,
+        /// The tokenizer's.
+        found: usize,
+    },
+    /// A file of pictures and captions does not hold what it should.
+    #[error("{}: {problem}", file.display())]
+    Data {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The model cannot do this.
+    #[error("{system} cannot {task}")]
+    Task {
+        /// The system.
+        system: &'static str,
+        /// What was asked.
+        task: &'static str,
+    },
+    /// The device that was asked for is not there.
+    #[error("{0}")]
+    Device(String),
+}
+
+impl Error {
+    /// An [`Error::Io`] of `path`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}

@@ -1,0 +1,120 @@
+//! A checkpoint folder: configuration, weights, tokenizer and preprocessor as one unit.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use volary_text::tokenizer::Tokenizer;
+use volary_vision::preprocess::Preprocessor;
+use volary_weights::format::{Checkpoint, Memory, open};
+
+use crate::config::Config;
+use crate::error::Error;
+
+/// Files that together are a model: a folder on disk, or one inside the program.
+#[derive(Clone, Debug)]
+pub enum Folder {
+    /// On disk, in a public layout.
+    Disk(PathBuf),
+    /// Inside the program.
+    Embedded {
+        /// Stands for the path in messages.
+        name: &'static str,
+        /// Names and contents.
+        files: &'static [(&'static str, &'static [u8])],
+    },
+}
+
+impl Folder {
+    /// The folder, or the name that stands for it.
+    pub fn path(&self) -> &Path {
+        match self {
+            Folder::Disk(path) => path,
+            Folder::Embedded { name, .. } => Path::new(name),
+        }
+    }
+
+    /// Whether it has a file of that name.
+    pub fn has(&self, name: &str) -> bool {
+        match self {
+            Folder::Disk(path) => path.join(name).is_file(),
+            Folder::Embedded { files, .. } => files.iter().any(|(file, _)| *file == name),
+        }
+    }
+
+    /// The content of a file.
+    ///
+    /// # Errors
+    /// If it is missing or unreadable.
+    pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>, Error> {
+        match self {
+            Folder::Disk(path) => {
+                let path = path.join(name);
+                std::fs::read(&path).map(Cow::Owned).map_err(Error::io(path))
+            }
+            Folder::Embedded { name: folder, files } => match files.iter().find(|(file, _)| *file == name) {
+                Some((_, bytes)) => Ok(Cow::Borrowed(bytes)),
+                None => Err(Error::io(Path::new(folder).join(name))(std::io::ErrorKind::NotFound.into())),
+            },
+        }
+    }
+
+    /// The JSON object in a file.
+    ///
+    /// # Errors
+    /// If it is missing or malformed.
+    pub fn config(&self, name: &str) -> Result<Config, Error> {
+        Ok(Config::parse(&self.path().join(name), &self.read(name)?)?)
+    }
+
+    /// The weights.
+    ///
+    /// # Errors
+    /// If there are none, or the file is broken.
+    pub fn checkpoint(&self) -> Result<Box<dyn Checkpoint>, Error> {
+        match self {
+            Folder::Disk(path) => Ok(open(path)?),
+            Folder::Embedded { name, files } => {
+                let found = volary_weights::format::FILES
+                    .iter()
+                    .find_map(|weights| files.iter().find(|(file, _)| file == weights));
+                match found {
+                    Some((file, bytes)) => Ok(Box::new(Memory::new(Path::new(name).join(file), *bytes)?)),
+                    None => Err(volary_weights::Error::NoWeights {
+                        folder: self.path().into(),
+                        looked_for: volary_weights::format::FILES,
+                    }
+                    .into()),
+                }
+            }
+        }
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If there is none, or its files are broken.
+    pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
+        match self {
+            Folder::Disk(path) => Ok(Tokenizer::from_folder(path)?),
+            Folder::Embedded { .. } => {
+                let config = self.read("tokenizer_config.json").ok();
+                Ok(Tokenizer::from_bytes(&self.read("tokenizer.json")?, config.as_deref())?)
+            }
+        }
+    }
+
+    /// What is done to pictures.
+    ///
+    /// # Errors
+    /// If that is not described, or malformed.
+    pub fn preprocessor(&self) -> Result<Preprocessor, Error> {
+        match self {
+            Folder::Disk(path) => Ok(Preprocessor::from_folder(path)?),
+            Folder::Embedded { .. } => {
+                let name = "preprocessor_config.json";
+                let text = String::from_utf8_lossy(&self.read(name)?).into_owned();
+                Ok(Preprocessor::from_json(&self.path().join(name), &text)?)
+            }
+        }
+    }
+}

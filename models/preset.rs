@@ -1,0 +1,56 @@
+//! Published sizes as rows of data.
+
+/// A published size of a system.
+pub struct Preset {
+    /// The name its authors gave it; with a hub's owner where it has one.
+    pub name: &'static str,
+    /// Its configuration.
+    pub shape: Shape,
+    /// Where its weights are.
+    pub weights: Weights,
+    /// Under which license, as its authors state it.
+    pub license: &'static str,
+    /// Published parameter count; [`Preset::source`] says by whom.
+    pub parameters: usize,
+    /// Who published the count.
+    pub source: &'static str,
+}
+
+/// The configuration of a preset: that of one of the systems.
+pub enum Shape {
+    /// [`crate::clip`]
+    Clip(crate::clip::ClipConfig),
+    /// [`crate::bert`]
+    Bert(crate::bert::BertConfig),
+    /// [`crate::vit`]
+    Vit(crate::vit::VitConfig),
+}
+
+/// Where weights are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Weights {
+    /// In a repository of the Hugging Face hub, of the preset's own name.
+    Hub,
+    /// Inside this program.
+    Embedded,
+    /// Nowhere in public.
+    Unreleased,
+}
+
+impl Shape {
+    /// Counts the parameters without allocating them; running statistics are no parameters.
+    pub fn count(&self) -> usize {
+        let device = burn::tensor::Device::flex();
+        let count = |parameters: Vec<volary_weights::Parameter>| -> usize {
+            let is_weight = |path: &str| !path.ends_with("running_mean") && !path.ends_with("running_var");
+            let weights = parameters.iter().filter(|parameter| is_weight(&parameter.path));
+            weights.map(|parameter| parameter.shape.iter().product::<usize>()).sum()
+        };
+        use volary_weights::parameters;
+        match self {
+            Shape::Clip(config) => count(parameters(&config.init(&device))),
+            Shape::Bert(config) => count(parameters(&config.init(&device))),
+            Shape::Vit(config) => count(parameters(&config.init(&device))),
+        }
+    }
+}

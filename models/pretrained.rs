@@ -1,0 +1,227 @@
+//! From a name to a model with its tokenizer and preprocessor.
+
+use std::path::Path;
+
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use ndarray::Array2;
+use volary_text::tokenizer::{BatchOptions, PadTo, Tokenizer};
+use volary_vision::image::Rgb8;
+use volary_vision::preprocess::Preprocessor;
+use volary_weights::LoadOptions;
+
+use crate::clip::{ClipConfig, ClipModel};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::Weights;
+use crate::registry::SYSTEMS;
+
+/// The name of the model inside this program.
+pub const EMBEDDED: &str = "volary/emoji-clip";
+
+/// The bilingual model inside this program; `models/embedded/emoji-clip/README.md` says what it is.
+pub const EMOJI_CLIP: Folder = Folder::Embedded {
+    name: EMBEDDED,
+    files: &[
+        ("open_clip_config.json", include_bytes!("embedded/emoji-clip/open_clip_config.json")),
+        ("open_clip_model.safetensors", include_bytes!("embedded/emoji-clip/open_clip_model.safetensors")),
+        ("preprocessor_config.json", include_bytes!("embedded/emoji-clip/preprocessor_config.json")),
+        ("tokenizer.json", include_bytes!("embedded/emoji-clip/tokenizer.json")),
+        ("tokenizer_config.json", include_bytes!("embedded/emoji-clip/tokenizer_config.json")),
+        ("README.md", include_bytes!("embedded/emoji-clip/README.md")),
+    ],
+};
+
+/// The folder of a model's name: a folder on disk, the embedded model, or a preset.
+///
+/// # Errors
+/// If the name is none of these, or its weights are not at hand.
+pub fn resolve(name: &str) -> Result<Folder, Error> {
+    let path = Path::new(name);
+    if path.is_dir() {
+        return Ok(Folder::Disk(path.into()));
+    }
+    if name == EMBEDDED {
+        return Ok(EMOJI_CLIP);
+    }
+    if path.exists() {
+        let hint = Some(": it is a file; name the folder that holds it with its configuration".into());
+        return Err(Error::UnknownModel { name: name.into(), hint });
+    }
+    let repository = name.split_once('@').map_or(name, |(repository, _)| repository);
+    let presets = || SYSTEMS.iter().flat_map(|system| system.presets);
+    if let Some(preset) = presets().find(|preset| preset.name == repository) {
+        return Err(match preset.weights {
+            Weights::Hub | Weights::Embedded => Error::NotYetFromHub { name: name.into() },
+            Weights::Unreleased => Error::UnknownModel {
+                name: name.into(),
+                hint: Some(": its weights were never released".into()),
+            },
+        });
+    }
+    let is_word = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    match repository.split_once('/') {
+        Some((owner, repository)) if is_word(owner) && is_word(repository) => {
+            Err(Error::NotYetFromHub { name: name.into() })
+        }
+        _ => {
+            let ends = |preset: &&crate::preset::Preset| preset.name.rsplit('/').next() == Some(repository);
+            let near = presets().find(ends).map(|preset| format!("; did you mean `{}`?", preset.name));
+            let hint = near.unwrap_or_else(|| ", nor does it read owner/name; see `volary list`".into());
+            Err(Error::UnknownModel { name: name.into(), hint: Some(hint) })
+        }
+    }
+}
+
+/// A two-tower model with all it needs: weights, tokenizer and preprocessor of one folder.
+///
+/// ```
+/// use burn::tensor::Device;
+/// use volary::Clip;
+///
+/// # fn main() -> Result<(), volary::Error> {
+/// let clip = Clip::embedded().load(&Device::flex())?;
+/// let similarity = clip.encode_texts(&["a cat"])?.dot(&clip.encode_texts(&["一只猫"])?.t());
+/// assert!(similarity[[0, 0]] > 0.0);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Clip {
+    /// The towers.
+    pub model: ClipModel,
+    /// Their shapes.
+    pub config: ClipConfig,
+    /// For texts.
+    pub tokenizer: Tokenizer,
+    /// For pictures.
+    pub preprocessor: Preprocessor,
+    pub(crate) device: Device,
+}
+
+/// A model that is about to be loaded.
+pub struct Pretrained {
+    folder: Folder,
+    options: LoadOptions,
+}
+
+impl Pretrained {
+    /// The dtype that the weights get; f32 unless said otherwise.
+    pub fn dtype(mut self, dtype: FloatDType) -> Self {
+        self.options.dtype = Some(dtype);
+        self
+    }
+
+    /// Reads the folder onto `device`.
+    ///
+    /// # Errors
+    /// If a file is missing or broken, or weights, configuration and preprocessor do not fit together.
+    pub fn load(self, device: &Device) -> Result<Clip, Error> {
+        let Self { folder, options } = self;
+        let (config, layout) = ClipConfig::of(&folder)?;
+        let preprocessor = folder.preprocessor()?;
+        let expected = config.image_size();
+        match preprocessor.image_size() {
+            Some(size) if size == [expected; 2] => {}
+            found => {
+                let found = found.map_or("varying".into(), |[height, width]| format!("{height}x{width}"));
+                return Err(Error::PictureSize { folder: folder.path().into(), expected, found });
+            }
+        }
+        let tokenizer = folder.tokenizer()?;
+        if tokenizer.vocab_size() > config.text.vocab_size {
+            return Err(Error::Vocabulary {
+                folder: folder.path().into(),
+                expected: config.text.vocab_size,
+                found: tokenizer.vocab_size(),
+            });
+        }
+        let model = config.load(&folder, layout, &options, device)?;
+        Ok(Clip { model, config, tokenizer, preprocessor, device: device.clone() })
+    }
+}
+
+/// So many pictures or texts go through a tower at once.
+const BATCH: usize = 64;
+
+impl Clip {
+    /// A model by its name: a folder, [`EMBEDDED`], or a preset.
+    ///
+    /// # Errors
+    /// If there is none of that name at hand.
+    pub fn from_pretrained(name: &str) -> Result<Pretrained, Error> {
+        Ok(Self::in_folder(resolve(name)?))
+    }
+
+    /// The model in a folder.
+    pub fn in_folder(folder: Folder) -> Pretrained {
+        Pretrained { folder, options: LoadOptions::default() }
+    }
+
+    /// The model inside this program.
+    pub fn embedded() -> Pretrained {
+        Self::in_folder(EMOJI_CLIP)
+    }
+
+    /// Unit vectors of pictures, `[pictures, d_embed]`.
+    ///
+    /// # Errors
+    /// If a picture cannot be preprocessed.
+    pub fn encode_images(&self, pictures: &[Rgb8]) -> Result<Array2<f32>, Error> {
+        self.stack(pictures.chunks(BATCH).map(|chunk| {
+            let pixels = self.preprocessor.batch(chunk, &self.device)?;
+            Ok(self.model.encode_images(self.in_dtype(pixels)))
+        }))
+    }
+
+    /// Unit vectors of texts, `[texts, d_embed]`. What is longer than the context is cut.
+    ///
+    /// # Errors
+    /// If a text cannot be tokenized.
+    pub fn encode_texts(&self, texts: &[impl AsRef<str>]) -> Result<Array2<f32>, Error> {
+        let options = BatchOptions { max_length: Some(self.config.text.context_length), pad: PadTo::Longest };
+        self.stack(texts.chunks(BATCH).map(|chunk| {
+            let (ids, _): (Tensor<2, Int>, _) =
+                self.tokenizer.encode_batch(chunk, &options)?.to_tensors(&self.device);
+            Ok(self.model.encode_texts(ids))
+        }))
+    }
+
+    /// The probability of each label for each picture, `[pictures, labels]`: the softmax over the labels of
+    /// scaled similarities.
+    ///
+    /// # Errors
+    /// As [`Clip::encode_images`] and [`Clip::encode_texts`].
+    pub fn zero_shot(&self, pictures: &[Rgb8], labels: &[impl AsRef<str>]) -> Result<Array2<f32>, Error> {
+        let scale = self.model.logit_scale.val().exp().into_scalar::<f32>();
+        let similarities = self.encode_images(pictures)?.dot(&self.encode_texts(labels)?.t());
+        Ok(softmax(similarities * scale))
+    }
+
+    fn in_dtype(&self, pixels: Tensor<4>) -> Tensor<4> {
+        pixels.cast(FloatDType::from(self.model.logit_scale.val().dtype()))
+    }
+
+    fn stack(&self, parts: impl Iterator<Item = Result<Tensor<2>, Error>>) -> Result<Array2<f32>, Error> {
+        let mut values = Vec::new();
+        for part in parts {
+            let data: TensorData = part?.into_data().convert::<f32>();
+            values.extend(data.iter::<f32>());
+        }
+        let rows = values.len() / self.config.d_embed;
+        Ok(Array2::from_shape_vec((rows, self.config.d_embed), values).expect("whole rows of d_embed"))
+    }
+}
+
+/// Each row to probabilities, by the softmax.
+pub fn softmax(mut logits: Array2<f32>) -> Array2<f32> {
+    for mut row in logits.rows_mut() {
+        let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        row.mapv_inplace(|logit| (logit - highest).exp());
+        let sum = row.sum();
+        row.mapv_inplace(|value| value / sum);
+    }
+    logits
+}

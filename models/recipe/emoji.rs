@@ -1,0 +1,106 @@
+//! The recipe of the embedded model: sizes, files, and the folder it is written to.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::FloatDType;
+use volary_kernels::ops::Activation;
+use volary_text::tokenizer::{Tokenizer, train_wordpiece};
+use volary_vision::preprocess::Preprocessor;
+use volary_vision::resnet::ResNetConfig;
+use volary_weights::save;
+
+use super::data::{EmojiData, Language};
+use crate::clip::{ClipConfig, Layout, Pooling, TextConfig, TransformerConfig, VisionConfig};
+use crate::error::Error;
+use crate::pretrained::Clip;
+
+/// Styles that are never trained on: the first is used to develop, the second is looked at once.
+pub const HELD_OUT: [&str; 2] = ["openmoji", "emojione2"];
+
+const CONTEXT_LENGTH: usize = 24;
+const VOCAB_SIZE: usize = 4096;
+const OPEN_CLIP_CONFIG: &str = include_str!("emoji/open_clip_config.json");
+const PREPROCESSOR_CONFIG: &str = include_str!("emoji/preprocessor_config.json");
+const TOKENIZER_CONFIG: &str = include_str!("emoji/tokenizer_config.json");
+
+/// The shape of the embedded model, for a tokenizer with `vocab_size` tokens and this end token.
+pub fn config(tokenizer: &Tokenizer) -> ClipConfig {
+    let transformer = TransformerConfig {
+        d_model: 192,
+        d_ff: 768,
+        n_layers: 3,
+        n_heads: 4,
+        activation: Activation::QuickGelu,
+        layer_norm_eps: 1e-5,
+    };
+    ClipConfig {
+        vision: VisionConfig::ResNet(ResNetConfig {
+            image_size: 64,
+            width: 24,
+            layers: [2, 2, 3, 1],
+            n_heads: 12,
+            d_embed: 256,
+        }),
+        text: TextConfig {
+            context_length: CONTEXT_LENGTH,
+            vocab_size: tokenizer.vocab_size(),
+            transformer,
+            pooling: Pooling::First(tokenizer.sep_id().map_or(3, i64::from)),
+        },
+        d_embed: 256,
+    }
+}
+
+/// The preprocessor of the embedded model.
+///
+/// # Errors
+/// Never, unless the file in this repository is malformed.
+pub fn preprocessor() -> Result<Preprocessor, Error> {
+    Ok(Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?)
+}
+
+/// The run's tokenizer: `folder/tokenizer.json`, trained on all captions if it is not there yet.
+///
+/// # Errors
+/// If it cannot be read or written.
+pub fn tokenizer(data: &EmojiData, folder: &Path) -> Result<Tokenizer, Error> {
+    let file = folder.join("tokenizer.json");
+    if !file.exists() {
+        fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let captions = data.concepts.iter().flat_map(|concept| {
+            Language::ALL.into_iter().flat_map(|language| {
+                let captions = concept.captions(language);
+                std::iter::once(&captions.name).chain(&captions.keywords)
+            })
+        });
+        fs::write(&file, train_wordpiece(captions, VOCAB_SIZE)?).map_err(Error::io(&file))?;
+    }
+    let json = fs::read(&file).map_err(Error::io(&file))?;
+    Ok(Tokenizer::from_bytes(&json, Some(TOKENIZER_CONFIG.as_bytes()))?)
+}
+
+/// Writes the trained model as a folder in open_clip's layout, weights in f16. The model card is written by
+/// hand.
+///
+/// # Errors
+/// If a file cannot be written.
+pub fn export(clip: &Clip, tokenizer_json: &Path, folder: &Path) -> Result<(), Error> {
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let weights = folder.join("open_clip_model.safetensors");
+    let keys = Layout::OpenClip.keys(&clip.config.vision);
+    let metadata = HashMap::from([("format".into(), "pt".into())]);
+    save(&clip.model, keys, Some(FloatDType::F16), &weights, Some(metadata))?;
+    let copied = folder.join("tokenizer.json");
+    fs::copy(tokenizer_json, &copied).map_err(Error::io(&copied))?;
+    for (name, text) in [
+        ("open_clip_config.json", OPEN_CLIP_CONFIG),
+        ("preprocessor_config.json", PREPROCESSOR_CONFIG),
+        ("tokenizer_config.json", TOKENIZER_CONFIG),
+    ] {
+        let file = folder.join(name);
+        fs::write(&file, text).map_err(Error::io(&file))?;
+    }
+    Ok(())
+}

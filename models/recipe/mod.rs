@@ -1,0 +1,12 @@
+//! Recipes: data, evaluation and (feature `train`) training.
+
+#[cfg(feature = "train")]
+pub mod augment;
+#[cfg(feature = "train")]
+pub mod contrastive;
+#[cfg(feature = "train")]
+pub mod curve;
+pub mod data;
+#[cfg(feature = "train")]
+pub mod emoji;
+pub mod evaluate;

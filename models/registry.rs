@@ -1,0 +1,134 @@
+//! `config.json` -> system.
+
+use std::collections::BTreeMap;
+
+use burn::module::Module;
+use burn::tensor::{Device, TensorData};
+use volary_weights::{KeyMap, LoadOptions, Parameter, Problem, check, load, parameters};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::Preset;
+use crate::tensors::{Inputs, Outputs};
+use crate::{bert, clip, vit};
+
+/// What the zoo says of one system.
+pub struct System {
+    /// Its short name.
+    pub name: &'static str,
+    /// What it is, in a sentence.
+    pub about: &'static str,
+    /// Where the code is.
+    pub file: &'static str,
+    /// What it is good for.
+    pub tasks: &'static [&'static str],
+    /// The fixtures under `tests/fixtures` whose reference it agrees with.
+    pub proved: &'static [&'static str],
+    /// Its published sizes.
+    pub presets: &'static [Preset],
+    /// Whether a folder holds this system. Called with the folder and its first configuration file, if any.
+    pub recognises: fn(&Folder, Option<&Config>) -> bool,
+    /// What loading the folder would do, without reading a weight.
+    pub describe: fn(&Folder) -> Result<Description, Error>,
+    /// Loads the folder for a forward pass.
+    pub open: fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Forward>, Error>,
+}
+
+/// A loaded model behind the forward contract.
+pub trait Forward {
+    /// Inputs and outputs by the reference implementation's names.
+    ///
+    /// # Errors
+    /// If the inputs do not fit.
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error>;
+}
+
+/// What `volary info` shows of a folder.
+pub struct Description {
+    /// Every parameter.
+    pub parameters: Vec<Parameter>,
+    /// What does not fit between the weights and the model.
+    pub problems: Vec<Problem>,
+}
+
+/// Every system, in the order of the list.
+pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM];
+
+/// The configuration files that are looked for, in this order.
+pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json"];
+
+impl System {
+    /// The system of a folder.
+    ///
+    /// # Errors
+    /// If it has no configuration, or one of no system here.
+    pub fn of(folder: &Folder) -> Result<&'static System, Error> {
+        if let Folder::Disk(path) = folder
+            && !path.exists()
+        {
+            return Err(Error::io(path)(std::io::ErrorKind::NotFound.into()));
+        }
+        let config = first_config(folder)?;
+        if let Some(system) = SYSTEMS.iter().find(|system| (system.recognises)(folder, config.as_ref())) {
+            return Ok(system);
+        }
+        let Some(config) = config else {
+            return Err(Error::NoConfig { folder: folder.path().into(), looked_for: CONFIGS });
+        };
+        let found = ["model_type", "architecture"].iter().find_map(|field| {
+            config.text(field).map(|value| format!("{field} `{value}`"))
+        });
+        Err(Error::UnknownSystem {
+            file: config.file().into(),
+            found: found.unwrap_or_else(|| "a configuration without `model_type` or `architecture`".into()),
+            known: SYSTEMS.iter().map(|system| system.name.to_owned()).collect(),
+        })
+    }
+
+    /// The system of that name.
+    pub fn named(name: &str) -> Option<&'static System> {
+        SYSTEMS.iter().find(|system| system.name == name)
+    }
+}
+
+/// The first configuration file of a folder, if it has one.
+///
+/// # Errors
+/// If it is malformed.
+pub fn first_config(folder: &Folder) -> Result<Option<Config>, Error> {
+    CONFIGS.iter().find(|name| folder.has(name)).map(|name| folder.config(name)).transpose()
+}
+
+/// What `model` and the folder's weights have to do with each other.
+///
+/// # Errors
+/// If the weights cannot be opened.
+pub fn describe<M: Module>(folder: &Folder, model: &M, keys: &KeyMap) -> Result<Description, Error> {
+    let checkpoint = folder.checkpoint()?;
+    let problems = check(model, checkpoint.as_ref(), keys, &LoadOptions::default())?;
+    Ok(Description { parameters: parameters(model), problems })
+}
+
+/// Fills `model` with the folder's weights.
+///
+/// # Errors
+/// If they cannot be opened or do not fit.
+pub fn fill<M: Module>(folder: &Folder, model: M, keys: &KeyMap, options: &LoadOptions) -> Result<M, Error> {
+    Ok(load(model, folder.checkpoint()?.as_ref(), keys, options)?)
+}
+
+/// Loads a folder and runs it once.
+///
+/// # Errors
+/// If the folder cannot be loaded or the inputs do not fit.
+pub fn forward(
+    folder: &Folder,
+    tensors: &BTreeMap<String, TensorData>,
+    options: &LoadOptions,
+    device: &Device,
+) -> Result<Outputs, Error> {
+    let system = System::of(folder)?;
+    let model = (system.open)(folder, options, device)?;
+    model.forward(Inputs::new(system.name, tensors, device))
+}

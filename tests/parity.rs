@@ -1,0 +1,101 @@
+//! Every system against the references of its fixtures, through the program's own forward contract.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use volary::registry::SYSTEMS;
+use volary_weights::read_tensors;
+
+use crate::support::{differences, fixture, json};
+
+/// Runs `volary forward` on a fixture and compares.
+fn compare(folder: &Path) -> Vec<String> {
+    let out = tempfile::tempdir().unwrap();
+    let output = out.path().join("out.safetensors");
+    Command::cargo_bin("volary")
+        .unwrap()
+        .arg("forward")
+        .arg(folder)
+        .arg("--input")
+        .arg(folder.join("inputs.safetensors"))
+        .arg("--output")
+        .arg(&output)
+        .assert()
+        .success();
+    let found = read_tensors(&output).unwrap();
+    let expected = read_tensors(&folder.join("outputs.safetensors")).unwrap();
+    differences(&found, &expected, &json(&folder.join("reference.json")))
+}
+
+#[test]
+fn every_proved_fixture_agrees() {
+    let mut wrong = Vec::new();
+    for system in SYSTEMS {
+        assert!(!system.proved.is_empty(), "{} is proved by nothing", system.name);
+        for name in system.proved {
+            wrong.extend(compare(&fixture(name)).into_iter().map(|problem| format!("{name}: {problem}")));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A comparison that cannot fail proves nothing.
+#[test]
+fn a_changed_reference_is_noticed() {
+    let folder = fixture("bert");
+    let expected = read_tensors(&folder.join("outputs.safetensors")).unwrap();
+    let mut found = expected.clone();
+    let changed = found["pooler_output"].iter::<f32>().map(|value| value + 1e-3).collect::<Vec<_>>();
+    let shape = found["pooler_output"].shape().clone();
+    found.insert("pooler_output".into(), burn::tensor::TensorData::new(changed, shape));
+    assert_eq!(differences(&found, &expected, &json(&folder.join("reference.json"))).len(), 1);
+}
+
+#[test]
+fn preprocessing_agrees() {
+    for name in ["image_clip", "image_clip_legacy", "image_open_clip", "image_vit", "image_timm"] {
+        let folder = fixture(name);
+        let out = tempfile::tempdir().unwrap();
+        let output = out.path().join("out.safetensors");
+        let mut images: Vec<_> =
+            std::fs::read_dir(folder.join("images")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        images.sort();
+        Command::cargo_bin("volary")
+            .unwrap()
+            .arg("preprocess")
+            .arg(&folder)
+            .args(&images)
+            .arg("--output")
+            .arg(&output)
+            .assert()
+            .success();
+        let found = read_tensors(&output).unwrap();
+        let expected = read_tensors(&folder.join("outputs.safetensors")).unwrap();
+        let wrong = differences(&found, &expected, &json(&folder.join("reference.json")));
+        assert!(wrong.is_empty(), "{name}: {wrong:?}");
+    }
+}
+
+#[test]
+fn tokenizing_agrees() {
+    for name in ["tok_clip", "tok_bert"] {
+        let folder = fixture(name);
+        let cases = json(&folder.join("cases.json"));
+        let cases = cases["encode"].as_array().unwrap();
+        let texts: Vec<&str> = cases.iter().map(|case| case["text"].as_str().unwrap()).collect();
+        let output = Command::cargo_bin("volary")
+            .unwrap()
+            .arg("tokenize")
+            .arg(&folder)
+            .args(["--json", "--"])
+            .args(&texts)
+            .output()
+            .unwrap();
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        for (found, case) in found.as_array().unwrap().iter().zip(cases) {
+            assert_eq!(found["ids"], case["ids"], "{name}: {}", case["text"]);
+            assert_eq!(found["tokens"], case["tokens"], "{name}: {}", case["text"]);
+        }
+        assert_eq!(found.as_array().unwrap().len(), cases.len());
+    }
+}

@@ -1,0 +1,61 @@
+//! Where fixtures lie, and how tensors are compared with a reference.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::TensorData;
+use serde_json::Value;
+
+/// A folder under `tests/fixtures`.
+pub fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The JSON in a file.
+pub fn json(file: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+}
+
+/// What differs between outputs and a reference, by the reference's own tolerance.
+pub fn differences(
+    found: &BTreeMap<String, TensorData>,
+    expected: &BTreeMap<String, TensorData>,
+    reference: &Value,
+) -> Vec<String> {
+    let mut differences = Vec::new();
+    for (name, wanted) in expected {
+        let Some(data) = found.get(name) else {
+            differences.push(format!("no output `{name}`"));
+            continue;
+        };
+        if data.shape() != wanted.shape() {
+            differences.push(format!("`{name}` is {:?}, not {:?}", data.shape(), wanted.shape()));
+            continue;
+        }
+        let tolerance = &reference["tolerance"];
+        let bound = |kind: &str| {
+            let own = tolerance["per_output"][name][kind].as_f64();
+            own.or(tolerance[kind].as_f64()).expect("the reference states its tolerance")
+        };
+        let (atol, rtol) = (bound("atol"), bound("rtol"));
+        let worst = data
+            .iter::<f64>()
+            .zip(wanted.iter::<f64>())
+            .map(|(a, b)| (a - b).abs() - rtol * b.abs())
+            .fold(0.0, |worst, excess| if excess <= worst { worst } else { excess }); // NaN is worst
+        if worst > atol || worst.is_nan() {
+            differences.push(format!("`{name}` is off by {worst:e}, {atol:e} is allowed"));
+        }
+    }
+    differences
+}
+
+/// Copies a folder's files.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        if entry.path().is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
+}
