@@ -200,9 +200,6 @@ impl Numbering {
 /// The `model_type`s of this shape.
 const FAMILIES: &[&str] = &["bert", "roberta", "xlm-roberta", "camembert"];
 
-/// More blocks than this are a mistake; even empty ones would fill the memory.
-const MAX_LAYERS: usize = 1000;
-
 impl BertConfig {
     /// The configuration of a folder. Whether there is a pooler, only the weights tell.
     ///
@@ -233,10 +230,7 @@ impl BertConfig {
         let d_model = config.size_or("hidden_size", 768)?;
         let n_heads = config.size_or("num_attention_heads", 12)?;
         config.divides("num_attention_heads", n_heads, d_model)?;
-        let n_layers = config.size_or("num_hidden_layers", 12)?;
-        if n_layers > MAX_LAYERS {
-            return Err(config.error("num_hidden_layers", "at most 1000 blocks"));
-        }
+        let n_layers = config.blocks_or("num_hidden_layers", 12)?;
         let n_positions = config.size_or("max_position_embeddings", 512)?;
         let numbering = match family {
             "bert" => Numbering::FromZero,

@@ -270,7 +270,7 @@ impl TextTower {
         let hidden = self.final_norm.forward(x); // [batch, seq, d_model]
         let d_model = hidden.dims()[2];
         let end = match self.end {
-            -1 => ids.argmax(1),                         // [batch, 1]
+            -1 => ids.argmax(1),                        // [batch, 1]
             end => ids.equal_elem(end).int().argmax(1), // the first of equals
         };
         let at = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
@@ -372,7 +372,7 @@ fn transformers(config: &Config) -> Result<ClipConfig, ConfigError> {
         let blocks = TransformerConfig {
             d_model: config.size_or("hidden_size", d_model)?,
             d_ff: config.size_or("intermediate_size", d_ff)?,
-            n_layers: config.size_or("num_hidden_layers", 12)?,
+            n_layers: config.blocks_or("num_hidden_layers", 12)?,
             n_heads: config.size_or("num_attention_heads", n_heads)?,
             activation: config.activation_or("hidden_act", Activation::QuickGelu)?,
             layer_norm_eps: config.number_or("layer_norm_eps", 1e-5)?,
@@ -438,7 +438,11 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
         vision.only(field, &["false"])?;
     }
     let vision_config = if let Some(layers) = vision.sizes("layers") {
-        let layers = <[usize; 4]>::try_from(layers).map_err(|_| vision.error("layers", "a number or four"))?;
+        let layers =
+            <[usize; 4]>::try_from(layers).map_err(|_| vision.error("layers", "a number or four"))?;
+        if layers.iter().any(|&layers| layers > 1000) {
+            return Err(vision.error("layers", "at most 1000 blocks"));
+        }
         vision.divides("head_width", head_width, width * 32)?;
         if !image_size.is_multiple_of(32) || !width.is_multiple_of(2) {
             return Err(vision.error("image_size", "a multiple of 32, with an even width"));
@@ -451,7 +455,7 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
         if patch_size > image_size {
             return Err(vision.error("patch_size", "at most image_size"));
         }
-        let layers = vision.size_or("layers", 12)?;
+        let layers = vision.blocks_or("layers", 12)?;
         let transformer = blocks(&vision, 768, layers, width / head_width)?;
         VisionConfig::Vit(VitConfig { image_size, patch_size, transformer })
     };
@@ -462,7 +466,7 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
     }
     text.only("proj_type", &["\"linear\""])?;
     let n_heads = text.size_or("heads", 8)?;
-    let transformer = blocks(&text, 512, text.size_or("layers", 12)?, n_heads)?;
+    let transformer = blocks(&text, 512, text.blocks_or("layers", 12)?, n_heads)?;
     text.divides("heads", n_heads, transformer.d_model)?;
     let pooling = match text.text("pool_type") {
         None | Some("argmax") => Pooling::HighestId,
@@ -483,15 +487,47 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
 
 /// Fields of `vision_cfg` that are read, checked, or without effect on a forward pass.
 const VISION_FIELDS: &[&str] = &[
-    "image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "norm_kwargs", "ls_init_value",
-    "pool_type", "pos_embed_type", "attentional_pool", "no_ln_pre", "final_ln_after_pool", "input_patchnorm",
-    "patch_dropout", "attn_pooler_queries", "attn_pooler_heads", "output_tokens",
+    "image_size",
+    "layers",
+    "width",
+    "head_width",
+    "patch_size",
+    "mlp_ratio",
+    "norm_kwargs",
+    "ls_init_value",
+    "pool_type",
+    "pos_embed_type",
+    "attentional_pool",
+    "no_ln_pre",
+    "final_ln_after_pool",
+    "input_patchnorm",
+    "patch_dropout",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+    "output_tokens",
 ];
 /// The same of `text_cfg`.
 const TEXT_FIELDS: &[&str] = &[
-    "context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs", "ls_init_value",
-    "embed_cls", "no_causal_mask", "final_ln_after_pool", "proj_bias", "proj_type", "pool_type", "eos_id",
-    "pad_id", "output_tokens", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode",
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "norm_kwargs",
+    "ls_init_value",
+    "embed_cls",
+    "no_causal_mask",
+    "final_ln_after_pool",
+    "proj_bias",
+    "proj_type",
+    "pool_type",
+    "eos_id",
+    "pad_id",
+    "output_tokens",
+    "hf_tokenizer_name",
+    "tokenizer_kwargs",
+    "tokenizer_mode",
 ];
 
 /// Refuses settings that would change the numbers and are not built.
@@ -620,7 +656,10 @@ pub const KEYS_TRANSFORMERS: KeyMap = KeyMap::new(&[
 const BLOCK_OPEN_CLIP: &[Rule] = &[
     Rename("ln_1.weight", "norm1.weight"),
     Rename("ln_1.bias", "norm1.bias"),
-    Split("attn.in_proj_weight", &["attention.query.weight", "attention.key.weight", "attention.value.weight"]),
+    Split(
+        "attn.in_proj_weight",
+        &["attention.query.weight", "attention.key.weight", "attention.value.weight"],
+    ),
     Split("attn.in_proj_bias", &["attention.query.bias", "attention.key.bias", "attention.value.bias"]),
     Rename("attn.out_proj.weight", "attention.output.weight"),
     Rename("attn.out_proj.bias", "attention.output.bias"),
@@ -786,7 +825,10 @@ impl Forward for Runner {
         }
         let seq = ids.as_ref().map_or(0, |ids| ids.dims()[1]);
         if seq > text.context_length {
-            inputs.problem(format!("`{}` has {seq} tokens a row, at most {} fit", names.1, text.context_length));
+            inputs.problem(format!(
+                "`{}` has {seq} tokens a row, at most {} fit",
+                names.1, text.context_length
+            ));
         }
         if let (Some(ids), Some(mask)) = (&ids, &mask)
             && ids.dims() != mask.dims()
@@ -809,10 +851,8 @@ impl Forward for Runner {
         let text = self.model.text.forward(ids.to_device(&self.device), &mask);
         let (images, texts) = (normalise(vision.embedding.clone()), normalise(text.embedding.clone()));
         let logits = self.model.logits(images.clone(), texts.clone());
-        let mut outputs = vec![
-            output("logits_per_image", logits.clone()),
-            output("logits_per_text", logits.transpose()),
-        ];
+        let mut outputs =
+            vec![output("logits_per_image", logits.clone()), output("logits_per_text", logits.transpose())];
         if of_transformers {
             outputs.extend([
                 output("image_embeds", images),
@@ -821,10 +861,15 @@ impl Forward for Runner {
                 output("text_model_output.pooler_output", text.embedding),
             ]);
             for (name, hidden) in [("vision", vision.hidden), ("text", text.hidden)] {
-                outputs.extend(hidden.map(|hidden| output(&format!("{name}_model_output.last_hidden_state"), hidden)));
+                outputs.extend(
+                    hidden.map(|hidden| output(&format!("{name}_model_output.last_hidden_state"), hidden)),
+                );
             }
         } else {
-            outputs.extend([output("image_features", vision.embedding), output("text_features", text.embedding)]);
+            outputs.extend([
+                output("image_features", vision.embedding),
+                output("text_features", text.embedding),
+            ]);
         }
         Ok(outputs)
     }
@@ -860,7 +905,13 @@ const fn openai_vit(image_size: usize, patch_size: usize, widths: [usize; 2], n_
     })
 }
 
-const fn openai_resnet(image_size: usize, width: usize, layers: [usize; 4], d_text: usize, d_embed: usize) -> Shape {
+const fn openai_resnet(
+    image_size: usize,
+    width: usize,
+    layers: [usize; 4],
+    d_text: usize,
+    d_embed: usize,
+) -> Shape {
     let n_heads = width * 32 / 64;
     Shape::Clip(ClipConfig {
         vision: VisionConfig::ResNet(ResNetConfig { image_size, width, layers, n_heads, d_embed }),
@@ -870,7 +921,15 @@ const fn openai_resnet(image_size: usize, width: usize, layers: [usize; 4], d_te
 }
 
 /// open_clip's larger towers: heads of another width, and exact GELU.
-const fn laion(width: usize, n_layers: usize, n_heads: usize, d_ff: usize, text_width: usize, text_layers: usize, d_embed: usize) -> Shape {
+const fn laion(
+    width: usize,
+    n_layers: usize,
+    n_heads: usize,
+    d_ff: usize,
+    text_width: usize,
+    text_layers: usize,
+    d_embed: usize,
+) -> Shape {
     let transformer = TransformerConfig { d_ff, n_heads, ..blocks(width, n_layers, Activation::Gelu) };
     Shape::Clip(ClipConfig {
         vision: vit(224, 14, transformer),
@@ -886,11 +945,44 @@ const fn openai(name: &'static str, shape: Shape, parameters: usize) -> Preset {
 
 const fn laion_preset(name: &'static str, shape: Shape, parameters: usize) -> Preset {
     let (weights, license) = (Weights::Hub, "MIT");
-    Preset { name, shape, weights, license, parameters, source: "open_clip's model_profile.csv (in millions)" }
+    Preset {
+        name,
+        shape,
+        weights,
+        license,
+        parameters,
+        source: "open_clip's model_profile.csv (in millions)",
+    }
 }
+
+/// The model inside this program: `recipe::emoji` trains it.
+pub const EMOJI: ClipConfig = ClipConfig {
+    vision: VisionConfig::ResNet(ResNetConfig {
+        image_size: 64,
+        width: 24,
+        layers: [2, 2, 3, 1],
+        n_heads: 12,
+        d_embed: 256,
+    }),
+    text: TextConfig {
+        context_length: 24,
+        vocab_size: 4096,
+        transformer: TransformerConfig { n_heads: 4, ..blocks(192, 3, Activation::QuickGelu) },
+        pooling: Pooling::First(3),
+    },
+    d_embed: 256,
+};
 
 /// Published sizes.
 pub const PRESETS: &[Preset] = &[
+    Preset {
+        name: "volary/emoji-clip",
+        shape: Shape::Clip(EMOJI),
+        weights: Weights::Embedded,
+        license: "MIT OR Apache-2.0, trained on CC-BY-4.0, Apache-2.0 and MIT pictures",
+        parameters: 5_647_829,
+        source: "this repository",
+    },
     openai("openai/clip-vit-base-patch32", openai_vit(224, 32, [768, 512], 12), 151_277_313),
     openai("openai/clip-vit-base-patch16", openai_vit(224, 16, [768, 512], 12), 149_620_737),
     openai("openai/clip-vit-large-patch14", openai_vit(224, 14, [1024, 768], 24), 427_616_513),
@@ -900,7 +992,19 @@ pub const PRESETS: &[Preset] = &[
     openai("timm/resnet50x4_clip.openai", openai_resnet(288, 80, [4, 6, 10, 6], 640, 640), 178_300_601),
     openai("timm/resnet50x16_clip.openai", openai_resnet(384, 96, [6, 8, 18, 8], 768, 768), 290_979_217),
     openai("timm/resnet50x64_clip.openai", openai_resnet(448, 128, [3, 15, 36, 10], 1024, 1024), 623_258_305),
-    laion_preset("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", laion(1280, 32, 16, 5120, 1024, 24, 1024), 986_109_441),
-    laion_preset("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", laion(1408, 40, 16, 6144, 1024, 24, 1024), 1_366_678_273),
-    laion_preset("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", laion(1664, 48, 16, 8192, 1280, 32, 1280), 2_539_567_362),
+    laion_preset(
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        laion(1280, 32, 16, 5120, 1024, 24, 1024),
+        986_109_441,
+    ),
+    laion_preset(
+        "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+        laion(1408, 40, 16, 6144, 1024, 24, 1024),
+        1_366_678_273,
+    ),
+    laion_preset(
+        "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
+        laion(1664, 48, 16, 8192, 1280, 32, 1280),
+        2_539_567_362,
+    ),
 ];

@@ -81,7 +81,11 @@ impl Config {
     /// # Errors
     /// If something else is there.
     pub fn object_or_empty(&self, field: &str) -> Result<Config, ConfigError> {
-        if self.has(field) { self.object(field) } else { Ok(self.inside(field, Value::Object(Default::default()))) }
+        if self.has(field) {
+            self.object(field)
+        } else {
+            Ok(self.inside(field, Value::Object(Default::default())))
+        }
     }
 
     fn inside(&self, field: &str, value: Value) -> Config {
@@ -121,6 +125,18 @@ impl Config {
         if self.has(field) { self.size(field) } else { Ok(default) }
     }
 
+    /// A number of blocks, at most 1,000, or `default`: an absurd one would fill the memory with empty blocks
+    /// before the weights are compared.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn blocks_or(&self, field: &str, default: usize) -> Result<usize, ConfigError> {
+        match self.size_or(field, default)? {
+            blocks @ 1..=1000 => Ok(blocks),
+            _ => Err(self.error(field, "at most 1000 blocks")),
+        }
+    }
+
     /// A whole number, or `default`.
     ///
     /// # Errors
@@ -139,9 +155,10 @@ impl Config {
     pub fn number_or(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
         match self.value.get(field) {
             None | Some(Value::Null) => Ok(default),
-            Some(value) => {
-                value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| self.error(field, "a number"))
-            }
+            Some(value) => value
+                .as_f64()
+                .filter(|number| number.is_finite())
+                .ok_or_else(|| self.error(field, "a number")),
         }
     }
 
@@ -199,7 +216,9 @@ impl Config {
         match self.value.get(field) {
             None | Some(Value::Null) => Ok(()),
             Some(value) if allowed.contains(&value.to_string().as_str()) => Ok(()),
-            Some(_) => Err(self.error(field, &format!("{} (others are not supported)", allowed.join(" or ")))),
+            Some(_) => {
+                Err(self.error(field, &format!("{} (others are not supported)", allowed.join(" or "))))
+            }
         }
     }
 

@@ -29,7 +29,9 @@ fn cuda(index: usize) -> Result<Device, Error> {
     } else {
         Err(Error::Device(match found {
             0 => "no CUDA device: the driver was not found or sees no GPU (`nvidia-smi` tells)".into(),
-            found => format!("cuda:{index}: this machine has {found} CUDA devices, cuda:0 to cuda:{}", found - 1),
+            found => {
+                format!("cuda:{index}: this machine has {found} CUDA devices, cuda:0 to cuda:{}", found - 1)
+            }
         }))
     }
 }

@@ -27,7 +27,9 @@ pub enum Error {
         hint: Option<String>,
     },
     /// Weights that would have to be downloaded.
-    #[error("`{name}` would have to come from the hub, and downloading is not built yet: fetch the repository with another tool and name its folder")]
+    #[error(
+        "`{name}` would have to come from the hub, and downloading is not built yet: fetch the repository with another tool and name its folder"
+    )]
     NotYetFromHub {
         /// The repository.
         name: String,

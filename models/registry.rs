@@ -76,9 +76,9 @@ impl System {
         let Some(config) = config else {
             return Err(Error::NoConfig { folder: folder.path().into(), looked_for: CONFIGS });
         };
-        let found = ["model_type", "architecture"].iter().find_map(|field| {
-            config.text(field).map(|value| format!("{field} `{value}`"))
-        });
+        let found = ["model_type", "architecture"]
+            .iter()
+            .find_map(|field| config.text(field).map(|value| format!("{field} `{value}`")));
         Err(Error::UnknownSystem {
             file: config.file().into(),
             found: found.unwrap_or_else(|| "a configuration without `model_type` or `architecture`".into()),

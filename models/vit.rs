@@ -434,7 +434,7 @@ impl VitConfig {
             channels: config.size_or("num_channels", 3)?,
             d_model,
             d_ff: config.size_or("intermediate_size", 3072)?,
-            n_layers: config.size_or("num_hidden_layers", 12)?,
+            n_layers: config.blocks_or("num_hidden_layers", 12)?,
             n_heads,
             activation: config.activation_or("hidden_act", Activation::Gelu)?,
             layer_norm_eps: config.number_or("layer_norm_eps", 1e-12)?,
@@ -442,7 +442,7 @@ impl VitConfig {
             head,
             ..BASE
         }
-        .checked(config, "num_hidden_layers")
+        .checked(config)
     }
 
     /// `config.json` of timm: `model_args` over the architecture's own arguments, and over what
@@ -523,7 +523,7 @@ impl VitConfig {
             channels: args.size_or("in_chans", input.map_or(3, |(channels, _)| channels))?,
             d_model,
             d_ff,
-            n_layers: args.size_or("depth", own.n_layers)?,
+            n_layers: args.blocks_or("depth", own.n_layers)?,
             n_heads,
             activation: timm_activation(&args, own.activation)?,
             layer_norm_eps: own.layer_norm_eps,
@@ -543,26 +543,20 @@ impl VitConfig {
                 _ => return Err(args.error("num_classes", "a whole number from 0 to 2147483648")),
             },
         }
-        .checked(&args, "depth")
+        .checked(&args)
     }
 
-    /// That a picture has patches, and the model a depth (called `depth`) that can be built.
-    fn checked(self, config: &Config, depth: &str) -> Result<Self, ConfigError> {
+    /// That a picture has patches.
+    fn checked(self, config: &Config) -> Result<Self, ConfigError> {
         let [height, width] = self.image_size;
         if self.patches() == 0 {
             return Err(
                 config.error("patch_size", &format!("at most the picture's {height} x {width} pixels"))
             );
         }
-        if self.n_layers > MAX_LAYERS {
-            return Err(config.error(depth, "at most 1000 blocks"));
-        }
         Ok(self)
     }
 }
-
-/// More blocks than this are a mistake; even empty ones would fill the memory.
-const MAX_LAYERS: usize = 1000;
 
 /// Sides beyond this are no pictures.
 const MAX_SIDE: usize = 65536;

@@ -24,9 +24,7 @@ pub fn info_nce(
     let diagonal = Tensor::<2>::eye(batch, &device);
     let twins = same.bool_and(diagonal.clone().equal_elem(0.0));
     let logits = logits.mask_fill(twins, -1e4);
-    let direction = |logits: Tensor<2>| {
-        -(log_softmax(logits, 1) * diagonal.clone()).sum() / batch as f64
-    };
+    let direction = |logits: Tensor<2>| -(log_softmax(logits, 1) * diagonal.clone()).sum() / batch as f64;
     (direction(logits.clone()) + direction(logits.transpose())) * 0.5
 }
 
@@ -64,8 +62,7 @@ mod tests {
         let concepts = Tensor::<1, Int>::from_ints([7, 8, 9], &device);
         let loss = info_nce(eye.clone(), eye, scale, concepts);
         let expected = (2.0_f32.exp() + 2.0).ln() - 2.0;
-        loss.into_data()
-            .assert_approx_eq::<f32>(&TensorData::from([expected]), Tolerance::default());
+        loss.into_data().assert_approx_eq::<f32>(&TensorData::from([expected]), Tolerance::default());
     }
 
     /// Twins of one concept are left out: two identical pairs cost what one alone would.
@@ -88,7 +85,6 @@ mod tests {
         let targets = Tensor::<1, Int>::from_ints([1, 2], &device);
         let loss = bank_cross_entropy(images, bank, scale, targets, 0.0);
         let expected = (3.0_f32.exp() + 3.0).ln() - 3.0;
-        loss.into_data()
-            .assert_approx_eq::<f32>(&TensorData::from([expected]), Tolerance::default());
+        loss.into_data().assert_approx_eq::<f32>(&TensorData::from([expected]), Tolerance::default());
     }
 }

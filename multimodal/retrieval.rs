@@ -20,9 +20,7 @@ pub fn recall(queries: &[f32], candidates: &[f32], targets: &[usize], d_embed: u
     assert_eq!(queries.len(), targets.len() * d_embed, "one target per query");
     let mut found = [0usize; 3];
     for (query, &target) in queries.chunks_exact(d_embed).zip(targets) {
-        let similarity = |candidate: &[f32]| -> f32 {
-            query.iter().zip(candidate).map(|(a, b)| a * b).sum()
-        };
+        let similarity = |candidate: &[f32]| -> f32 { query.iter().zip(candidate).map(|(a, b)| a * b).sum() };
         let own = similarity(&candidates[target * d_embed..][..d_embed]);
         let better = candidates.chunks_exact(d_embed).enumerate().filter(|(index, candidate)| {
             let other = similarity(candidate);

@@ -46,7 +46,8 @@ fn the_key_maps_of_clip_are_invertible() {
     for preset in presets() {
         let Shape::Clip(config) = &preset.shape else { continue };
         let is_vit = matches!(config.vision, volary::clip::VisionConfig::Vit(_));
-        let layouts = if is_vit { &[Layout::Transformers, Layout::OpenClip][..] } else { &[Layout::OpenClip] };
+        let layouts =
+            if is_vit { &[Layout::Transformers, Layout::OpenClip][..] } else { &[Layout::OpenClip] };
         for layout in layouts {
             let keys = layout.keys(&config.vision);
             for parameter in parameters(&config.init(&Device::flex())) {

@@ -161,10 +161,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::from_folder`], under those two file names.
-    pub fn from_bytes(
-        tokenizer_json: &[u8],
-        config: Option<&[u8]>,
-    ) -> Result<Tokenizer, TokenizerError> {
+    pub fn from_bytes(tokenizer_json: &[u8], config: Option<&[u8]>) -> Result<Tokenizer, TokenizerError> {
         let settings = config
             .map(|bytes| {
                 let file = PathBuf::from("tokenizer_config.json");
@@ -217,9 +214,7 @@ impl Tokenizer {
             None => text,
         };
         match self.clean_up {
-            true => CLEAN_UP.iter().fold(text, |text, (apart, together)| {
-                text.replace(apart, together)
-            }),
+            true => CLEAN_UP.iter().fold(text, |text, (apart, together)| text.replace(apart, together)),
             false => text,
         }
     }
@@ -293,11 +288,7 @@ impl Tokenizer {
         self.named[role as usize]
     }
 
-    fn encode_input(
-        &self,
-        input: tokenizers::EncodeInput,
-        marks: Marks,
-    ) -> Result<Encoding, TokenizerError> {
+    fn encode_input(&self, input: tokenizers::EncodeInput, marks: Marks) -> Result<Encoding, TokenizerError> {
         let encoded = self.guard(|inner| inner.encode_fast(input, marks == Marks::With))?;
         Ok(self.encoding(&encoded))
     }
@@ -312,9 +303,9 @@ impl Tokenizer {
         let special = processor.map_or(0, |processor| processor.added_tokens(false));
         let room = match limit {
             None => usize::MAX,
-            Some(length) => length
-                .checked_sub(special)
-                .ok_or(TokenizerError::TooShort { length, special })?,
+            Some(length) => {
+                length.checked_sub(special).ok_or(TokenizerError::TooShort { length, special })?
+            }
         };
         let side = match self.truncation_side {
             Side::Left => TruncationDirection::Left,
@@ -376,10 +367,7 @@ fn assemble(
 ) -> Result<Tokenizer, TokenizerError> {
     check(&file, root, ids)?;
     let mut inner = guard(&file, || tokenizers::Tokenizer::from_bytes(bytes))?;
-    for (declared, token) in root
-        .as_object()
-        .map_or(Ok(Vec::new()), |root| added_tokens(&file, root))?
-    {
+    for (declared, token) in root.as_object().map_or(Ok(Vec::new()), |root| added_tokens(&file, root))? {
         check_added_id(&file, &inner, &token, declared)?;
     }
     // Texts are cut and padded here, for each batch; the file's padding tells how.
@@ -409,12 +397,8 @@ fn assemble(
         None => {
             let padding = padding.as_ref().filter(|_| role == Role::Pad);
             let padding = padding.map(|padding| padding.pad_token.as_str());
-            let spellings = padding
-                .into_iter()
-                .chain(family.spellings(role).iter().copied());
-            spellings
-                .into_iter()
-                .find_map(|token| inner.token_to_id(token))
+            let spellings = padding.into_iter().chain(family.spellings(role).iter().copied());
+            spellings.into_iter().find_map(|token| inner.token_to_id(token))
         }
     });
     let side = padding.map(|padding| match padding.direction {
@@ -466,12 +450,9 @@ fn check_added_id(
     declared: u32,
 ) -> Result<(), TokenizerError> {
     match inner.token_to_id(token) {
-        Some(found) if found != declared => Err(TokenizerError::AddedTokenId {
-            file: file.into(),
-            token: token.into(),
-            declared,
-            found,
-        }),
+        Some(found) if found != declared => {
+            Err(TokenizerError::AddedTokenId { file: file.into(), token: token.into(), declared, found })
+        }
         _ => Ok(()),
     }
 }
@@ -479,10 +460,9 @@ fn check_added_id(
 /// CLIP marks the ends of words, and its byte-level decoder leaves the marks in.
 fn word_end(inner: &tokenizers::Tokenizer) -> Option<String> {
     match (inner.get_model(), inner.get_decoder()) {
-        (ModelWrapper::BPE(bpe), Some(DecoderWrapper::ByteLevel(_))) => bpe
-            .end_of_word_suffix
-            .clone()
-            .filter(|suffix| !suffix.is_empty()),
+        (ModelWrapper::BPE(bpe), Some(DecoderWrapper::ByteLevel(_))) => {
+            bpe.end_of_word_suffix.clone().filter(|suffix| !suffix.is_empty())
+        }
         _ => None,
     }
 }
@@ -497,10 +477,7 @@ fn read(file: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
     match std::fs::read(file) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Read {
-            file: file.into(),
-            source,
-        }),
+        Err(source) => Err(TokenizerError::Read { file: file.into(), source }),
     }
 }
 
@@ -511,10 +488,7 @@ fn model_type(dir: &Path) -> Result<Option<String>, TokenizerError> {
         return Ok(None);
     };
     let config = files::read_json(&file, &bytes)?;
-    Ok(config
-        .get("model_type")
-        .and_then(Value::as_str)
-        .map(String::from))
+    Ok(config.get("model_type").and_then(Value::as_str).map(String::from))
 }
 
 fn by_ref((file, value): &(PathBuf, Value)) -> (&Path, &Value) {
@@ -522,17 +496,11 @@ fn by_ref((file, value): &(PathBuf, Value)) -> (&Path, &Value) {
 }
 
 /// Runs the library; its errors, and its panics on tables that contradict themselves, become ours.
-fn guard<T>(
-    file: &Path,
-    call: impl FnOnce() -> tokenizers::Result<T>,
-) -> Result<T, TokenizerError> {
+fn guard<T>(file: &Path, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
     let message = match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(done)) => return Ok(done),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "its tables contradict themselves".to_owned(),
     };
-    Err(TokenizerError::Library {
-        file: file.into(),
-        message,
-    })
+    Err(TokenizerError::Library { file: file.into(), message })
 }

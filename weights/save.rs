@@ -231,7 +231,9 @@ impl Shelf {
                 };
                 vec![one(&keys[0], swapped(shape), vec![(held, 0..elements)], Some(swap))]
             }
-            Rule::Reshape(_, _, ones) => vec![one(&keys[0], ones.stored(shape), vec![(held, 0..elements)], None)],
+            Rule::Reshape(_, _, ones) => {
+                vec![one(&keys[0], ones.stored(shape), vec![(held, 0..elements)], None)]
+            }
             Rule::Rename(..) | Rule::Ignore(..) | Rule::Under(..) => {
                 vec![one(&keys[0], shape.clone(), vec![(held, 0..elements)], None)]
             }

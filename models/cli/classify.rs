@@ -6,8 +6,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use ndarray::{Array2, Axis};
 use serde::Serialize;
-use volary::vocabulary::{Word, words};
 use volary::Clip;
+use volary::vocabulary::{Word, words};
 use volary_vision::image::{ReadOptions, Rgb8, read};
 
 use super::{Model, Shared, Usage, say, say_json};
@@ -62,7 +62,9 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         None if arguments.model.is_embedded() => vocabulary(&clip, &templates)?,
         None => {
             let model = arguments.model.name();
-            return Err(Usage(format!("`{model}` has no labels of its own: give --labels or --labels-file")).into());
+            return Err(
+                Usage(format!("`{model}` has no labels of its own: give --labels or --labels-file")).into()
+            );
         }
     };
 

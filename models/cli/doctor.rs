@@ -77,7 +77,10 @@ fn embedded(shared: &Shared) -> Check {
         let clip = Clip::embedded().load(&shared.device()?)?;
         let texts = clip.encode_texts(&["dog face", "狗脸", "pizza"])?;
         let (same, other) = (texts.row(0).dot(&texts.row(1)), texts.row(0).dot(&texts.row(2)));
-        anyhow::ensure!(same > other, "`dog face` is nearer to `pizza` ({other:.2}) than to `狗脸` ({same:.2})");
+        anyhow::ensure!(
+            same > other,
+            "`dog face` is nearer to `pizza` ({other:.2}) than to `狗脸` ({same:.2})"
+        );
         Ok(format!("loaded and answered in {:.0} ms", start.elapsed().as_secs_f64() * 1e3))
     };
     match answer() {

@@ -24,7 +24,8 @@ pub struct Arguments {
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let clip = arguments.model.load(shared)?;
-    let galleries = Gallery::read(&arguments.data, |style| arguments.style.iter().any(|wanted| wanted == style))?;
+    let galleries =
+        Gallery::read(&arguments.data, |style| arguments.style.iter().any(|wanted| wanted == style))?;
     let mut scores = Vec::new();
     for gallery in &galleries {
         scores.extend(evaluate(&clip, gallery)?);

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use volary::clip::EMOJI;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
-use volary::recipe::emoji::{HELD_OUT, config, export, preprocessor, tokenizer};
+use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
 
 use super::{Shared, say};
 
@@ -67,7 +68,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     };
     let outcome = train(&Job {
         recipe: &recipe,
-        config: &config(&tokenizer),
+        config: &EMOJI,
         data: &data,
         development: &development,
         tokenizer: &tokenizer,

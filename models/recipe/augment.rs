@@ -38,9 +38,7 @@ pub fn augment(rgba: &[u8], size: usize, freedom: Freedom, rng: &mut Rng) -> Vec
 }
 
 fn planes(picture: &[[f32; 3]]) -> Vec<f32> {
-    (0..3)
-        .flat_map(|channel| picture.iter().map(move |pixel| pixel[channel].clamp(0.0, 1.0)))
-        .collect()
+    (0..3).flat_map(|channel| picture.iter().map(move |pixel| pixel[channel].clamp(0.0, 1.0))).collect()
 }
 
 impl Layer {
@@ -67,7 +65,8 @@ impl Layer {
         let (left, top) = (x.floor(), y.floor());
         let (fx, fy) = (x - left, y - top);
         let (left, top) = (left as i32, top as i32);
-        let corners = [self.at(left, top), self.at(left + 1, top), self.at(left, top + 1), self.at(left + 1, top + 1)];
+        let corners =
+            [self.at(left, top), self.at(left + 1, top), self.at(left, top + 1), self.at(left + 1, top + 1)];
         core::array::from_fn(|channel| {
             let upper = corners[0][channel] * (1.0 - fx) + corners[1][channel] * fx;
             let lower = corners[2][channel] * (1.0 - fx) + corners[3][channel] * fx;
@@ -163,8 +162,9 @@ impl Layer {
         let mut edges = Vec::with_capacity(self.pixels.len());
         for y in 0..size {
             for x in 0..size {
-                let around: [[[f32; 4]; 3]; 3] =
-                    core::array::from_fn(|j| core::array::from_fn(|i| over_white(x + i as i32 - 1, y + j as i32 - 1)));
+                let around: [[[f32; 4]; 3]; 3] = core::array::from_fn(|j| {
+                    core::array::from_fn(|i| over_white(x + i as i32 - 1, y + j as i32 - 1))
+                });
                 let mut strongest = 0.0f32;
                 for channel in 0..4 {
                     let at = |j: usize, i: usize| around[j][i][channel];

@@ -59,7 +59,7 @@ pub struct Recipe {
 impl Default for Recipe {
     fn default() -> Self {
         Self {
-            steps: 5600,
+            steps: 4800,
             batch: 128,
             accumulate: 2,
             learning_rate: 1.5e-3,
@@ -243,7 +243,14 @@ impl Bank {
     }
 
     /// Encodes names `from..to` of one language, `[to - from, d_embed]`, without autodiff.
-    fn encode(&self, model: &ClipModel, language: usize, from: usize, to: usize, device: &Device) -> Tensor<2> {
+    fn encode(
+        &self,
+        model: &ClipModel,
+        language: usize,
+        from: usize,
+        to: usize,
+        device: &Device,
+    ) -> Tensor<2> {
         let ids = pad(&self.ids[language][from..to], self.pad);
         model.encode_texts(Tensor::from_data(ids, device))
     }
@@ -259,23 +266,26 @@ impl Run {
     ) -> Result<Self, TrainError> {
         device.seed(recipe.seed);
         let model = config.init(device);
-        let decayed = AdamWConfig::new()
-            .with_beta_2(0.98)
-            .with_epsilon(1e-6)
-            .with_weight_decay(recipe.weight_decay);
+        let decayed =
+            AdamWConfig::new().with_beta_2(0.98).with_epsilon(1e-6).with_weight_decay(recipe.weight_decay);
         let plain = decayed.clone().with_weight_decay(0.0).build();
         let undecayed = ParamGroup::from_any_regexes(vec!["bias$", "norm", r"bn\d?\.", "logit_scale"])
             .expect("the patterns are valid");
         let optimizer = decayed.init().with_group(undecayed, plain, None);
         let plain_device = device.clone().inner();
         let checkpoint = folder.join("checkpoint");
+        let old = folder.join("checkpoint.old");
+        if !checkpoint.exists() && old.exists() {
+            // Killed between the two renames of a save.
+            fs::rename(&old, &checkpoint).map_err(|error| file_error(&old, error))?;
+        }
         if !checkpoint.exists() {
             let inner = model.valid();
             let count = bank.ids[0].len();
             let encode = |language| {
-                let chunks = (0..count).step_by(256).map(|from| {
-                    bank.encode(&inner, language, from, count.min(from + 256), &plain_device)
-                });
+                let chunks = (0..count)
+                    .step_by(256)
+                    .map(|from| bank.encode(&inner, language, from, count.min(from + 256), &plain_device));
                 Tensor::cat(chunks.collect(), 0)
             };
             return Ok(Self { bank: [encode(0), encode(1)], model, optimizer, losses: Vec::new() });
@@ -350,8 +360,7 @@ impl Run {
         for language in 0..2 {
             let fresh = bank.encode(&model, language, from, to, &device);
             let d_embed = fresh.dims()[1];
-            self.bank[language] =
-                self.bank[language].clone().slice_assign([from..to, 0..d_embed], fresh);
+            self.bank[language] = self.bank[language].clone().slice_assign([from..to, 0..d_embed], fresh);
         }
     }
 
@@ -373,22 +382,20 @@ impl Run {
         self.model.clone().save_file(&file).map_err(|error| file_error(&file, error))?;
         let file = fresh.join("optimizer.bpk");
         self.optimizer.save(&file).map_err(|error| file_error(&file, error))?;
-        let rows = self.bank.clone().map(|bank| -> Vec<u32> {
-            floats(bank.into_data()).into_iter().map(f32::to_bits).collect()
-        });
+        let rows = self
+            .bank
+            .clone()
+            .map(|bank| -> Vec<u32> { floats(bank.into_data()).into_iter().map(f32::to_bits).collect() });
         let saved = SavedBank { d_embed: self.bank[0].dims()[1], rows };
         write("bank.json", &serde_json::to_vec(&saved).expect("numbers serialise"))?;
         write("recipe.json", &serde_json::to_vec_pretty(recipe).expect("numbers serialise"))?;
-        let losses: String = self
-            .losses
-            .iter()
-            .enumerate()
-            .map(|(step, loss)| format!("{step},{loss}\n"))
-            .collect();
+        let losses: String =
+            self.losses.iter().enumerate().map(|(step, loss)| format!("{step},{loss}\n")).collect();
         write("losses.csv", losses.as_bytes())?;
         let points: Vec<(usize, f32)> = self.losses.iter().copied().enumerate().collect();
         let drawn = folder.join("loss.svg");
-        fs::write(&drawn, curve::svg("training loss by step", &points)).map_err(|error| file_error(&drawn, error))?;
+        fs::write(&drawn, curve::svg("training loss by step", &points))
+            .map_err(|error| file_error(&drawn, error))?;
         if current.exists() {
             fs::rename(&current, &old).map_err(|error| file_error(&current, error))?;
         }

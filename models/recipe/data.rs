@@ -234,7 +234,8 @@ impl Concept {
     }
 }
 
-const TEMPLATES_EN: &[&str] = &["a picture of {}", "an emoji of {}", "a photo of a {}", "{} emoji", "a drawing of {}"];
+const TEMPLATES_EN: &[&str] =
+    &["a picture of {}", "an emoji of {}", "a photo of a {}", "{} emoji", "a drawing of {}"];
 const TEMPLATES_ZH: &[&str] = &["{}的图片", "一张{}的照片", "{}表情", "一幅{}的画", "一个{}"];
 
 const PICTURES: &str = "emoji.safetensors";

@@ -5,53 +5,21 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::FloatDType;
-use volary_kernels::ops::Activation;
 use volary_text::tokenizer::{Tokenizer, train_wordpiece};
 use volary_vision::preprocess::Preprocessor;
-use volary_vision::resnet::ResNetConfig;
 use volary_weights::save;
 
 use super::data::{EmojiData, Language};
-use crate::clip::{ClipConfig, Layout, Pooling, TextConfig, TransformerConfig, VisionConfig};
+use crate::clip::{EMOJI, Layout};
 use crate::error::Error;
 use crate::pretrained::Clip;
 
 /// Styles that are never trained on: the first is used to develop, the second is looked at once.
 pub const HELD_OUT: [&str; 2] = ["openmoji", "emojione2"];
 
-const CONTEXT_LENGTH: usize = 24;
-const VOCAB_SIZE: usize = 4096;
 const OPEN_CLIP_CONFIG: &str = include_str!("emoji/open_clip_config.json");
 const PREPROCESSOR_CONFIG: &str = include_str!("emoji/preprocessor_config.json");
 const TOKENIZER_CONFIG: &str = include_str!("emoji/tokenizer_config.json");
-
-/// The shape of the embedded model, for a tokenizer with `vocab_size` tokens and this end token.
-pub fn config(tokenizer: &Tokenizer) -> ClipConfig {
-    let transformer = TransformerConfig {
-        d_model: 192,
-        d_ff: 768,
-        n_layers: 3,
-        n_heads: 4,
-        activation: Activation::QuickGelu,
-        layer_norm_eps: 1e-5,
-    };
-    ClipConfig {
-        vision: VisionConfig::ResNet(ResNetConfig {
-            image_size: 64,
-            width: 24,
-            layers: [2, 2, 3, 1],
-            n_heads: 12,
-            d_embed: 256,
-        }),
-        text: TextConfig {
-            context_length: CONTEXT_LENGTH,
-            vocab_size: tokenizer.vocab_size(),
-            transformer,
-            pooling: Pooling::First(tokenizer.sep_id().map_or(3, i64::from)),
-        },
-        d_embed: 256,
-    }
-}
 
 /// The preprocessor of the embedded model.
 ///
@@ -75,7 +43,7 @@ pub fn tokenizer(data: &EmojiData, folder: &Path) -> Result<Tokenizer, Error> {
                 std::iter::once(&captions.name).chain(&captions.keywords)
             })
         });
-        fs::write(&file, train_wordpiece(captions, VOCAB_SIZE)?).map_err(Error::io(&file))?;
+        fs::write(&file, train_wordpiece(captions, EMOJI.text.vocab_size)?).map_err(Error::io(&file))?;
     }
     let json = fs::read(&file).map_err(Error::io(&file))?;
     Ok(Tokenizer::from_bytes(&json, Some(TOKENIZER_CONFIG.as_bytes()))?)

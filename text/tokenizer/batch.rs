@@ -22,10 +22,7 @@ pub struct BatchOptions {
 
 impl Default for BatchOptions {
     fn default() -> Self {
-        BatchOptions {
-            max_length: None,
-            pad: PadTo::Longest,
-        }
+        BatchOptions { max_length: None, pad: PadTo::Longest }
     }
 }
 
@@ -93,21 +90,13 @@ impl Tokenizer {
                 (0, _) => 0,
                 (_, Some(pad)) => pad,
                 (_, None) => {
-                    return Err(TokenizerError::NoPadToken {
-                        row: i,
-                        length,
-                        columns,
-                    });
+                    return Err(TokenizerError::NoPadToken { row: i, length, columns });
                 }
             };
             let side = self.padding_side();
             batch.ids.push(padded(row.get_ids(), pad, padding, side));
-            batch
-                .attention_mask
-                .push(padded(&vec![1; length], 0, padding, side));
-            batch
-                .type_ids
-                .push(padded(row.get_type_ids(), 0, padding, side));
+            batch.attention_mask.push(padded(&vec![1; length], 0, padding, side));
+            batch.type_ids.push(padded(row.get_type_ids(), 0, padding, side));
             batch.truncated.push(truncated);
         }
         Ok(batch)

@@ -111,12 +111,7 @@ pub(super) fn check_ids(
     repeated.sort_unstable();
     repeated.dedup();
     repeated.truncate(16);
-    Err(TokenizerError::Ids {
-        file: file.into(),
-        last,
-        missing,
-        repeated,
-    })
+    Err(TokenizerError::Ids { file: file.into(), last, missing, repeated })
 }
 
 /// Both tokens of a merge, and what they make, must be in the vocabulary; a continuing piece carries `prefix`.
@@ -128,19 +123,11 @@ pub(super) fn check_merge(
     left: &str,
     right: &str,
 ) -> Result<(), TokenizerError> {
-    let unknown = |token: &str| TokenizerError::MergeUnknown {
-        file: file.into(),
-        at: at.into(),
-        token: token.into(),
-    };
-    let rest = right
-        .strip_prefix(prefix)
-        .ok_or_else(|| unknown(&format!("{prefix}{right}")))?;
+    let unknown =
+        |token: &str| TokenizerError::MergeUnknown { file: file.into(), at: at.into(), token: token.into() };
+    let rest = right.strip_prefix(prefix).ok_or_else(|| unknown(&format!("{prefix}{right}")))?;
     let merged = format!("{left}{rest}");
-    match [left, right, &merged]
-        .iter()
-        .find(|token| !vocab.contains_key(**token))
-    {
+    match [left, right, &merged].iter().find(|token| !vocab.contains_key(**token)) {
         Some(token) => Err(unknown(token)),
         None => Ok(()),
     }
@@ -156,28 +143,20 @@ fn check_merges(
         Some(Value::Array(merges)) => merges,
         Some(other) => return Err(wrong(file, "model.merges", "a list", other)),
     };
-    let prefix = model
-        .get("continuing_subword_prefix")
-        .and_then(Value::as_str);
+    let prefix = model.get("continuing_subword_prefix").and_then(Value::as_str);
     for (i, merge) in merges.iter().enumerate() {
         let at = format!("model.merges.{i}");
         let tokens = match merge {
             Value::String(line) if line.starts_with("#version") => continue,
             Value::String(line) => pair(line),
             Value::Array(two) => match two.as_slice() {
-                [Value::String(left), Value::String(right)] => {
-                    Some((left.as_str(), right.as_str()))
-                }
+                [Value::String(left), Value::String(right)] => Some((left.as_str(), right.as_str())),
                 _ => None,
             },
             _ => None,
         };
         let Some((left, right)) = tokens else {
-            return Err(TokenizerError::MergeNotPair {
-                file: file.into(),
-                at,
-                text: merge.to_string(),
-            });
+            return Err(TokenizerError::MergeNotPair { file: file.into(), at, text: merge.to_string() });
         };
         check_merge(file, &at, vocab, prefix.unwrap_or(""), left, right)?;
     }

@@ -21,15 +21,7 @@ pub(super) enum Role {
 }
 
 impl Role {
-    pub const ALL: [Role; 7] = [
-        Role::Bos,
-        Role::Eos,
-        Role::Unk,
-        Role::Sep,
-        Role::Pad,
-        Role::Cls,
-        Role::Mask,
-    ];
+    pub const ALL: [Role; 7] = [Role::Bos, Role::Eos, Role::Unk, Role::Sep, Role::Pad, Role::Cls, Role::Mask];
 
     pub fn key(self) -> &'static str {
         match self {
@@ -110,10 +102,7 @@ pub(super) struct Config {
 impl Config {
     /// The token of a role, where a file names one.
     pub fn token(&self, role: Role) -> Option<&AddedToken> {
-        self.named
-            .iter()
-            .find(|(named, _)| *named == role)
-            .map(|(_, token)| token)
+        self.named.iter().find(|(named, _)| *named == role).map(|(_, token)| token)
     }
 
     /// Reads the three refining files, each with the path to name in errors.
@@ -171,9 +160,7 @@ impl Config {
         self.model_max_length = fields.length("model_max_length")?;
         self.padding_side = fields.side("padding_side")?;
         self.truncation_side = fields.side("truncation_side")?;
-        self.clean_up = fields
-            .bool("clean_up_tokenization_spaces")?
-            .unwrap_or(false);
+        self.clean_up = fields.bool("clean_up_tokenization_spaces")?.unwrap_or(false);
         self.lower_case = fields.bool("do_lower_case")?;
         self.chinese_chars = fields.bool("tokenize_chinese_chars")?;
         self.strip_accents = match fields.map.contains_key("strip_accents") {
@@ -192,9 +179,8 @@ impl Config {
         };
         for (id, token) in decoder {
             let field = format!("added_tokens_decoder.{id}");
-            let id = id
-                .parse()
-                .map_err(|_| fields.wrong(&field, "keyed by an id", &Value::from(id.as_str())))?;
+            let id =
+                id.parse().map_err(|_| fields.wrong(&field, "keyed by an id", &Value::from(id.as_str())))?;
             self.added.insert(id, fields.added_token(&field, token)?);
         }
         Ok(())
@@ -209,8 +195,7 @@ impl Config {
                 .as_u64()
                 .and_then(|id| u32::try_from(id).ok())
                 .ok_or_else(|| fields.wrong(content, "an id", id))?;
-            self.added
-                .insert(id, AddedToken::from(content.clone(), special));
+            self.added.insert(id, AddedToken::from(content.clone(), special));
         }
         Ok(())
     }
@@ -287,9 +272,7 @@ impl<'a> Fields<'a> {
     }
 
     fn token(&self, key: &str) -> Result<Option<AddedToken>, TokenizerError> {
-        self.present(key)
-            .map(|value| self.added_token(key, value))
-            .transpose()
+        self.present(key).map(|value| self.added_token(key, value)).transpose()
     }
 
     /// A list of tokens, or an object of named ones.
@@ -303,11 +286,7 @@ impl<'a> Fields<'a> {
         values
             .iter()
             .enumerate()
-            .map(|(i, value)| {
-                Ok(self
-                    .added_token(&format!("{key}.{i}"), value)?
-                    .special(true))
-            })
+            .map(|(i, value)| Ok(self.added_token(&format!("{key}.{i}"), value)?.special(true)))
             .collect()
     }
 
@@ -338,20 +317,10 @@ impl<'a> Fields<'a> {
 }
 
 /// The error for a field that holds the wrong thing.
-pub(super) fn wrong(
-    file: &Path,
-    field: &str,
-    expected: &'static str,
-    found: &Value,
-) -> TokenizerError {
+pub(super) fn wrong(file: &Path, field: &str, expected: &'static str, found: &Value) -> TokenizerError {
     let mut text = found.to_string();
     if text.chars().count() > 80 {
         text = text.chars().take(80).chain("...".chars()).collect();
     }
-    TokenizerError::Field {
-        file: file.into(),
-        field: field.into(),
-        expected,
-        found: text,
-    }
+    TokenizerError::Field { file: file.into(), field: field.into(), expected, found: text }
 }

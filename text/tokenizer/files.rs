@@ -19,10 +19,7 @@ const CLIP_WORDS: &str =
 pub(super) const MAX_WORD_CHARS: usize = 100;
 
 /// The lines of `vocab.txt`: the id is the line's number, the last of equal lines counts.
-pub(super) fn read_vocab_txt(
-    file: &Path,
-    bytes: &[u8],
-) -> Result<Map<String, Value>, TokenizerError> {
+pub(super) fn read_vocab_txt(file: &Path, bytes: &[u8]) -> Result<Map<String, Value>, TokenizerError> {
     let vocab: Map<String, Value> = utf8(file, bytes)?
         .lines()
         .enumerate()
@@ -45,12 +42,7 @@ pub(super) fn read_vocab_json(
             check_ids(file, "", &vocab, config.added.keys().copied())?;
             Ok(vocab)
         }
-        other => Err(wrong(
-            file,
-            "the file",
-            "an object of tokens and ids",
-            &other,
-        )),
+        other => Err(wrong(file, "the file", "an object of tokens and ids", &other)),
     }
 }
 
@@ -67,11 +59,7 @@ pub(super) fn read_merges(
         }
         let at = format!("line {}", i + 1);
         let Some((left, right)) = pair(line) else {
-            return Err(TokenizerError::MergeNotPair {
-                file: file.into(),
-                at,
-                text: line.into(),
-            });
+            return Err(TokenizerError::MergeNotPair { file: file.into(), at, text: line.into() });
         };
         check_merge(file, &at, vocab, "", left, right)?;
         merges.push([left.to_owned(), right.to_owned()]);
@@ -88,8 +76,7 @@ pub(super) fn pair(merge: &str) -> Option<(&str, &str)> {
 
 /// BERT: clean, split Chinese, lower, split at spaces and punctuation, longest pieces first.
 pub(super) fn bert(vocab: Map<String, Value>, config: &Config) -> Value {
-    let [unk, cls, sep] =
-        [Role::Unk, Role::Cls, Role::Sep].map(|role| spelled(config, Family::Bert, role));
+    let [unk, cls, sep] = [Role::Unk, Role::Cls, Role::Sep].map(|role| spelled(config, Family::Bert, role));
     let added = Added::of(&vocab, config, Family::Bert);
     let special = |token: &str| json!({ "SpecialToken": { "id": token, "type_id": 0 } });
     let special_b = |token: &str| json!({ "SpecialToken": { "id": token, "type_id": 1 } });
@@ -132,8 +119,7 @@ pub(super) fn bert(vocab: Map<String, Value>, config: &Config) -> Value {
 
 /// CLIP: NFC, lower, its own words, bytes, merges that know a word's end by `</w>`.
 pub(super) fn clip(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: &Config) -> Value {
-    let [unk, bos, eos] =
-        [Role::Unk, Role::Bos, Role::Eos].map(|role| spelled(config, Family::Clip, role));
+    let [unk, bos, eos] = [Role::Unk, Role::Bos, Role::Eos].map(|role| spelled(config, Family::Clip, role));
     let added = Added::of(&vocab, config, Family::Clip);
     json!({
         "version": "1.0",
@@ -232,13 +218,8 @@ impl Added {
         for (id, token) in &config.added {
             added.0.push((u64::from(*id), token.clone()));
         }
-        let mut next = config
-            .added
-            .keys()
-            .map(|id| u64::from(*id) + 1)
-            .chain([vocab.len() as u64])
-            .max()
-            .unwrap_or(0);
+        let mut next =
+            config.added.keys().map(|id| u64::from(*id) + 1).chain([vocab.len() as u64]).max().unwrap_or(0);
         let named = Role::ALL.into_iter().filter_map(|role| {
             let default = || family.spellings(role).first();
             let token = config.token(role).cloned();
@@ -284,22 +265,14 @@ impl Added {
 
 /// How a role's token is written: as the configuration says, or as the family does.
 fn spelled(config: &Config, family: Family, role: Role) -> String {
-    config.token(role).map_or_else(
-        || family.spellings(role).concat(),
-        |token| token.content.clone(),
-    )
+    config.token(role).map_or_else(|| family.spellings(role).concat(), |token| token.content.clone())
 }
 
 pub(super) fn read_json(file: &Path, bytes: &[u8]) -> Result<Value, TokenizerError> {
-    serde_json::from_slice(bytes).map_err(|source| TokenizerError::Json {
-        file: file.into(),
-        source,
-    })
+    serde_json::from_slice(bytes).map_err(|source| TokenizerError::Json { file: file.into(), source })
 }
 
 fn utf8<'a>(file: &Path, bytes: &'a [u8]) -> Result<&'a str, TokenizerError> {
-    std::str::from_utf8(bytes).map_err(|error| TokenizerError::NotUtf8 {
-        file: file.into(),
-        at: error.valid_up_to(),
-    })
+    std::str::from_utf8(bytes)
+        .map_err(|error| TokenizerError::NotUtf8 { file: file.into(), at: error.valid_up_to() })
 }

@@ -61,10 +61,7 @@ impl Folder {
     fn copy(test: &str, fixture: &str, files: &[&str]) -> Folder {
         let folder = Folder::new(test);
         for file in files {
-            folder.write(
-                file,
-                std::fs::read(Path::new(FIXTURES).join(fixture).join(file)).unwrap(),
-            );
+            folder.write(file, std::fs::read(Path::new(FIXTURES).join(fixture).join(file)).unwrap());
         }
         folder
     }
@@ -105,12 +102,7 @@ fn assert_as_python(tokenizer: &Tokenizer, fixture: &Path) {
         assert_eq!(alone.ids, case.ids_without_special, "{:?}", case.text);
     }
     for case in &cases.decode {
-        assert_eq!(
-            tokenizer.decode(&case.ids, true),
-            case.text,
-            "{:?}",
-            case.ids
-        );
+        assert_eq!(tokenizer.decode(&case.ids, true), case.text, "{:?}", case.ids);
     }
     for case in &cases.pair {
         let encoding = tokenizer.encode_pair(&case.text, &case.text_pair).unwrap();
@@ -118,10 +110,8 @@ fn assert_as_python(tokenizer: &Tokenizer, fixture: &Path) {
         assert_eq!(encoding.type_ids, case.token_type_ids, "{:?}", case.text);
     }
     if let Some(padded) = &cases.padded {
-        let options = BatchOptions {
-            max_length: Some(padded.max_length),
-            pad: PadTo::Length(padded.max_length),
-        };
+        let options =
+            BatchOptions { max_length: Some(padded.max_length), pad: PadTo::Length(padded.max_length) };
         let batch = tokenizer.encode_batch(&padded.texts, &options).unwrap();
         assert_eq!(batch.ids, padded.input_ids);
         assert_eq!(batch.attention_mask, padded.attention_mask);
@@ -159,10 +149,7 @@ fn an_embedded_tokenizer_gives_the_ids_of_python() {
         let folder = fixture(name);
         let json = std::fs::read(folder.join("tokenizer.json")).unwrap();
         let config = std::fs::read(folder.join("tokenizer_config.json")).unwrap();
-        assert_as_python(
-            &Tokenizer::from_bytes(&json, Some(&config)).unwrap(),
-            &folder,
-        );
+        assert_as_python(&Tokenizer::from_bytes(&json, Some(&config)).unwrap(), &folder);
         assert_as_python(&Tokenizer::from_bytes(&json, None).unwrap(), &folder);
     }
 }
@@ -184,13 +171,7 @@ fn config_json_names_the_family_where_no_tokenizer_class_does() {
     let marked = ["<|startoftext|>", "a</w>", "<|endoftext|>"];
     assert_eq!(folder.load().unwrap().encode("a").unwrap().tokens, marked);
     folder.write("config.json", br#"{"model_type": "roberta"}"#);
-    assert!(
-        folder
-            .error()
-            .contains(r#""roberta" needs a tokenizer.json"#),
-        "{}",
-        folder.error()
-    );
+    assert!(folder.error().contains(r#""roberta" needs a tokenizer.json"#), "{}", folder.error());
 }
 
 /// `[PAD] [UNK] [CLS] [SEP] [MASK]`, then these.
@@ -210,24 +191,12 @@ fn bert_options_change_the_words() {
         let tokenizer = tiny_bert(test, &tokens, config).load().unwrap();
         tokenizer.encode_without_special(text).unwrap().tokens
     };
-    assert_eq!(
-        words("default", json!({}), "CAFÉ 一猫"),
-        ["cafe", "一", "猫"]
-    );
-    assert_eq!(
-        words("cased", json!({"do_lower_case": false}), "CAFÉ"),
-        ["CAFÉ"]
-    );
+    assert_eq!(words("default", json!({}), "CAFÉ 一猫"), ["cafe", "一", "猫"]);
+    assert_eq!(words("cased", json!({"do_lower_case": false}), "CAFÉ"), ["CAFÉ"]);
     let stripped = json!({"do_lower_case": false, "strip_accents": true});
     assert_eq!(words("strip", stripped, "CAFÉ"), ["CAFE"]);
-    assert_eq!(
-        words("accents", json!({"strip_accents": false}), "CAFÉ"),
-        ["café"]
-    );
-    assert_eq!(
-        words("chinese", json!({"tokenize_chinese_chars": false}), "一猫"),
-        ["一猫"]
-    );
+    assert_eq!(words("accents", json!({"strip_accents": false}), "CAFÉ"), ["café"]);
+    assert_eq!(words("chinese", json!({"tokenize_chinese_chars": false}), "一猫"), ["一猫"]);
 }
 
 #[test]
@@ -235,21 +204,13 @@ fn bert_options_outrank_the_normalizer_of_tokenizer_json() {
     let folder = Folder::copy("outrank", "tok_bert", &["tokenizer.json"]);
     folder.write("tokenizer_config.json", br#"{"do_lower_case": false}"#);
     let tokenizer = folder.load().unwrap();
-    assert_eq!(
-        tokenizer.encode_without_special("Cat cat").unwrap().tokens,
-        ["[UNK]", "cat"]
-    );
+    assert_eq!(tokenizer.encode_without_special("Cat cat").unwrap().tokens, ["[UNK]", "cat"]);
 }
 
 #[test]
 fn words_of_more_than_100_characters_are_unknown() {
     let tokenizer = tiny_bert("long", &["a", "##a"], json!({})).load().unwrap();
-    let words = |n: usize| {
-        tokenizer
-            .encode_without_special(&"a".repeat(n))
-            .unwrap()
-            .tokens
-    };
+    let words = |n: usize| tokenizer.encode_without_special(&"a".repeat(n)).unwrap().tokens;
     assert_eq!(words(100).len(), 100);
     assert_eq!(words(101), ["[UNK]"]);
 }
@@ -278,9 +239,7 @@ fn named_tokens_come_from_strings_and_from_objects() {
     assert_eq!(tokenizer.id_to_token(8), None);
     assert_eq!(tokenizer.encode("cat <m>").unwrap().ids, [2, 7, 6, 3]);
 
-    let batch = tokenizer
-        .encode_batch(&["cat", "cat cat"], &BatchOptions::default())
-        .unwrap();
+    let batch = tokenizer.encode_batch(&["cat", "cat cat"], &BatchOptions::default()).unwrap();
     assert_eq!(batch.ids, [[5, 2, 7, 3], [2, 7, 7, 3]]);
     assert_eq!(batch.attention_mask, [[0, 1, 1, 1], [1, 1, 1, 1]]);
 }
@@ -291,10 +250,7 @@ fn tokens_that_the_vocabulary_lacks_follow_its_last() {
     let tokenizer = tiny_bert("follow", &["cat"], config).load().unwrap();
     assert_eq!(tokenizer.mask_id(), Some(6));
     assert_eq!(tokenizer.token_to_id("<ent>"), Some(7));
-    assert_eq!(
-        tokenizer.encode("<ent>cat<hole>").unwrap().ids,
-        [2, 7, 5, 6, 3]
-    );
+    assert_eq!(tokenizer.encode("<ent>cat<hole>").unwrap().ids, [2, 7, 5, 6, 3]);
     assert_eq!(tokenizer.decode(&[2, 7, 5, 6, 3], true), "cat");
     assert_eq!(tokenizer.decode(&[5, 99], true), "cat");
 }
@@ -302,36 +258,22 @@ fn tokens_that_the_vocabulary_lacks_follow_its_last() {
 #[test]
 fn cutting_keeps_the_last_special_token() {
     let tokenizer = Tokenizer::from_folder(&fixture("tok_clip")).unwrap();
-    let options = BatchOptions {
-        max_length: Some(4),
-        pad: PadTo::Longest,
-    };
+    let options = BatchOptions { max_length: Some(4), pad: PadTo::Longest };
     let batch = tokenizer.encode_batch(&["a a a a", "a"], &options).unwrap();
     let eos = tokenizer.eos_id().unwrap();
     assert_eq!(batch.shape(), [2, 4]);
     assert_eq!([batch.ids[0][3], batch.ids[1][2]], [eos, eos]);
     assert_eq!(batch.truncated, [true, false]);
-    let one = BatchOptions {
-        max_length: Some(1),
-        pad: PadTo::Longest,
-    };
-    let error = tokenizer
-        .encode_batch(&["a"], &one)
-        .unwrap_err()
-        .to_string();
+    let one = BatchOptions { max_length: Some(1), pad: PadTo::Longest };
+    let error = tokenizer.encode_batch(&["a"], &one).unwrap_err().to_string();
     assert_eq!(error, "rows of 1 tokens cannot hold the 2 special tokens");
 }
 
 #[test]
 fn a_batch_becomes_two_tensors() {
     let tokenizer = tiny_bert("tensors", &["cat"], json!({})).load().unwrap();
-    let options = BatchOptions {
-        max_length: None,
-        pad: PadTo::Length(4),
-    };
-    let batch = tokenizer
-        .encode_batch(&["cat", "cat cat cat"], &options)
-        .unwrap();
+    let options = BatchOptions { max_length: None, pad: PadTo::Length(4) };
+    let batch = tokenizer.encode_batch(&["cat", "cat cat cat"], &options).unwrap();
     let (ids, mask) = batch.to_tensors(&Device::default());
     assert_eq!(ids.dims(), [2, 4]);
     let values = |tensor: burn::tensor::Tensor<2, burn::tensor::Int>| {
@@ -348,22 +290,14 @@ fn a_batch_becomes_two_tensors() {
 fn rows_that_nothing_can_pad_are_an_error() {
     let folder = Folder::copy("no-pad", "tok_gpt2", &["vocab.json", "merges.txt"]);
     let tokenizer = folder.load().unwrap();
-    let error = tokenizer
-        .encode_batch(&["aa", "a"], &BatchOptions::default())
-        .unwrap_err();
-    assert!(
-        matches!(error, TokenizerError::NoPadToken { row: 1, .. }),
-        "{error}"
-    );
+    let error = tokenizer.encode_batch(&["aa", "a"], &BatchOptions::default()).unwrap_err();
+    assert!(matches!(error, TokenizerError::NoPadToken { row: 1, .. }), "{error}");
 }
 
 #[test]
 fn an_empty_folder_says_what_was_looked_for() {
     let error = Folder::new("empty").error();
-    assert!(
-        error.ends_with("looked for tokenizer.json, vocab.json + merges.txt, vocab.txt"),
-        "{error}"
-    );
+    assert!(error.ends_with("looked for tokenizer.json, vocab.json + merges.txt, vocab.txt"), "{error}");
 }
 
 #[test]
@@ -373,10 +307,7 @@ fn malformed_files_are_errors_that_name_the_file_and_the_field() {
         folder
             .write("vocab.json", vocab)
             .write("merges.txt", merges)
-            .write(
-                "tokenizer_config.json",
-                br#"{"tokenizer_class": "CLIPTokenizer"}"#,
-            );
+            .write("tokenizer_config.json", br#"{"tokenizer_class": "CLIPTokenizer"}"#);
         folder.error()
     };
     let bert = |test: &str, config: &str| {
@@ -387,121 +318,42 @@ fn malformed_files_are_errors_that_name_the_file_and_the_field() {
     let ends = r#""<|startoftext|>": 2, "<|endoftext|>": 3"#;
     let vocab = format!(r#"{{"a": 0, "b": 1, {ends}}}"#);
     for (error, expected) in [
-        (
-            clip("truncated", r#"{"a": 0, "#, ""),
-            "vocab.json: EOF while parsing",
-        ),
-        (
-            clip("list", "[]", ""),
-            "vocab.json: the file must be an object of tokens and ids, found []",
-        ),
-        (
-            clip("none", "{}", ""),
-            "vocab.json: the vocabulary is empty",
-        ),
-        (
-            clip("float", r#"{"a": 0.5}"#, ""),
-            "vocab.json: a must be an id, found 0.5",
-        ),
-        (
-            clip("minus", r#"{"a": -1}"#, ""),
-            "vocab.json: a must be an id, found -1",
-        ),
-        (
-            clip("gap", r#"{"a": 0, "b": 2}"#, ""),
-            "from 0 to 2; missing: [1]; given twice: []",
-        ),
-        (
-            clip("twice", r#"{"a": 0, "b": 0}"#, ""),
-            "missing: []; given twice: [0]",
-        ),
-        (
-            clip("huge", r#"{"a": 4294967295}"#, ""),
-            "from 0 to 4294967295; missing: [0, 1, ",
-        ),
-        (
-            clip("unk", r#"{"a": 0}"#, ""),
-            r#"unk_token is "<|endoftext|>", which the vocabulary lacks"#,
-        ),
+        (clip("truncated", r#"{"a": 0, "#, ""), "vocab.json: EOF while parsing"),
+        (clip("list", "[]", ""), "vocab.json: the file must be an object of tokens and ids, found []"),
+        (clip("none", "{}", ""), "vocab.json: the vocabulary is empty"),
+        (clip("float", r#"{"a": 0.5}"#, ""), "vocab.json: a must be an id, found 0.5"),
+        (clip("minus", r#"{"a": -1}"#, ""), "vocab.json: a must be an id, found -1"),
+        (clip("gap", r#"{"a": 0, "b": 2}"#, ""), "from 0 to 2; missing: [1]; given twice: []"),
+        (clip("twice", r#"{"a": 0, "b": 0}"#, ""), "missing: []; given twice: [0]"),
+        (clip("huge", r#"{"a": 4294967295}"#, ""), "from 0 to 4294967295; missing: [0, 1, "),
+        (clip("unk", r#"{"a": 0}"#, ""), r#"unk_token is "<|endoftext|>", which the vocabulary lacks"#),
         (
             clip("one", &vocab, "#version: 0.2\na\n"),
             r#"merges.txt: line 2 must be two tokens and one space, found "a""#,
         ),
-        (
-            clip("three", &vocab, "a b c\n"),
-            "merges.txt: line 1 must be two tokens",
-        ),
-        (
-            clip("blank", &vocab, "\n"),
-            "merges.txt: line 1 must be two tokens",
-        ),
-        (
-            clip("left", &vocab, "z b\n"),
-            r#"merges.txt: line 1 needs the token "z""#,
-        ),
-        (
-            clip("made", &vocab, "a b\n"),
-            r#"merges.txt: line 1 needs the token "ab""#,
-        ),
-        (
-            bert("json", "{"),
-            "tokenizer_config.json: EOF while parsing",
-        ),
-        (
-            bert("array", "[]"),
-            "tokenizer_config.json: the file must be an object",
-        ),
-        (
-            bert("length", r#"{"model_max_length": "x"}"#),
-            r#"model_max_length must be a length, found "x""#,
-        ),
-        (
-            bert("side", r#"{"padding_side": "up"}"#),
-            r#"padding_side must be "left" or "right", found "up""#,
-        ),
-        (
-            bert("lower", r#"{"do_lower_case": 1}"#),
-            "do_lower_case must be true or false, found 1",
-        ),
-        (
-            bert("token", r#"{"pad_token": 0}"#),
-            "pad_token must be a token, found 0",
-        ),
-        (
-            bert("content", r#"{"pad_token": {}}"#),
-            "pad_token.content must be a string, found null",
-        ),
-        (
-            bert("unknown", r#"{"unk_token": "?"}"#),
-            r#"unk_token is "?", which the vocabulary lacks"#,
-        ),
+        (clip("three", &vocab, "a b c\n"), "merges.txt: line 1 must be two tokens"),
+        (clip("blank", &vocab, "\n"), "merges.txt: line 1 must be two tokens"),
+        (clip("left", &vocab, "z b\n"), r#"merges.txt: line 1 needs the token "z""#),
+        (clip("made", &vocab, "a b\n"), r#"merges.txt: line 1 needs the token "ab""#),
+        (bert("json", "{"), "tokenizer_config.json: EOF while parsing"),
+        (bert("array", "[]"), "tokenizer_config.json: the file must be an object"),
+        (bert("length", r#"{"model_max_length": "x"}"#), r#"model_max_length must be a length, found "x""#),
+        (bert("side", r#"{"padding_side": "up"}"#), r#"padding_side must be "left" or "right", found "up""#),
+        (bert("lower", r#"{"do_lower_case": 1}"#), "do_lower_case must be true or false, found 1"),
+        (bert("token", r#"{"pad_token": 0}"#), "pad_token must be a token, found 0"),
+        (bert("content", r#"{"pad_token": {}}"#), "pad_token.content must be a string, found null"),
+        (bert("unknown", r#"{"unk_token": "?"}"#), r#"unk_token is "?", which the vocabulary lacks"#),
         (
             bert("decoder", r#"{"added_tokens_decoder": {"x": "y"}}"#),
             r#"added_tokens_decoder.x must be keyed by an id, found "x""#,
         ),
-        (
-            bert("shifted", r#"{"added_tokens_decoder": {"9": "y"}}"#),
-            r#"added token "y" declares id 9"#,
-        ),
+        (bert("shifted", r#"{"added_tokens_decoder": {"9": "y"}}"#), r#"added token "y" declares id 9"#),
     ] {
-        assert!(
-            error.contains(expected),
-            "{error}\nshould contain\n{expected}"
-        );
+        assert!(error.contains(expected), "{error}\nshould contain\n{expected}");
     }
     let empty = Folder::new("empty-txt");
-    assert!(
-        empty
-            .write("vocab.txt", "")
-            .error()
-            .contains("vocab.txt: the vocabulary is empty")
-    );
-    assert!(
-        empty
-            .write("vocab.txt", b"a\n\xff")
-            .error()
-            .contains("not UTF-8 at byte 2")
-    );
+    assert!(empty.write("vocab.txt", "").error().contains("vocab.txt: the vocabulary is empty"));
+    assert!(empty.write("vocab.txt", b"a\n\xff").error().contains("not UTF-8 at byte 2"));
 }
 
 /// A small `tokenizer.json` that loads, to be spoilt.
@@ -531,10 +383,7 @@ fn word_piece() -> Value {
 #[test]
 fn malformed_tokenizer_json_is_an_error_and_never_a_panic() {
     let load = |value: &Value| Tokenizer::from_bytes(value.to_string().as_bytes(), None);
-    assert_eq!(
-        load(&word_piece()).unwrap().encode("a b").unwrap().ids,
-        [1, 0]
-    );
+    assert_eq!(load(&word_piece()).unwrap().encode("a b").unwrap().ids, [1, 0]);
     let bpe = |prefix: &str, merges: Value| {
         json!({
             "type": "BPE", "continuing_subword_prefix": prefix, "merges": merges,
@@ -552,52 +401,16 @@ fn malformed_tokenizer_json_is_an_error_and_never_a_panic() {
         ("/model", json!(null), "model must be an object, found null"),
         ("/model/vocab", json!({}), "the vocabulary is empty"),
         ("/model/vocab", json!([]), "the vocabulary is empty"),
-        (
-            "/model/vocab",
-            json!({"[UNK]": 0, "a": 5}),
-            "from 0 to 5; missing: [1, 2, 3, 4]",
-        ),
-        (
-            "/model/vocab",
-            json!({"[UNK]": 0, "a": "1"}),
-            r#"model.vocab.a must be an id, found "1""#,
-        ),
-        (
-            "/model/unk_token",
-            json!("?"),
-            r#"unk_token is "?", which the vocabulary lacks"#,
-        ),
+        ("/model/vocab", json!({"[UNK]": 0, "a": 5}), "from 0 to 5; missing: [1, 2, 3, 4]"),
+        ("/model/vocab", json!({"[UNK]": 0, "a": "1"}), r#"model.vocab.a must be an id, found "1""#),
+        ("/model/unk_token", json!("?"), r#"unk_token is "?", which the vocabulary lacks"#),
         ("/model/type", json!("Novel"), "tokenizer.json: "),
-        (
-            "/model",
-            bpe("", json!(["a b c"])),
-            "model.merges.0 must be two tokens",
-        ),
-        (
-            "/model",
-            bpe("", json!([["a"]])),
-            "model.merges.0 must be two tokens",
-        ),
-        (
-            "/model",
-            bpe("", json!([["a", "b"]])),
-            r#"model.merges.0 needs the token "ab""#,
-        ),
-        (
-            "/model",
-            bpe("##", json!([["a", "b"]])),
-            "model.merges.0 needs the token \"##b\"",
-        ),
-        (
-            "/post_processor/single/0",
-            special,
-            r#"single.0 must be one of its special_tokens, found "[CLS]""#,
-        ),
-        (
-            "/post_processor/single/0/Sequence/id",
-            json!("B"),
-            "single.0 must be a sequence of this template",
-        ),
+        ("/model", bpe("", json!(["a b c"])), "model.merges.0 must be two tokens"),
+        ("/model", bpe("", json!([["a"]])), "model.merges.0 must be two tokens"),
+        ("/model", bpe("", json!([["a", "b"]])), r#"model.merges.0 needs the token "ab""#),
+        ("/model", bpe("##", json!([["a", "b"]])), "model.merges.0 needs the token \"##b\""),
+        ("/post_processor/single/0", special, r#"single.0 must be one of its special_tokens, found "[CLS]""#),
+        ("/post_processor/single/0/Sequence/id", json!("B"), "single.0 must be a sequence of this template"),
         (
             "/added_tokens",
             added(7, "<x>"),
@@ -608,24 +421,13 @@ fn malformed_tokenizer_json_is_an_error_and_never_a_panic() {
             added(0, "a"),
             r#"added token "a" declares id 0, but its place in the vocabulary is 1"#,
         ),
-        (
-            "/added_tokens/0/id",
-            json!("0"),
-            r#"added_tokens.0.id must be an id, found "0""#,
-        ),
-        (
-            "/normalizer",
-            json!({"type": "Precompiled", "precompiled_charsmap": "AA"}),
-            "tokenizer.json: ",
-        ),
+        ("/added_tokens/0/id", json!("0"), r#"added_tokens.0.id must be an id, found "0""#),
+        ("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AA"}), "tokenizer.json: "),
     ] {
         let mut value = word_piece();
         *value.pointer_mut(at).unwrap() = spoilt;
         let error = load(&value).unwrap_err().to_string();
-        assert!(
-            error.contains(expected),
-            "{at}: {error}\nshould contain\n{expected}"
-        );
+        assert!(error.contains(expected), "{at}: {error}\nshould contain\n{expected}");
     }
     let whole = word_piece().to_string();
     for end in (0..whole.len()).filter(|end| whole.is_char_boundary(*end)) {
@@ -635,41 +437,23 @@ fn malformed_tokenizer_json_is_an_error_and_never_a_panic() {
 
 #[test]
 fn a_trained_vocabulary_covers_its_texts() {
-    let texts = [
-        "a small cat is sleeping",
-        "一只小猫正睡在木桌上。",
-        "two small cats 猫猫",
-        "small",
-    ];
+    let texts = ["a small cat is sleeping", "一只小猫正睡在木桌上。", "two small cats 猫猫", "small"];
     let json = train_wordpiece(texts, 80).unwrap();
     let tokenizer = Tokenizer::from_bytes(json.as_bytes(), None).unwrap();
-    for (id, token) in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-        .iter()
-        .enumerate()
-    {
+    for (id, token) in ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"].iter().enumerate() {
         assert_eq!(tokenizer.token_to_id(token), Some(id as u32));
     }
     assert_eq!(tokenizer.pad_id(), Some(0));
     assert!(tokenizer.vocab_size() <= 80);
     for text in texts {
         let encoding = tokenizer.encode(text).unwrap();
-        assert!(
-            !encoding.tokens.contains(&"[UNK]".to_owned()),
-            "{:?}",
-            encoding.tokens
-        );
-        assert_eq!(
-            [encoding.ids[0], encoding.ids[encoding.ids.len() - 1]],
-            [2, 3]
-        );
+        assert!(!encoding.tokens.contains(&"[UNK]".to_owned()), "{:?}", encoding.tokens);
+        assert_eq!([encoding.ids[0], encoding.ids[encoding.ids.len() - 1]], [2, 3]);
     }
     let alone = tokenizer.encode_without_special("SMALL 小猫").unwrap();
     assert_eq!(alone.tokens, ["small", "小", "猫"]);
     let pair = tokenizer.encode_pair("cat", "猫").unwrap();
-    assert_eq!(
-        (pair.type_ids[0], pair.type_ids[pair.type_ids.len() - 1]),
-        (0, 1)
-    );
+    assert_eq!((pair.type_ids[0], pair.type_ids[pair.type_ids.len() - 1]), (0, 1));
 }
 
 #[test]
@@ -685,21 +469,11 @@ fn merges_are_the_most_frequent_neighbours_and_ties_go_to_the_lower_ids() {
 #[test]
 fn training_depends_on_neither_order_nor_chance() {
     let texts: Vec<String> = (0..200)
-        .map(|i: u32| {
-            format!(
-                "word{} {} 猫{}",
-                i % 17,
-                "abcdefgh".repeat(1 + i as usize % 3),
-                i % 5
-            )
-        })
+        .map(|i: u32| format!("word{} {} 猫{}", i % 17, "abcdefgh".repeat(1 + i as usize % 3), i % 5))
         .collect();
     let json = train_wordpiece(&texts, 120).unwrap();
     let reversed = train_wordpiece(texts.iter().rev(), 120).unwrap();
     assert_eq!(json, reversed);
     let error = train_wordpiece(["abc"], 9).unwrap_err();
-    assert!(
-        matches!(error, TokenizerError::VocabTooSmall { needed: 10, .. }),
-        "{error}"
-    );
+    assert!(matches!(error, TokenizerError::VocabTooSmall { needed: 10, .. }), "{error}");
 }

@@ -38,10 +38,7 @@ pub fn train_wordpiece(
         vocab.insert(token.to_owned());
     }
     let characters: BTreeSet<char> = counts.keys().flat_map(|word| word.chars()).collect();
-    let continuing: BTreeSet<char> = counts
-        .keys()
-        .flat_map(|word| word.chars().skip(1))
-        .collect();
+    let continuing: BTreeSet<char> = counts.keys().flat_map(|word| word.chars().skip(1)).collect();
     for c in characters {
         vocab.insert(c.to_string());
     }
@@ -49,10 +46,7 @@ pub fn train_wordpiece(
         vocab.insert(format!("##{c}"));
     }
     if vocab.tokens.len() > vocab_size {
-        return Err(TokenizerError::VocabTooSmall {
-            vocab_size,
-            needed: vocab.tokens.len(),
-        });
+        return Err(TokenizerError::VocabTooSmall { vocab_size, needed: vocab.tokens.len() });
     }
     merge_most_frequent(&counts, &mut vocab, vocab_size);
 
@@ -117,10 +111,8 @@ fn merge_most_frequent(counts: &BTreeMap<String, i64>, vocab: &mut Vocab, vocab_
             places.entry(pair).or_default().insert(i);
         }
     }
-    let mut queue: BinaryHeap<(i64, Reverse<Pair>)> = pairs
-        .iter()
-        .map(|(pair, count)| (*count, Reverse(*pair)))
-        .collect();
+    let mut queue: BinaryHeap<(i64, Reverse<Pair>)> =
+        pairs.iter().map(|(pair, count)| (*count, Reverse(*pair))).collect();
 
     while vocab.tokens.len() < vocab_size {
         let Some((count, Reverse(pair))) = queue.pop() else {

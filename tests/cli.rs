@@ -1,0 +1,236 @@
+//! The program as a user meets it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use serde_json::Value;
+use volary_weights::read_tensors;
+
+use crate::support::fixture;
+
+fn volary() -> Command {
+    Command::cargo_bin("volary").unwrap()
+}
+
+fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/pictures").join(name)
+}
+
+fn stdout(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn classify_among_labels_in_both_languages() {
+    let labels = "一只猫,a pizza,自行车,a rocket";
+    let told = stdout(
+        volary()
+            .arg("classify")
+            .args([example("pizza.png"), example("rocket.png")])
+            .args(["--labels", labels, "--json"]),
+    );
+    let answers: Value = serde_json::from_str(&told).unwrap();
+    for (answer, (name, label)) in
+        answers.as_array().unwrap().iter().zip([("pizza.png", "a pizza"), ("rocket.png", "a rocket")])
+    {
+        assert!(answer["image"].as_str().unwrap().ends_with(name));
+        let labels = answer["labels"].as_array().unwrap();
+        assert_eq!(labels.len(), 4);
+        assert_eq!(labels[0]["label"], label);
+        let sum: f64 = labels.iter().map(|label| label["probability"].as_f64().unwrap()).sum();
+        assert!((sum - 1.0).abs() < 1e-4, "{sum}");
+    }
+}
+
+#[test]
+fn classify_without_labels_names_in_both_languages() {
+    let told = stdout(volary().arg("classify").arg(example("pizza.png")).args(["--json", "--top", "3"]));
+    let answers: Value = serde_json::from_str(&told).unwrap();
+    let labels = answers[0]["labels"].as_array().unwrap();
+    assert_eq!(labels.len(), 3);
+    assert_eq!((labels[0]["label"].as_str(), labels[0]["zh"].as_str()), (Some("pizza"), Some("披萨")));
+}
+
+#[test]
+fn a_broken_picture_does_not_stop_the_others() {
+    let scratch = tempfile::tempdir().unwrap();
+    let text = scratch.path().join("text.png");
+    fs::write(&text, "this is no picture").unwrap();
+    let output = volary()
+        .arg("classify")
+        .args([&text, &example("cat.png"), &scratch.path().join("gone.png")])
+        .args(["--labels", "cat,dog", "--json"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(answers[0]["error"].as_str().unwrap().contains("text.png"));
+    assert_eq!(answers[1]["labels"].as_array().unwrap().len(), 2);
+    assert!(answers[2]["error"].as_str().unwrap().contains("gone.png"));
+}
+
+#[test]
+fn every_kind_of_picture_is_classified() {
+    let mut pictures: Vec<PathBuf> = fs::read_dir(fixture("pictures"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+            ["png", "jpg", "webp", "gif", "bmp"].contains(&ending)
+        })
+        .collect();
+    pictures.sort();
+    assert!(pictures.len() > 20, "{}", pictures.len());
+    let output =
+        volary().arg("classify").args(&pictures).args(["--labels", "cat,dog", "--json"]).output().unwrap();
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for (answer, path) in answers.as_array().unwrap().iter().zip(&pictures) {
+        // Either an answer or a reason.
+        let ok =
+            answer["labels"].is_array() || answer["error"].as_str().is_some_and(|error| error.len() > 10);
+        assert!(ok, "{}: {answer}", path.display());
+    }
+}
+
+#[test]
+fn wrong_use_is_exit_code_2() {
+    for arguments in [
+        &["classify"][..],
+        &["classify", "a.png", "--labels", " , "],
+        &["classify", "a.png", "--template", "no place"],
+        &["search", "."],
+        &["list", "--task", "dance"],
+        &["nonsense"],
+    ] {
+        let output = volary().args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(!output.stderr.is_empty());
+    }
+}
+
+#[test]
+fn a_model_that_is_not_there_is_told() {
+    for (name, told) in [
+        ("openai/clip-vit-base-patch32", "hub"),
+        ("someone/something", "hub"),
+        ("clip-vit-base-patch32", "did you mean `openai/clip-vit-base-patch32`"),
+        ("no such thing", "neither a folder nor a preset"),
+    ] {
+        let output = volary()
+            .arg("classify")
+            .arg(example("cat.png"))
+            .args(["--labels", "cat", "--model", name])
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(message.contains(told), "{name}: {message}");
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_told() {
+    let output =
+        volary().arg("classify").arg(example("cat.png")).args(["--device", "cuda:7"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("CUDA"));
+}
+
+#[test]
+fn embeddings_are_unit_vectors() {
+    let scratch = tempfile::tempdir().unwrap();
+    let file = scratch.path().join("out.safetensors");
+    volary()
+        .arg("embed")
+        .arg(example("cat.png"))
+        .args(["a cat", "一只猫", "-o"])
+        .arg(&file)
+        .assert()
+        .success();
+    let tensors = read_tensors(&file).unwrap();
+    for (name, rows) in [("image", 1), ("text", 2)] {
+        let values: Vec<f32> = tensors[name].iter::<f32>().collect();
+        let width = values.len() / rows;
+        for row in values.chunks_exact(width) {
+            let length: f32 = row.iter().map(|value| value * value).sum();
+            assert!((length - 1.0).abs() < 1e-4, "{name}: {length}");
+        }
+    }
+}
+
+#[test]
+fn search_indexes_only_what_changed() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("pictures");
+    fs::create_dir_all(folder.join("inside")).unwrap();
+    for (name, to) in
+        [("cat.png", "cat.png"), ("pizza.png", "inside/pizza.png"), ("rocket.png", "rocket.png")]
+    {
+        fs::copy(example(name), folder.join(to)).unwrap();
+    }
+    fs::write(folder.join("broken.png"), "no picture").unwrap();
+    let index = scratch.path().join("index.safetensors");
+    let search = |query: &str| -> (Value, String) {
+        let output = volary()
+            .arg("search")
+            .arg(&folder)
+            .args([query, "--json", "--index"])
+            .arg(&index)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        (serde_json::from_slice(&output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (found, told) = search("披萨");
+    assert_eq!(found.as_array().unwrap().len(), 3);
+    assert!(found[0]["image"].as_str().unwrap().ends_with("pizza.png"), "{found}");
+    assert!(told.contains("broken.png"), "what was skipped is told: {told}");
+
+    // Whatever is in the index by now is not encoded again: a file of the same size and time passes for it.
+    fs::remove_file(folder.join("rocket.png")).unwrap();
+    fs::copy(example("bicycle.png"), folder.join("bicycle.png")).unwrap();
+    let (found, _) = search("bicycle");
+    let names: Vec<&str> =
+        found.as_array().unwrap().iter().map(|row| row["image"].as_str().unwrap()).collect();
+    assert!(names[0].ends_with("bicycle.png"), "{names:?}");
+    assert!(!names.iter().any(|name| name.ends_with("rocket.png")), "{names:?}");
+
+    fs::write(&index, "no index").unwrap();
+    let output = volary().arg("search").arg(&folder).args(["cat", "--index"]).arg(&index).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("index.safetensors"));
+}
+
+#[test]
+fn info_shows_what_a_folder_is() {
+    let told = stdout(volary().arg("info").arg(fixture("clip")).arg("--json"));
+    let info: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!((info["system"].as_str(), info["parameters"].as_u64()), (Some("clip"), Some(43_521)));
+    let told = stdout(volary().args(["info", "google-bert/bert-base-uncased", "--json"]));
+    let info: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(info["parameters"].as_u64(), Some(109_482_240));
+    assert_eq!(info["memory"]["f16"].as_u64(), Some(2 * 109_482_240));
+}
+
+#[test]
+fn eval_on_the_held_out_sample() {
+    let told = stdout(volary().arg("eval").arg(fixture("emoji_sample")).arg("--json"));
+    let scores: Value = serde_json::from_str(&told).unwrap();
+    assert_eq!(scores.as_array().unwrap().len(), 2, "one row a language");
+    for score in scores.as_array().unwrap() {
+        assert_eq!(score["pictures"], 48);
+        assert!(score["image_to_text"]["at_10"].as_f64().unwrap() >= 0.5, "{score}");
+        assert!(score["five_way"].as_f64().unwrap() >= 0.75, "{score}");
+    }
+}
+
+#[test]
+fn doctor_finds_the_model_well() {
+    let told = stdout(volary().args(["doctor", "--json"]));
+    let checks: Value = serde_json::from_str(&told).unwrap();
+    let model = checks.as_array().unwrap().iter().find(|check| check["name"] == "model").unwrap();
+    assert_eq!(model["ok"], true, "{model}");
+}

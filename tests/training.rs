@@ -1,0 +1,143 @@
+//! A run that is stopped and goes on is the run that was never stopped.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use volary::clip::{ClipConfig, Pooling, TextConfig, TransformerConfig, VisionConfig};
+use volary::recipe::contrastive::{Job, Recipe, TrainError, train};
+use volary::recipe::data::{EmojiData, Gallery, Style};
+use volary::recipe::emoji::{preprocessor, tokenizer};
+use volary_kernels::ops::Activation;
+use volary_vision::resnet::ResNetConfig;
+
+use crate::support::fixture;
+
+const STEPS: usize = 6;
+
+fn recipe() -> Recipe {
+    Recipe {
+        steps: STEPS,
+        batch: 12,
+        accumulate: 2,
+        warmup: 2,
+        bank_period: 3,
+        checkpoint_every: 2,
+        evaluate_every: 1000,
+        ..Recipe::default()
+    }
+}
+
+fn config(vocab_size: usize, end: i64) -> ClipConfig {
+    let transformer = TransformerConfig {
+        d_model: 16,
+        d_ff: 32,
+        n_layers: 1,
+        n_heads: 2,
+        activation: Activation::QuickGelu,
+        layer_norm_eps: 1e-5,
+    };
+    ClipConfig {
+        vision: VisionConfig::ResNet(ResNetConfig {
+            image_size: 64,
+            width: 4,
+            layers: [1, 1, 1, 1],
+            n_heads: 2,
+            d_embed: 16,
+        }),
+        text: TextConfig { context_length: 24, vocab_size, transformer, pooling: Pooling::First(end) },
+        d_embed: 16,
+    }
+}
+
+/// The sample's pictures as training data.
+fn data() -> EmojiData {
+    let gallery = Gallery::read(&fixture("emoji_sample"), |_| true).unwrap().remove(0);
+    let opaque = |rgb: &[u8]| [rgb[0], rgb[1], rgb[2], 255];
+    let pixels = gallery
+        .pictures
+        .iter()
+        .flat_map(|picture| picture.pixels().chunks_exact(3).flat_map(opaque))
+        .collect();
+    let style = Style { name: "sample".into(), pixels, concepts: gallery.targets };
+    EmojiData { size: 64, concepts: gallery.concepts, styles: vec![style] }
+}
+
+fn run(data: &EmojiData, folder: &Path, recipe: &Recipe, until: usize) -> Result<Vec<f32>, TrainError> {
+    let tokenizer = tokenizer(data, folder).unwrap();
+    let outcome = train(&Job {
+        recipe,
+        config: &config(tokenizer.vocab_size(), i64::from(tokenizer.sep_id().unwrap())),
+        data,
+        development: &[],
+        tokenizer: &tokenizer,
+        preprocessor: &preprocessor().unwrap(),
+        folder,
+        until,
+        device: &Device::flex(),
+    })?;
+    Ok(outcome.losses)
+}
+
+#[test]
+fn a_run_resumes_at_any_step() {
+    let data = data();
+    let unbroken = tempfile::tempdir().unwrap();
+    let expected = run(&data, unbroken.path(), &recipe(), STEPS).unwrap();
+    assert_eq!(expected.len(), STEPS);
+    for stop in 1..STEPS {
+        let broken = tempfile::tempdir().unwrap();
+        run(&data, broken.path(), &recipe(), stop).unwrap();
+        let resumed = run(&data, broken.path(), &recipe(), STEPS).unwrap();
+        for (step, (a, b)) in resumed.iter().zip(&expected).enumerate() {
+            assert!((a - b).abs() < 1e-4, "stopped at {stop}: step {step} has {a}, unbroken {b}");
+        }
+        assert_eq!(resumed.len(), STEPS);
+    }
+}
+
+/// Killed while a checkpoint was being written: the one before counts, and what was half-written does not.
+#[test]
+fn a_kill_while_saving_loses_no_checkpoint() {
+    let data = data();
+    let unbroken = tempfile::tempdir().unwrap();
+    let expected = run(&data, unbroken.path(), &recipe(), STEPS).unwrap();
+
+    let half_written = tempfile::tempdir().unwrap();
+    run(&data, half_written.path(), &recipe(), 3).unwrap();
+    let fresh = half_written.path().join("checkpoint.new");
+    std::fs::create_dir(&fresh).unwrap();
+    std::fs::write(fresh.join("model.bpk"), "half of a model").unwrap();
+
+    let between_the_names = tempfile::tempdir().unwrap();
+    run(&data, between_the_names.path(), &recipe(), 3).unwrap();
+    let at = |name: &str| between_the_names.path().join(name);
+    let _ = std::fs::remove_dir_all(at("checkpoint.old"));
+    std::fs::rename(at("checkpoint"), at("checkpoint.old")).unwrap();
+
+    for folder in [&half_written, &between_the_names] {
+        let resumed = run(&data, folder.path(), &recipe(), STEPS).unwrap();
+        for (a, b) in resumed.iter().zip(&expected) {
+            assert!((a - b).abs() < 1e-4, "{resumed:?} {expected:?}");
+        }
+        assert_eq!(resumed.len(), STEPS);
+    }
+}
+
+#[test]
+fn other_settings_are_refused() {
+    let data = data();
+    let folder = tempfile::tempdir().unwrap();
+    run(&data, folder.path(), &recipe(), 2).unwrap();
+    let other = Recipe { batch: 10, ..recipe() };
+    assert!(matches!(run(&data, folder.path(), &other, STEPS), Err(TrainError::OtherRun { .. })));
+}
+
+#[test]
+fn the_loss_goes_down() {
+    let data = data();
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = Recipe { steps: 40, warmup: 5, checkpoint_every: 1000, learning_rate: 3e-3, ..recipe() };
+    let losses = run(&data, folder.path(), &recipe, recipe.steps).unwrap();
+    let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+    assert!(mean(&losses[30..]) < mean(&losses[..10]) - 0.1, "{losses:?}");
+}
