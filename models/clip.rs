@@ -1005,6 +1005,6 @@ pub const PRESETS: &[Preset] = &[
     laion_preset(
         "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
         laion(1664, 48, 16, 8192, 1280, 32, 1280),
-        2_539_567_362,
+        2_539_567_105,
     ),
 ];

@@ -127,7 +127,7 @@ impl Layout {
         let data_start = file.len() - data.len();
         let mut layout = Self { entries: Vec::new(), ranges: Vec::new(), metadata };
         let mut names = std::collections::HashSet::new();
-        let mut expected = 0;
+        // What is wrong with a tensor itself is told before the gap that it leaves to its neighbour.
         for (key, Info { dtype, shape, data_offsets: (begin, end) }) in tensors {
             if !names.insert(key.clone()) {
                 return Err(HeaderError::DuplicateKey { key });
@@ -148,12 +148,16 @@ impl Layout {
                 let found = end - begin;
                 return Err(HeaderError::Length { key, dtype, shape, expected: length, found });
             }
-            if begin != expected {
-                return Err(HeaderError::Gap { key, expected, found: begin });
-            }
-            expected = end;
             layout.ranges.push(data_start + begin..data_start + end);
             layout.entries.push(Entry { name: key, shape, dtype });
+        }
+        let mut expected = 0;
+        for (entry, range) in layout.entries.iter().zip(&layout.ranges) {
+            let found = range.start - data_start;
+            if found != expected {
+                return Err(HeaderError::Gap { key: entry.name.clone(), expected, found });
+            }
+            expected = range.end - data_start;
         }
         if expected != data.len() {
             return Err(HeaderError::Trailing { expected, found: data.len() });
