@@ -32,8 +32,11 @@ pub struct System {
     /// What loading the folder would do, without reading a weight.
     pub describe: fn(&Folder) -> Result<Description, Error>,
     /// Loads the folder for a forward pass.
-    pub open: fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Forward>, Error>,
+    pub open: Open,
 }
+
+/// Loads a folder's model onto a device.
+pub type Open = fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Forward>, Error>;
 
 /// A loaded model behind the forward contract.
 pub trait Forward {

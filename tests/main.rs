@@ -1,4 +1,5 @@
 //! One binary for all tests that see the whole program.
+#![allow(clippy::unwrap_used)] // a test may panic
 
 mod cli;
 mod contract;

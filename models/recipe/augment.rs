@@ -133,22 +133,14 @@ impl Layer {
         let pale = if chance(rng, 0.35) { between(rng, 0.3, 1.0) } else { 0.0 };
         let hollow = chance(rng, 0.08);
         for (pixel, ink) in self.pixels.iter_mut().zip(contour) {
-            let alpha = pixel[3];
-            if let Some(tones) = tones {
-                for channel in 0..3 {
-                    pixel[channel] = ((pixel[channel] * tones).round() / tones).min(alpha);
-                }
-            }
-            for channel in 0..3 {
-                pixel[channel] += (alpha - pixel[channel]) * pale;
-            }
-            if hollow {
-                *pixel = [0.0; 4];
-            }
-            for channel in 0..3 {
-                pixel[channel] = pixel[channel] * (1.0 - ink) + darkness * ink;
-            }
-            pixel[3] = pixel[3] * (1.0 - ink) + ink;
+            let [red, green, blue, alpha] = *pixel;
+            let fill = |colour: f32| {
+                let flat = tones.map_or(colour, |tones| ((colour * tones).round() / tones).min(alpha));
+                flat + (alpha - flat) * pale
+            };
+            let inked = |colour: f32| if hollow { 0.0 } else { fill(colour) } * (1.0 - ink) + darkness * ink;
+            let covered = if hollow { 0.0 } else { alpha } * (1.0 - ink) + ink;
+            *pixel = [inked(red), inked(green), inked(blue), covered];
         }
     }
 
@@ -165,13 +157,13 @@ impl Layer {
                 let around: [[[f32; 4]; 3]; 3] = core::array::from_fn(|j| {
                     core::array::from_fn(|i| over_white(x + i as i32 - 1, y + j as i32 - 1))
                 });
-                let mut strongest = 0.0f32;
-                for channel in 0..4 {
+                let slope = |channel: usize| {
                     let at = |j: usize, i: usize| around[j][i][channel];
                     let gx = at(0, 2) + 2.0 * at(1, 2) + at(2, 2) - at(0, 0) - 2.0 * at(1, 0) - at(2, 0);
                     let gy = at(2, 0) + 2.0 * at(2, 1) + at(2, 2) - at(0, 0) - 2.0 * at(0, 1) - at(0, 2);
-                    strongest = strongest.max((gx * gx + gy * gy).sqrt() / 4.0);
-                }
+                    (gx * gx + gy * gy).sqrt() / 4.0
+                };
+                let strongest = (0..4).map(slope).fold(0.0, f32::max);
                 edges.push(((strongest - 0.4 * threshold) / (0.6 * threshold)).clamp(0.0, 1.0));
             }
         }

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use burn::tensor::TensorData;
 use fastrand::Rng;
 use serde::{Deserialize, Serialize};
 use volary_vision::image::{ReadOptions, Rgb8, read as read_picture};
@@ -105,7 +104,7 @@ impl EmojiData {
             let &[count, height, width, 4] = &dims[..] else {
                 return Err(malformed(format!("{name}.pixels is {dims:?}, not [pictures, size, size, 4]")));
             };
-            let index = tensors.get(&format!("{name}.index")).map(TensorData::clone);
+            let index = tensors.get(&format!("{name}.index")).cloned();
             let index = index.ok_or_else(|| malformed(format!("{name}.index is missing")))?;
             let of_index: Vec<usize> = index.iter::<i64>().map(|concept| concept as usize).collect();
             let fits = height == width
