@@ -468,13 +468,6 @@ mod tests {
     }
 
     #[test]
-    fn presets_have_the_published_number_of_parameters() {
-        for preset in PRESETS {
-            assert_eq!(preset.shape.count(), preset.parameters, "{}", preset.name);
-        }
-    }
-
-    #[test]
     fn every_parameter_has_one_key_and_every_key_one_parameter() {
         for config in [LARGE, XLM_ROBERTA] {
             for parameter in parameters(&config.init(&Device::flex())) {

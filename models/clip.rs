@@ -150,7 +150,8 @@ pub struct TextTower {
     pub final_norm: LayerNorm,
     /// `[d_embed, d_model]`, no bias.
     pub projection: Linear,
-    end: i64,
+    #[module(skip)]
+    pooling: Pooling,
 }
 
 /// A pre-norm transformer block.
@@ -230,10 +231,7 @@ impl TextConfig {
             blocks: self.transformer.blocks(device),
             final_norm: LayerNorm::new(d_model, layer_norm_eps, device),
             projection: LinearConfig::new(d_model, d_embed).with_bias(false).init(device),
-            end: match self.pooling {
-                Pooling::HighestId => -1,
-                Pooling::First(id) => id,
-            },
+            pooling: self.pooling,
         }
     }
 }
@@ -261,17 +259,17 @@ impl VitTower {
 }
 
 impl TextTower {
-    /// Token ids `[batch, seq]` and, where rows are padded in front of the end token, which of them are
-    /// real, `[batch, seq]`.
+    /// Token ids `[batch, seq]`, under a causal mask (and one of padding, if rows are padded in front).
     pub fn forward(&self, ids: Tensor<2, Int>, mask: &Mask) -> TowerOutput {
         let [batch, _] = ids.dims();
         let x = self.positions.forward(self.tokens.forward(ids.clone()));
         let x = self.blocks.iter().fold(x, |x, block| block.forward(x, mask));
         let hidden = self.final_norm.forward(x); // [batch, seq, d_model]
         let d_model = hidden.dims()[2];
-        let end = match self.end {
-            -1 => ids.argmax(1),                        // [batch, 1]
-            end => ids.equal_elem(end).int().argmax(1), // the first of equals
+        // Of equals `argmax` takes the first: [batch, 1].
+        let end = match self.pooling {
+            Pooling::HighestId => ids.argmax(1),
+            Pooling::First(id) => ids.equal_elem(id).int().argmax(1),
         };
         let at = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
         let pooled = hidden.clone().gather(1, at).reshape([batch, d_model]);
@@ -1008,3 +1006,91 @@ pub const PRESETS: &[Preset] = &[
         2_539_567_105,
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::{Distribution, Tolerance};
+    use volary_weights::save;
+
+    use super::*;
+
+    fn tiny(vision: VisionConfig) -> ClipConfig {
+        let text = TextConfig { context_length: 8, vocab_size: 20, ..text(64, 2, Activation::QuickGelu) };
+        ClipConfig { vision, text, d_embed: 16 }
+    }
+
+    fn tiny_vit() -> ClipConfig {
+        tiny(vit(16, 8, blocks(64, 2, Activation::QuickGelu)))
+    }
+
+    fn tiny_resnet() -> ClipConfig {
+        let layers = [1, 2, 1, 1];
+        tiny(VisionConfig::ResNet(ResNetConfig { image_size: 64, width: 4, layers, n_heads: 2, d_embed: 16 }))
+    }
+
+    /// OpenAI's layout: no configuration, the weights' shapes tell it; and what is saved is what is loaded.
+    #[test]
+    fn a_state_dictionary_says_its_sizes() {
+        let device = Device::flex();
+        for config in [tiny_vit(), tiny_resnet()] {
+            let folder = tempfile::tempdir().unwrap();
+            let model = config.init(&device);
+            let keys = Layout::OpenAi.keys(&config.vision);
+            save(&model, keys, None, &folder.path().join("model.safetensors"), None).unwrap();
+            let folder = Folder::Disk(folder.path().into());
+            let (found, layout) = ClipConfig::of(&folder).unwrap();
+            assert_eq!((&found, layout), (&config, Layout::OpenAi));
+            let loaded = found.load(&folder, layout, &LoadOptions::default(), &device).unwrap();
+            let size = config.image_size();
+            let pixels = Tensor::<4>::random([2, 3, size, size], Distribution::Normal(0.0, 1.0), &device);
+            loaded
+                .encode_images(pixels.clone())
+                .into_data()
+                .assert_approx_eq::<f32>(&model.encode_images(pixels).into_data(), Tolerance::default());
+        }
+    }
+
+    /// Padding with the end token, as OpenAI's tokenizer does, leaves the embedding where it was.
+    #[test]
+    fn the_first_of_equal_end_tokens_counts() {
+        let device = Device::flex();
+        for pooling in [Pooling::HighestId, Pooling::First(19)] {
+            let mut config = tiny_vit();
+            config.text.pooling = pooling;
+            let model = config.init(&device);
+            let short = Tensor::<2, Int>::from_ints([[1, 5, 19]], &device);
+            let padded = Tensor::<2, Int>::from_ints([[1, 5, 19, 19, 19]], &device);
+            model
+                .encode_texts(padded)
+                .into_data()
+                .assert_approx_eq::<f32>(&model.encode_texts(short).into_data(), Tolerance::default());
+        }
+    }
+
+    #[test]
+    fn settings_that_are_not_built_are_refused_by_name() {
+        let message = |vision: &str, text: &str, model: &str| {
+            let json = format!(
+                r#"{{"model_cfg": {{"embed_dim": 16, "vision_cfg": {{"layers": 2{vision}}}, "text_cfg": {{"layers": 2{text}}}{model}}}}}"#
+            );
+            let config = Config::parse(Path::new("open_clip_config.json"), json.as_bytes()).unwrap();
+            open_clip(&config).map_err(|error| error.to_string())
+        };
+        assert!(message("", "", "").is_ok());
+        for (vision, text, model, named) in [
+            (r#", "timm_model_name": "vit_base""#, "", "", "model_cfg.vision_cfg.timm_model_name"),
+            (r#", "pool_type": "avg""#, "", "", "model_cfg.vision_cfg.pool_type"),
+            (r#", "head_width": 60"#, "", "", "model_cfg.vision_cfg.head_width"),
+            (r#", "ls_init_value": 0.1"#, "", "", "model_cfg.vision_cfg.ls_init_value"),
+            ("", r#", "hf_model_name": "xlm-roberta-base""#, "", "model_cfg.text_cfg.hf_model_name"),
+            ("", r#", "no_causal_mask": true"#, "", "model_cfg.text_cfg.no_causal_mask"),
+            ("", r#", "pool_type": "cls""#, "", "model_cfg.text_cfg.pool_type"),
+            ("", "", r#", "custom_text": true"#, "model_cfg.custom_text"),
+        ] {
+            let error = message(vision, text, model).unwrap_err();
+            assert!(error.contains(&format!("`{named}`")), "{error}");
+        }
+    }
+}

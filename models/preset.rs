@@ -1,5 +1,8 @@
 //! Published sizes as rows of data.
 
+use burn::tensor::Device;
+use volary_weights::{Parameter, parameters};
+
 /// A published size of a system.
 pub struct Preset {
     /// The name its authors gave it; with a hub's owner where it has one.
@@ -37,20 +40,21 @@ pub enum Weights {
     Unreleased,
 }
 
+/// How many numbers are learned; running statistics of batch norms are not.
+pub fn count(parameters: &[Parameter]) -> usize {
+    let is_learned = |path: &str| !path.ends_with("running_mean") && !path.ends_with("running_var");
+    let learned = parameters.iter().filter(|parameter| is_learned(&parameter.path));
+    learned.map(|parameter| parameter.shape.iter().product::<usize>()).sum()
+}
+
 impl Shape {
-    /// Counts the parameters without allocating them; running statistics are no parameters.
+    /// Counts the parameters without allocating them.
     pub fn count(&self) -> usize {
-        let device = burn::tensor::Device::flex();
-        let count = |parameters: Vec<volary_weights::Parameter>| -> usize {
-            let is_weight = |path: &str| !path.ends_with("running_mean") && !path.ends_with("running_var");
-            let weights = parameters.iter().filter(|parameter| is_weight(&parameter.path));
-            weights.map(|parameter| parameter.shape.iter().product::<usize>()).sum()
-        };
-        use volary_weights::parameters;
-        match self {
-            Shape::Clip(config) => count(parameters(&config.init(&device))),
-            Shape::Bert(config) => count(parameters(&config.init(&device))),
-            Shape::Vit(config) => count(parameters(&config.init(&device))),
-        }
+        let device = Device::flex();
+        count(&match self {
+            Shape::Clip(config) => parameters(&config.init(&device)),
+            Shape::Bert(config) => parameters(&config.init(&device)),
+            Shape::Vit(config) => parameters(&config.init(&device)),
+        })
     }
 }

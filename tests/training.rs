@@ -21,6 +21,7 @@ fn recipe() -> Recipe {
         accumulate: 2,
         warmup: 2,
         bank_period: 3,
+        gentle_from: 4,
         checkpoint_every: 2,
         evaluate_every: 1000,
         ..Recipe::default()

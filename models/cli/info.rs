@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
 use volary::folder::Folder;
-use volary::preset::Preset;
+use volary::preset::{Preset, count};
 use volary::pretrained::{EMBEDDED, resolve};
 use volary::registry::{Description, SYSTEMS, System};
 
@@ -109,7 +109,7 @@ fn of_preset(system: &System, preset: &Preset) -> Info {
 fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     let system = System::of(folder)?;
     let Description { parameters, problems } = (system.describe)(folder)?;
-    let count = parameters.iter().map(|parameter| parameter.shape.iter().product::<usize>()).sum();
+    let count = count(&parameters);
     let mut dtypes = BTreeMap::new();
     for entry in folder.checkpoint()?.entries() {
         *dtypes.entry(entry.dtype.name()).or_default() += 1;

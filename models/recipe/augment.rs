@@ -11,24 +11,24 @@ struct Layer {
 }
 
 /// One random view: `size * size * 4` bytes of straight-alpha RGBA to `3 * size * size` values in 0..1,
-/// channel after channel.
-pub fn augment(rgba: &[u8], size: usize, freedom: Freedom, rng: &mut Rng) -> Vec<f32> {
+/// channel after channel. `strength` scales how often and how far the view strays: 1 is all of it.
+pub fn augment(rgba: &[u8], size: usize, freedom: Freedom, strength: f32, rng: &mut Rng) -> Vec<f32> {
     let mut layer = Layer::from_rgba(rgba, size);
-    layer = layer.warp(freedom, rng);
-    if chance(rng, 0.65) {
-        layer.recolour(rng);
+    layer = layer.warp(freedom, strength, rng);
+    if chance(rng, 0.65 * strength) {
+        layer.recolour(strength, rng);
     }
-    if chance(rng, 0.45) {
+    if chance(rng, 0.45 * (0.5 + 0.5 * strength)) {
         layer.ink(rng);
     }
-    let mut picture = layer.over(&backdrop(size, rng));
-    if chance(rng, 0.2) {
+    let mut picture = layer.over(&backdrop(size, strength, rng));
+    if chance(rng, 0.2 * strength) {
         soften(&mut picture, size);
     }
-    if chance(rng, 0.25) {
+    if chance(rng, 0.25 * strength) {
         cover(&mut picture, size, rng);
     }
-    if chance(rng, 0.25) {
+    if chance(rng, 0.25 * strength) {
         let strength = between(rng, 0.0, 0.05);
         for value in picture.iter_mut().flatten() {
             *value += strength * normal(rng);
@@ -75,14 +75,14 @@ impl Layer {
     }
 
     /// Scale, aspect, rotation, shear, shift, mirroring.
-    fn warp(&self, freedom: Freedom, rng: &mut Rng) -> Layer {
-        let scale = between(rng, 0.72, 1.18);
-        let aspect = between(rng, -0.15, 0.15).exp();
-        let angle = if chance(rng, 0.7) { between(rng, -0.35, 0.35) } else { 0.0 };
-        let shear = if chance(rng, 0.4) { between(rng, -0.2, 0.2) } else { 0.0 };
+    fn warp(&self, freedom: Freedom, strength: f32, rng: &mut Rng) -> Layer {
+        let scale = 1.0 + strength * between(rng, -0.28, 0.18);
+        let aspect = (strength * between(rng, -0.15, 0.15)).exp();
+        let angle = if chance(rng, 0.7) { strength * between(rng, -0.35, 0.35) } else { 0.0 };
+        let shear = if chance(rng, 0.4) { strength * between(rng, -0.2, 0.2) } else { 0.0 };
         let mirrored = freedom == Freedom::Mirror && chance(rng, 0.3);
         let half = (self.size as f32 - 1.0) / 2.0;
-        let reach = 0.1 * self.size as f32;
+        let reach = strength * 0.1 * self.size as f32;
         let (dx, dy) = (between(rng, -reach, reach), between(rng, -reach, reach));
         let (sine, cosine) = angle.sin_cos();
         let side = if mirrored { -1.0 } else { 1.0 };
@@ -98,13 +98,14 @@ impl Layer {
     }
 
     /// Hue, saturation, contrast, brightness, and tinting.
-    fn recolour(&mut self, rng: &mut Rng) {
-        let spread = if chance(rng, 0.08) { 3.1 } else { 0.25 };
+    fn recolour(&mut self, strength: f32, rng: &mut Rng) {
+        let spread = if chance(rng, 0.08 * strength) { 3.1 } else { 0.25 * strength };
         let (sine, cosine) = between(rng, -spread, spread).sin_cos();
-        let saturation = if chance(rng, 0.08) { 0.0 } else { between(rng, 0.4, 1.6) };
-        let contrast = between(rng, 0.6, 1.35);
-        let lift = between(rng, -0.15, 0.2);
-        let gains: [f32; 3] = core::array::from_fn(|_| between(rng, 0.85, 1.15));
+        let grey = chance(rng, 0.08 * strength);
+        let saturation = if grey { 0.0 } else { 1.0 + strength * between(rng, -0.6, 0.6) };
+        let contrast = 1.0 + strength * between(rng, -0.4, 0.35);
+        let lift = strength * between(rng, -0.15, 0.2);
+        let gains: [f32; 3] = core::array::from_fn(|_| 1.0 + strength * between(rng, -0.15, 0.15));
         for pixel in &mut self.pixels {
             let [red, green, blue, alpha] = *pixel;
             // In YIQ a rotation of (I, Q) turns the hue.
@@ -193,17 +194,16 @@ fn widen(ink: &[f32], size: usize) -> Vec<f32> {
 }
 
 /// White most of the time, else another colour or a gradient between two.
-fn backdrop(size: usize, rng: &mut Rng) -> Vec<[f32; 3]> {
+fn backdrop(size: usize, strength: f32, rng: &mut Rng) -> Vec<[f32; 3]> {
     let colour = |rng: &mut Rng| -> [f32; 3] {
         let light = between(rng, 0.0, 1.0);
         core::array::from_fn(|_| (light + between(rng, -0.4, 0.4)).clamp(0.0, 1.0))
     };
-    let choice = rng.f32();
-    if choice < 0.6 {
+    if !chance(rng, 0.4 * strength) {
         return vec![[1.0; 3]; size * size];
     }
     let first = colour(rng);
-    let second = if choice < 0.85 { first } else { colour(rng) };
+    let second = if chance(rng, 0.6) { first } else { colour(rng) };
     let (dx, dy) = (between(rng, -1.0, 1.0), between(rng, -1.0, 1.0));
     (0..size * size)
         .map(|index| {

@@ -48,6 +48,9 @@ pub struct Recipe {
     pub in_batch: f64,
     /// Steps until the bank of all names has been encoded anew.
     pub bank_period: usize,
+    /// Up to this step pictures are augmented with full strength, from it on with half: the last views
+    /// resemble what the model will see.
+    pub gentle_from: usize,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// Steps between evaluations on the development pictures.
@@ -59,7 +62,7 @@ pub struct Recipe {
 impl Default for Recipe {
     fn default() -> Self {
         Self {
-            steps: 4800,
+            steps: 5800,
             batch: 128,
             accumulate: 2,
             learning_rate: 1.5e-3,
@@ -68,8 +71,9 @@ impl Default for Recipe {
             smoothing: 0.1,
             in_batch: 0.5,
             bank_period: 32,
+            gentle_from: 3800,
             checkpoint_every: 200,
-            evaluate_every: 600,
+            evaluate_every: 400,
             seed: 1,
         }
     }
@@ -475,6 +479,7 @@ fn parts(
     step: usize,
 ) -> Result<Vec<Part>, TokenizerError> {
     let language = Language::ALL[step % 2];
+    let strength = if step < recipe.gentle_from { 1.0 } else { 0.5 };
     let chosen: Vec<(usize, usize)> =
         (0..recipe.batch).map(|row| order.at(step * recipe.batch + row)).collect();
     let rows: Vec<(Vec<f32>, Vec<i64>, i64)> = chosen
@@ -484,7 +489,8 @@ fn parts(
             let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, row as u64));
             let index = data.styles[style].concepts[picture];
             let concept = &data.concepts[index];
-            let pixels = augment(data.picture(style, picture), data.size, concept.freedom(), &mut rng);
+            let picture = data.picture(style, picture);
+            let pixels = augment(picture, data.size, concept.freedom(), strength, &mut rng);
             let caption = concept.caption(language, &mut rng);
             Ok((normalise(pixels), ids(tokenizer, &caption)?, index as i64))
         })
