@@ -1,5 +1,8 @@
-//! Contrastive training of a bilingual CLIP on emoji: AdamW, warm-up and cosine, InfoNCE over captions
-//! and cross-entropy against a bank of all names.
+//! Contrastive training of a bilingual CLIP on emoji: AdamW, warm-up and cosine, InfoNCE over captions,
+//! cross-entropy of pictures against a bank of all names, and of captions against a bank of all pictures.
+//!
+//! Both banks matter: without the second the captions only tell apart what happens to meet in a batch, and
+//! names of like things end up in one place.
 //!
 //! Everything random is drawn from (seed, step, row), so a run that is resumed at any step sees the
 //! batches that an unbroken one would have seen.
@@ -42,9 +45,9 @@ pub struct Recipe {
     pub warmup: usize,
     /// Decay of matrices and convolutions; norms, biases and the temperature are not decayed.
     pub weight_decay: f32,
-    /// Label smoothing against the bank.
+    /// Label smoothing against the banks.
     pub smoothing: f64,
-    /// The in-batch loss's weight beside the bank's.
+    /// The in-batch loss's weight beside the banks'.
     pub in_batch: f64,
     /// Steps until the bank of all names has been encoded anew.
     pub bank_period: usize,
@@ -226,9 +229,38 @@ impl Job<'_> {
 struct Run {
     model: ClipModel,
     optimizer: ModuleOptimizer,
-    /// Names' embeddings per language, `[concepts, d_embed]`.
-    bank: [Tensor<2>; 2],
+    /// Names' embeddings per language, and the running mean of each concept's pictures, `[concepts, d_embed]`.
+    banks: Banks,
     losses: Vec<f32>,
+}
+
+/// What pictures and captions are told apart from; not trained, without autodiff.
+struct Banks {
+    /// Per language, unit vectors.
+    names: [Tensor<2>; 2],
+    /// Unit vectors once a concept's picture was seen, zeros before.
+    pictures: Tensor<2>,
+}
+
+impl Banks {
+    /// The share of a new picture in its concept's mean.
+    const MOMENTUM: f32 = 0.2;
+
+    /// Moves the means towards the embeddings of a batch's pictures.
+    fn see(&mut self, seen: Vec<(i64, Vec<f32>)>) {
+        let device = self.pictures.device();
+        let [concepts, d_embed] = self.pictures.dims();
+        let mut rows = floats(self.pictures.clone().into_data());
+        for (concept, picture) in seen {
+            let row = &mut rows[concept as usize * d_embed..][..d_embed];
+            let is_new = row.iter().all(|value| *value == 0.0);
+            let momentum = if is_new { 1.0 } else { Self::MOMENTUM };
+            row.iter_mut().zip(picture).for_each(|(mean, new)| *mean += momentum * (new - *mean));
+            let length = row.iter().map(|value| value * value).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
+            row.iter_mut().for_each(|value| *value /= length);
+        }
+        self.pictures = Tensor::from_data(TensorData::new(rows, [concepts, d_embed]), &device);
+    }
 }
 
 /// Token ids of every name, per language.
@@ -292,7 +324,9 @@ impl Run {
                     .map(|from| bank.encode(&inner, language, from, count.min(from + 256), &plain_device));
                 Tensor::cat(chunks.collect(), 0)
             };
-            return Ok(Self { bank: [encode(0), encode(1)], model, optimizer, losses: Vec::new() });
+            let names = [encode(0), encode(1)];
+            let pictures = Tensor::zeros(names[0].dims(), &plain_device);
+            return Ok(Self { banks: Banks { names, pictures }, model, optimizer, losses: Vec::new() });
         }
         let settings = checkpoint.join("recipe.json");
         let bytes = fs::read(&settings).map_err(|error| file_error(&settings, error))?;
@@ -308,13 +342,14 @@ impl Run {
         let bytes = fs::read(&file).map_err(|error| file_error(&file, error))?;
         let saved: SavedBank = serde_json::from_slice(&bytes).map_err(|error| file_error(&file, error))?;
         let width = saved.d_embed;
-        let bank = saved.rows.map(|rows| {
+        let [english, chinese, pictures] = saved.rows.map(|rows| {
             let values: Vec<f32> = rows.into_iter().map(f32::from_bits).collect();
             let count = values.len() / width;
             Tensor::from_data(TensorData::new(values, [count, width]), &plain_device)
         });
+        let banks = Banks { names: [english, chinese], pictures };
         let losses = read_losses(&checkpoint.join("losses.csv"))?;
-        Ok(Self { model, optimizer, bank, losses })
+        Ok(Self { model, optimizer, banks, losses })
     }
 
     fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
@@ -322,17 +357,18 @@ impl Run {
         let language = step % 2;
         let n_parts = batch.len() as f64;
         // Each part on a thread of its own: the CPU backend runs most operations on one core.
-        let (model, entries) = (&self.model, &self.bank);
-        let computed: Vec<(f32, GradientsParams)> = std::thread::scope(|scope| {
+        let (model, banks) = (&self.model, &self.banks);
+        let computed: Vec<(f32, Seen, GradientsParams)> = std::thread::scope(|scope| {
             let parts: Vec<_> = batch
                 .into_iter()
                 .map(|part| {
                     // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
                     let model = model.clone().fork(device);
                     scope.spawn(move || {
-                        let loss = part_loss(recipe, &model, entries, language, part, device) / n_parts;
+                        let (loss, seen) = part_loss(recipe, &model, banks, language, part, device);
+                        let loss = loss / n_parts;
                         let value = loss.clone().into_scalar::<f32>();
-                        (value, GradientsParams::from_grads(loss.backward(), &model))
+                        (value, seen, GradientsParams::from_grads(loss.backward(), &model))
                     })
                 })
                 .collect();
@@ -341,8 +377,9 @@ impl Run {
         });
         let mut accumulator = GradientsAccumulator::new();
         let mut total = 0.0;
-        for (loss, gradients) in computed {
+        for (loss, seen, gradients) in computed {
             total += loss;
+            self.banks.see(seen);
             accumulator.accumulate(&self.model, gradients);
         }
         let rate = recipe.learning_rate_at(step);
@@ -364,7 +401,8 @@ impl Run {
         for language in 0..2 {
             let fresh = bank.encode(&model, language, from, to, &device);
             let d_embed = fresh.dims()[1];
-            self.bank[language] = self.bank[language].clone().slice_assign([from..to, 0..d_embed], fresh);
+            let names = &mut self.banks.names[language];
+            *names = names.clone().slice_assign([from..to, 0..d_embed], fresh);
         }
     }
 
@@ -386,11 +424,11 @@ impl Run {
         self.model.clone().save_file(&file).map_err(|error| file_error(&file, error))?;
         let file = fresh.join("optimizer.bpk");
         self.optimizer.save(&file).map_err(|error| file_error(&file, error))?;
-        let rows = self
-            .bank
-            .clone()
-            .map(|bank| -> Vec<u32> { floats(bank.into_data()).into_iter().map(f32::to_bits).collect() });
-        let saved = SavedBank { d_embed: self.bank[0].dims()[1], rows };
+        let Banks { names: [english, chinese], pictures } = &self.banks;
+        let rows = [english, chinese, pictures].map(|bank| -> Vec<u32> {
+            floats(bank.clone().into_data()).into_iter().map(f32::to_bits).collect()
+        });
+        let saved = SavedBank { d_embed: pictures.dims()[1], rows };
         write("bank.json", &serde_json::to_vec(&saved).expect("numbers serialise"))?;
         write("recipe.json", &serde_json::to_vec_pretty(recipe).expect("numbers serialise"))?;
         let losses: String =
@@ -407,34 +445,44 @@ impl Run {
     }
 }
 
-/// The loss of one part of a batch, `[1]`: its pictures against the banks of both languages, mostly the
-/// step's, and its pairs against each other.
+/// The concept and the embedding of each picture of a part.
+type Seen = Vec<(i64, Vec<f32>)>;
+
+/// The loss of one part of a batch, `[1]`: its pictures against the names of both languages, mostly the
+/// step's, its captions against all pictures' means, and its pairs against each other.
 fn part_loss(
     recipe: &Recipe,
     model: &ClipModel,
-    bank: &[Tensor<2>; 2],
+    banks: &Banks,
     language: usize,
     part: Part,
     device: &Device,
-) -> Tensor<1> {
+) -> (Tensor<1>, Seen) {
+    let shown: Vec<i64> = part.concepts.iter::<i64>().collect();
     let images = model.encode_images(Tensor::from_data(part.pixels, device));
     let texts = model.encode_texts(Tensor::from_data(part.ids, device));
     let concepts = Tensor::<1, Int>::from_data(part.concepts, device);
     let scale = model.logit_scale.val().clamp(0.0, 4.6).exp();
-    let against = |entries: &Tensor<2>| {
-        let entries = Tensor::from_inner(entries.clone());
-        bank_cross_entropy(images.clone(), entries, scale.clone(), concepts.clone(), recipe.smoothing)
+    let against = |queries: &Tensor<2>, bank: &Tensor<2>| {
+        let bank = Tensor::from_inner(bank.clone());
+        bank_cross_entropy(queries.clone(), bank, scale.clone(), concepts.clone(), recipe.smoothing)
     };
-    let banks = against(&bank[language]) * 0.65 + against(&bank[1 - language]) * 0.35;
+    let names =
+        against(&images, &banks.names[language]) * 0.65 + against(&images, &banks.names[1 - language]) * 0.35;
+    let pictures = against(&texts, &banks.pictures);
     let pairs = info_nce(images.clone(), texts, scale.clone(), concepts.clone());
-    banks + pairs * recipe.in_batch
+    let d_embed = images.dims()[1];
+    let embedded = floats(images.detach().into_data());
+    let seen = shown.into_iter().zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
+    (names + pictures + pairs * recipe.in_batch, seen)
 }
 
 /// Floats by their bits: what is read back is what was written.
 #[derive(Serialize, Deserialize)]
 struct SavedBank {
     d_embed: usize,
-    rows: [Vec<u32>; 2],
+    /// English names, Chinese names, pictures.
+    rows: [Vec<u32>; 3],
 }
 
 fn read_losses(file: &Path) -> Result<Vec<f32>, TrainError> {
