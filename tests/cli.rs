@@ -47,11 +47,11 @@ fn classify_among_labels_in_both_languages() {
 
 #[test]
 fn classify_without_labels_names_in_both_languages() {
-    let told = stdout(volary().arg("classify").arg(example("pizza.png")).args(["--json", "--top", "3"]));
+    let told = stdout(volary().arg("classify").arg(example("bicycle.png")).args(["--json", "--top", "3"]));
     let answers: Value = serde_json::from_str(&told).unwrap();
     let labels = answers[0]["labels"].as_array().unwrap();
     assert_eq!(labels.len(), 3);
-    assert_eq!((labels[0]["label"].as_str(), labels[0]["zh"].as_str()), (Some("pizza"), Some("披萨")));
+    assert_eq!((labels[0]["label"].as_str(), labels[0]["zh"].as_str()), (Some("bicycle"), Some("自行车")));
 }
 
 #[test]
