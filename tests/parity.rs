@@ -1,5 +1,6 @@
 //! Every system against the references of its fixtures, through the program's own forward contract.
 
+use std::ffi::OsStr;
 use std::path::Path;
 
 use assert_cmd::Command;
@@ -8,20 +9,12 @@ use volary_weights::read_tensors;
 
 use crate::support::{differences, fixture, json};
 
-/// Runs `volary forward` on a fixture and compares.
-fn compare(folder: &Path) -> Vec<String> {
+/// Runs the program with these arguments and an `--output`, and compares what it writes with the fixture's
+/// reference.
+fn compare(folder: &Path, arguments: &[&OsStr]) -> Vec<String> {
     let out = tempfile::tempdir().unwrap();
     let output = out.path().join("out.safetensors");
-    Command::cargo_bin("volary")
-        .unwrap()
-        .arg("forward")
-        .arg(folder)
-        .arg("--input")
-        .arg(folder.join("inputs.safetensors"))
-        .arg("--output")
-        .arg(&output)
-        .assert()
-        .success();
+    Command::cargo_bin("volary").unwrap().args(arguments).arg("--output").arg(&output).assert().success();
     let found = read_tensors(&output).unwrap();
     let expected = read_tensors(&folder.join("outputs.safetensors")).unwrap();
     differences(&found, &expected, &json(&folder.join("reference.json")))
@@ -33,7 +26,11 @@ fn every_proved_fixture_agrees() {
     for system in SYSTEMS {
         assert!(!system.proved.is_empty(), "{} is proved by nothing", system.name);
         for name in system.proved {
-            wrong.extend(compare(&fixture(name)).into_iter().map(|problem| format!("{name}: {problem}")));
+            let folder = fixture(name);
+            let input = folder.join("inputs.safetensors");
+            let arguments = ["forward".as_ref(), folder.as_os_str(), "--input".as_ref(), input.as_os_str()];
+            let problems = compare(&folder, &arguments);
+            wrong.extend(problems.into_iter().map(|problem| format!("{name}: {problem}")));
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -55,23 +52,12 @@ fn a_changed_reference_is_noticed() {
 fn preprocessing_agrees() {
     for name in ["image_clip", "image_clip_legacy", "image_open_clip", "image_vit", "image_timm"] {
         let folder = fixture(name);
-        let out = tempfile::tempdir().unwrap();
-        let output = out.path().join("out.safetensors");
         let mut images: Vec<_> =
             std::fs::read_dir(folder.join("images")).unwrap().map(|entry| entry.unwrap().path()).collect();
         images.sort();
-        Command::cargo_bin("volary")
-            .unwrap()
-            .arg("preprocess")
-            .arg(&folder)
-            .args(&images)
-            .arg("--output")
-            .arg(&output)
-            .assert()
-            .success();
-        let found = read_tensors(&output).unwrap();
-        let expected = read_tensors(&folder.join("outputs.safetensors")).unwrap();
-        let wrong = differences(&found, &expected, &json(&folder.join("reference.json")));
+        let mut arguments = vec!["preprocess".as_ref(), folder.as_os_str()];
+        arguments.extend(images.iter().map(|image| image.as_os_str()));
+        let wrong = compare(&folder, &arguments);
         assert!(wrong.is_empty(), "{name}: {wrong:?}");
     }
 }
