@@ -21,7 +21,6 @@ fn recipe() -> Recipe {
         accumulate: 2,
         warmup: 2,
         bank_period: 3,
-        gentle_from: 4,
         checkpoint_every: 2,
         evaluate_every: 1000,
         ..Recipe::default()
@@ -64,10 +63,11 @@ fn data() -> EmojiData {
 }
 
 fn run(data: &EmojiData, folder: &Path, recipe: &Recipe, until: usize) -> Result<Vec<f32>, TrainError> {
-    let tokenizer = tokenizer(data, folder).unwrap();
+    let tokenizer = tokenizer(data, None, folder).unwrap();
     let outcome = train(&Job {
         recipe,
         config: &config(tokenizer.vocab_size(), i64::from(tokenizer.sep_id().unwrap())),
+        init: None,
         data,
         development: &[],
         tokenizer: &tokenizer,

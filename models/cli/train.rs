@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::EMOJI;
+use volary::folder::Folder;
+use volary::pretrained::{Clip, resolve};
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
@@ -47,6 +50,9 @@ struct EmojiClip {
     /// Of initial weights, order, captions and augmentation.
     #[arg(long, default_value_t = Recipe::default().seed)]
     seed: u64,
+    /// A model folder of this shape to start from, or `volary/emoji-clip`; random weights without.
+    #[arg(long)]
+    init: Option<String>,
     /// Stop after so many steps of all; the schedule stays that of the whole run.
     #[arg(long)]
     until: Option<usize>,
@@ -57,7 +63,9 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let Which::EmojiClip(arguments) = arguments.recipe;
     let data = EmojiData::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
     let development = Gallery::read(&arguments.data, |style| style == HELD_OUT[0])?;
-    let tokenizer = tokenizer(&data, &arguments.out)?;
+    let device = shared.device()?;
+    let init = arguments.init.as_deref().map(|name| start(name, &device)).transpose()?;
+    let tokenizer = tokenizer(&data, init.as_ref().map(|(folder, _)| folder), &arguments.out)?;
     let recipe = Recipe {
         steps: arguments.steps,
         batch: arguments.batch,
@@ -69,15 +77,26 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let outcome = train(&Job {
         recipe: &recipe,
         config: &EMOJI,
+        init: init.as_ref().map(|(_, clip)| &clip.model),
         data: &data,
         development: &development,
         tokenizer: &tokenizer,
         preprocessor: &preprocessor()?,
         folder: &arguments.out,
         until: arguments.until.unwrap_or(recipe.steps),
-        device: &shared.device()?,
+        device: &device,
     })?;
     let folder = arguments.out.join("export");
     export(&outcome.clip, &arguments.out.join("tokenizer.json"), &folder)?;
     say(format!("{} steps; the model is in {}", outcome.losses.len(), folder.display()))
+}
+
+/// The folder and the model that a run starts from.
+fn start(name: &str, device: &Device) -> Result<(Folder, Clip)> {
+    let folder = resolve(name)?;
+    let clip = Clip::in_folder(folder.clone()).load(&device.clone().autodiff())?;
+    if clip.config != EMOJI {
+        bail!("{}: a model of another shape than this recipe's", folder.path().display());
+    }
+    Ok((folder, clip))
 }

@@ -76,7 +76,7 @@ impl Layer {
 
     /// Scale, aspect, rotation, shear, shift, mirroring.
     fn warp(&self, freedom: Freedom, strength: f32, rng: &mut Rng) -> Layer {
-        let scale = 1.0 + strength * between(rng, -0.28, 0.18);
+        let scale = 1.0 + strength * between(rng, -0.5, 0.16);
         let aspect = (strength * between(rng, -0.15, 0.15)).exp();
         let angle = if chance(rng, 0.7) { strength * between(rng, -0.35, 0.35) } else { 0.0 };
         let shear = if chance(rng, 0.4) { strength * between(rng, -0.2, 0.2) } else { 0.0 };

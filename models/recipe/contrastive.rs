@@ -51,9 +51,8 @@ pub struct Recipe {
     pub in_batch: f64,
     /// Steps until the bank of all names has been encoded anew.
     pub bank_period: usize,
-    /// Up to this step pictures are augmented with full strength, from it on with half: the last views
-    /// resemble what the model will see.
-    pub gentle_from: usize,
+    /// How far and how often augmented pictures stray from the drawn ones, between 0 and 1.
+    pub augmentation: f32,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// Steps between evaluations on the development pictures.
@@ -74,7 +73,7 @@ impl Default for Recipe {
             smoothing: 0.1,
             in_batch: 0.5,
             bank_period: 32,
-            gentle_from: 3800,
+            augmentation: 0.5,
             checkpoint_every: 200,
             evaluate_every: 400,
             seed: 1,
@@ -138,8 +137,41 @@ pub struct Outcome {
 /// A part of a step's batch, ready for the device.
 struct Part {
     pixels: TensorData,
-    ids: TensorData,
+    captions: Captions,
     concepts: TensorData,
+}
+
+/// A caption in each language for every picture, English ones first, sorted by length: what is padded is
+/// computed.
+struct Captions {
+    /// Token ids of like lengths, `[captions, longest]` each.
+    groups: Vec<TensorData>,
+    /// Where each caption went.
+    places: TensorData,
+}
+
+impl Captions {
+    const GROUPS: usize = 4;
+
+    fn new(rows: &[Vec<i64>], pad_id: i64) -> Self {
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|&row| rows[row].len());
+        let mut places = vec![0_i64; rows.len()];
+        order.iter().enumerate().for_each(|(place, &row)| places[row] = place as i64);
+        let group = |members: &[usize]| {
+            let members: Vec<&[i64]> = members.iter().map(|&row| &rows[row][..]).collect();
+            pad(&members, pad_id)
+        };
+        let groups = order.chunks(rows.len().div_ceil(Self::GROUPS)).map(group).collect();
+        Self { groups, places: TensorData::new(places, [rows.len()]) }
+    }
+
+    /// `[captions, d_embed]`, as they were given.
+    fn encode(self, model: &ClipModel, device: &Device) -> Tensor<2> {
+        let encode = |ids| model.encode_texts(Tensor::from_data(ids, device));
+        let sorted = Tensor::cat(self.groups.into_iter().map(encode).collect(), 0);
+        sorted.select(0, Tensor::<1, Int>::from_data(self.places, device))
+    }
 }
 
 /// All that a run is made of.
@@ -148,6 +180,8 @@ pub struct Job<'a> {
     pub recipe: &'a Recipe,
     /// The model's shape.
     pub config: &'a ClipConfig,
+    /// Weights to start from; random ones without.
+    pub init: Option<&'a ClipModel>,
     /// What is learned.
     pub data: &'a EmojiData,
     /// What the run is watched on; never trained on.
@@ -173,7 +207,7 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
     fs::create_dir_all(folder).map_err(|error| file_error(folder, error))?;
     let device = job.device.clone().autodiff();
     let bank = Bank::tokenize(data, tokenizer)?;
-    let mut run = Run::begin(recipe, job.config, &bank, folder, &device)?;
+    let mut run = Run::begin(job, &bank, &device)?;
     let until = job.until.min(recipe.steps);
     let bar = progress(recipe.steps);
     bar.set_position(run.losses.len() as u64);
@@ -287,21 +321,18 @@ impl Bank {
         to: usize,
         device: &Device,
     ) -> Tensor<2> {
-        let ids = pad(&self.ids[language][from..to], self.pad);
-        model.encode_texts(Tensor::from_data(ids, device))
+        Captions::new(&self.ids[language][from..to], self.pad).encode(model, device)
     }
 }
 
 impl Run {
-    fn begin(
-        recipe: &Recipe,
-        config: &ClipConfig,
-        bank: &Bank,
-        folder: &Path,
-        device: &Device,
-    ) -> Result<Self, TrainError> {
+    fn begin(job: &Job, bank: &Bank, device: &Device) -> Result<Self, TrainError> {
+        let &Job { recipe, folder, .. } = job;
         device.seed(recipe.seed);
-        let model = config.init(device);
+        let model = match job.init {
+            Some(weights) => weights.clone().fork(device),
+            None => job.config.init(device),
+        };
         let decayed =
             AdamWConfig::new().with_beta_2(0.98).with_epsilon(1e-6).with_weight_decay(recipe.weight_decay);
         let plain = decayed.clone().with_weight_decay(0.0).build();
@@ -354,7 +385,6 @@ impl Run {
 
     fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
         self.refresh(recipe, bank, step, device);
-        let language = step % 2;
         let n_parts = batch.len() as f64;
         // Each part on a thread of its own: the CPU backend runs most operations on one core.
         let (model, banks) = (&self.model, &self.banks);
@@ -365,7 +395,7 @@ impl Run {
                     // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
                     let model = model.clone().fork(device);
                     scope.spawn(move || {
-                        let (loss, seen) = part_loss(recipe, &model, banks, language, part, device);
+                        let (loss, seen) = part_loss(recipe, &model, banks, part, device);
                         let loss = loss / n_parts;
                         let value = loss.clone().into_scalar::<f32>();
                         (value, seen, GradientsParams::from_grads(loss.backward(), &model))
@@ -448,33 +478,34 @@ impl Run {
 /// The concept and the embedding of each picture of a part.
 type Seen = Vec<(i64, Vec<f32>)>;
 
-/// The loss of one part of a batch, `[1]`: its pictures against the names of both languages, mostly the
-/// step's, its captions against all pictures' means, and its pairs against each other.
+/// The loss of one part of a batch, `[1]`: its pictures against all names and its captions against all
+/// pictures' means, in both languages, and its pairs against each other.
 fn part_loss(
     recipe: &Recipe,
     model: &ClipModel,
     banks: &Banks,
-    language: usize,
     part: Part,
     device: &Device,
 ) -> (Tensor<1>, Seen) {
     let shown: Vec<i64> = part.concepts.iter::<i64>().collect();
     let images = model.encode_images(Tensor::from_data(part.pixels, device));
-    let texts = model.encode_texts(Tensor::from_data(part.ids, device));
+    let texts = part.captions.encode(model, device);
     let concepts = Tensor::<1, Int>::from_data(part.concepts, device);
     let scale = model.logit_scale.val().clamp(0.0, 4.6).exp();
     let against = |queries: &Tensor<2>, bank: &Tensor<2>| {
         let bank = Tensor::from_inner(bank.clone());
         bank_cross_entropy(queries.clone(), bank, scale.clone(), concepts.clone(), recipe.smoothing)
     };
-    let names =
-        against(&images, &banks.names[language]) * 0.65 + against(&images, &banks.names[1 - language]) * 0.35;
-    let pictures = against(&texts, &banks.pictures);
-    let pairs = info_nce(images.clone(), texts, scale.clone(), concepts.clone());
+    let of_language = |language: usize| {
+        let texts = texts.clone().narrow(0, language * shown.len(), shown.len());
+        let pairs = info_nce(images.clone(), texts.clone(), scale.clone(), concepts.clone());
+        against(&images, &banks.names[language]) + against(&texts, &banks.pictures) + pairs * recipe.in_batch
+    };
+    let loss = (of_language(0) + of_language(1)) * 0.5;
     let d_embed = images.dims()[1];
     let embedded = floats(images.detach().into_data());
-    let seen = shown.into_iter().zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
-    (names + pictures + pairs * recipe.in_batch, seen)
+    let seen = shown.iter().copied().zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
+    (loss, seen)
 }
 
 /// Floats by their bits: what is read back is what was written.
@@ -526,11 +557,9 @@ fn parts(
     order: &mut Order,
     step: usize,
 ) -> Result<Vec<Part>, TokenizerError> {
-    let language = Language::ALL[step % 2];
-    let strength = if step < recipe.gentle_from { 1.0 } else { 0.5 };
     let chosen: Vec<(usize, usize)> =
         (0..recipe.batch).map(|row| order.at(step * recipe.batch + row)).collect();
-    let rows: Vec<(Vec<f32>, Vec<i64>, i64)> = chosen
+    let rows: Vec<(Vec<f32>, [Vec<i64>; 2], i64)> = chosen
         .par_iter()
         .enumerate()
         .map(|(row, &(style, picture))| {
@@ -538,9 +567,10 @@ fn parts(
             let index = data.styles[style].concepts[picture];
             let concept = &data.concepts[index];
             let picture = data.picture(style, picture);
-            let pixels = augment(picture, data.size, concept.freedom(), strength, &mut rng);
-            let caption = concept.caption(language, &mut rng);
-            Ok((normalise(pixels), ids(tokenizer, &caption)?, index as i64))
+            let pixels = augment(picture, data.size, concept.freedom(), recipe.augmentation, &mut rng);
+            let mut caption = |language| ids(tokenizer, &concept.caption(language, &mut rng));
+            let captions = [caption(Language::En)?, caption(Language::Zh)?];
+            Ok((normalise(pixels), captions, index as i64))
         })
         .collect::<Result<_, TokenizerError>>()?;
     let length = recipe.batch.div_ceil(recipe.accumulate);
@@ -548,11 +578,12 @@ fn parts(
         .chunks(length)
         .map(|rows| {
             let pixels: Vec<f32> = rows.iter().flat_map(|row| row.0.iter().copied()).collect();
-            let ids: Vec<Vec<i64>> = rows.iter().map(|row| row.1.clone()).collect();
+            let captions: Vec<Vec<i64>> =
+                (0..2).flat_map(|language| rows.iter().map(move |row| row.1[language].clone())).collect();
             let concepts: Vec<i64> = rows.iter().map(|row| row.2).collect();
             Part {
                 pixels: TensorData::new(pixels, [rows.len(), 3, data.size, data.size]),
-                ids: pad(&ids, pad_id(tokenizer)),
+                captions: Captions::new(&captions, pad_id(tokenizer)),
                 concepts: TensorData::new(concepts, [rows.len()]),
             }
         })
@@ -581,8 +612,8 @@ fn pad_id(tokenizer: &Tokenizer) -> i64 {
 }
 
 /// Rows of equal length, `[rows, longest]`.
-fn pad(rows: &[Vec<i64>], pad: i64) -> TensorData {
-    let longest = rows.iter().map(Vec::len).max().unwrap_or(0);
+fn pad(rows: &[&[i64]], pad: i64) -> TensorData {
+    let longest = rows.iter().map(|row| row.len()).max().unwrap_or(0);
     let padded: Vec<i64> = rows
         .iter()
         .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(pad, longest - row.len())))

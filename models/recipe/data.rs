@@ -213,10 +213,10 @@ impl Concept {
         let Captions { name, keywords } = self.captions(language);
         let mut words: Vec<&str> = Vec::new();
         let choice = rng.f32();
-        if choice < 0.7 || keywords.is_empty() {
+        if choice < 0.8 || keywords.is_empty() {
             words.push(name);
         }
-        if choice >= 0.5 && !keywords.is_empty() {
+        if choice >= 0.6 && !keywords.is_empty() {
             let count = rng.usize(1..=3.min(keywords.len()));
             words.extend(rng.choose_multiple(keywords.iter(), count).into_iter().map(String::as_str));
         }

@@ -12,6 +12,7 @@ use volary_weights::save;
 use super::data::{EmojiData, Language};
 use crate::clip::{EMOJI, Layout};
 use crate::error::Error;
+use crate::folder::Folder;
 use crate::pretrained::Clip;
 
 /// Styles that are never trained on: the first is used to develop, the second is looked at once.
@@ -29,24 +30,33 @@ pub fn preprocessor() -> Result<Preprocessor, Error> {
     Ok(Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?)
 }
 
-/// The run's tokenizer: `folder/tokenizer.json`, trained on all captions if it is not there yet.
+/// The run's tokenizer: `folder/tokenizer.json`; if it is not there yet, a copy of the one that the run's first
+/// weights came with, or one trained on all captions.
 ///
 /// # Errors
 /// If it cannot be read or written.
-pub fn tokenizer(data: &EmojiData, folder: &Path) -> Result<Tokenizer, Error> {
+pub fn tokenizer(data: &EmojiData, init: Option<&Folder>, folder: &Path) -> Result<Tokenizer, Error> {
     let file = folder.join("tokenizer.json");
     if !file.exists() {
         fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        let captions = data.concepts.iter().flat_map(|concept| {
-            Language::ALL.into_iter().flat_map(|language| {
-                let captions = concept.captions(language);
-                std::iter::once(&captions.name).chain(&captions.keywords)
-            })
-        });
-        fs::write(&file, train_wordpiece(captions, EMOJI.text.vocab_size)?).map_err(Error::io(&file))?;
+        let json = match init {
+            Some(init) => init.read("tokenizer.json")?.into_owned(),
+            None => train(data)?,
+        };
+        fs::write(&file, json).map_err(Error::io(&file))?;
     }
     let json = fs::read(&file).map_err(Error::io(&file))?;
     Ok(Tokenizer::from_bytes(&json, Some(TOKENIZER_CONFIG.as_bytes()))?)
+}
+
+fn train(data: &EmojiData) -> Result<Vec<u8>, Error> {
+    let captions = data.concepts.iter().flat_map(|concept| {
+        Language::ALL.into_iter().flat_map(|language| {
+            let captions = concept.captions(language);
+            std::iter::once(&captions.name).chain(&captions.keywords)
+        })
+    });
+    Ok(train_wordpiece(captions, EMOJI.text.vocab_size)?.into())
 }
 
 /// Writes the trained model as a folder in open_clip's layout, weights in f16. The model card is written by
