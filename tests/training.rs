@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use burn::tensor::Device;
-use volary::clip::{ClipConfig, Pooling, TextConfig, TransformerConfig, VisionConfig};
-use volary::recipe::contrastive::{Job, Recipe, TrainError, train};
+use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig, VisionConfig};
+use volary::recipe::contrastive::{Job, Outcome, Recipe, TrainError, train};
 use volary::recipe::data::{EmojiData, Gallery, Style};
 use volary::recipe::emoji::{preprocessor, tokenizer};
 use volary_kernels::ops::Activation;
@@ -63,11 +63,21 @@ fn data() -> EmojiData {
 }
 
 fn run(data: &EmojiData, folder: &Path, recipe: &Recipe, until: usize) -> Result<Vec<f32>, TrainError> {
+    Ok(run_from(None, data, folder, recipe, until)?.losses)
+}
+
+fn run_from(
+    init: Option<&ClipModel>,
+    data: &EmojiData,
+    folder: &Path,
+    recipe: &Recipe,
+    until: usize,
+) -> Result<Outcome, TrainError> {
     let tokenizer = tokenizer(data, None, folder).unwrap();
-    let outcome = train(&Job {
+    train(&Job {
         recipe,
         config: &config(tokenizer.vocab_size(), i64::from(tokenizer.sep_id().unwrap())),
-        init: None,
+        init,
         data,
         development: &[],
         tokenizer: &tokenizer,
@@ -75,8 +85,7 @@ fn run(data: &EmojiData, folder: &Path, recipe: &Recipe, until: usize) -> Result
         folder,
         until,
         device: &Device::flex(),
-    })?;
-    Ok(outcome.losses)
+    })
 }
 
 #[test]
@@ -131,6 +140,28 @@ fn other_settings_are_refused() {
     run(&data, folder.path(), &recipe(), 2).unwrap();
     let other = Recipe { batch: 10, ..recipe() };
     assert!(matches!(run(&data, folder.path(), &other, STEPS), Err(TrainError::OtherRun { .. })));
+}
+
+#[test]
+fn a_run_goes_on_for_longer_than_it_was_planned() {
+    let data = data();
+    let folder = tempfile::tempdir().unwrap();
+    let planned = run(&data, folder.path(), &recipe(), STEPS).unwrap();
+    let longer = Recipe { steps: STEPS + 2, ..recipe() };
+    let losses = run(&data, folder.path(), &longer, longer.steps).unwrap();
+    assert_eq!(losses.len(), STEPS + 2);
+    assert_eq!(losses[..STEPS], planned);
+}
+
+#[test]
+fn a_run_starts_from_given_weights() {
+    let data = data();
+    let recipe = Recipe { steps: 30, warmup: 5, checkpoint_every: 1000, learning_rate: 3e-3, ..recipe() };
+    let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let trained = run_from(None, &data, first.path(), &recipe, recipe.steps).unwrap();
+    let resumed = run_from(Some(&trained.clip.model), &data, second.path(), &recipe, 3).unwrap();
+    let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
+    assert!(mean(&resumed.losses) < mean(&trained.losses[..3]) - 0.1, "{:?}", resumed.losses);
 }
 
 #[test]

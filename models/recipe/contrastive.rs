@@ -33,7 +33,7 @@ use crate::pretrained::Clip;
 /// The settings of a run; written beside its checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Recipe {
-    /// Optimizer steps in all.
+    /// Optimizer steps in all. A run may go on with another number: the schedule is the new one from there on.
     pub steps: usize,
     /// Pairs per step.
     pub batch: usize,
@@ -64,7 +64,7 @@ pub struct Recipe {
 impl Default for Recipe {
     fn default() -> Self {
         Self {
-            steps: 5800,
+            steps: 4600,
             batch: 128,
             accumulate: 2,
             learning_rate: 1.5e-3,
@@ -330,7 +330,7 @@ impl Run {
         let &Job { recipe, folder, .. } = job;
         device.seed(recipe.seed);
         let model = match job.init {
-            Some(weights) => weights.clone().fork(device),
+            Some(weights) => weights.clone().fork(device).train(),
             None => job.config.init(device),
         };
         let decayed =
@@ -362,7 +362,7 @@ impl Run {
         let settings = checkpoint.join("recipe.json");
         let bytes = fs::read(&settings).map_err(|error| file_error(&settings, error))?;
         let saved: Recipe = serde_json::from_slice(&bytes).map_err(|error| file_error(&settings, error))?;
-        if saved != *recipe {
+        if (Recipe { steps: recipe.steps, ..saved }) != *recipe {
             return Err(TrainError::OtherRun { folder: folder.into() });
         }
         let file = checkpoint.join("model.bpk");
