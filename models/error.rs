@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use volary_text::tokenizer::TokenizerError;
 use volary_vision::image::ImageError;
 use volary_vision::preprocess::PreprocessError;
+use volary_weights::hub::HubError;
 
 use crate::config::ConfigError;
 
@@ -26,14 +27,9 @@ pub enum Error {
         /// What to do instead.
         hint: Option<String>,
     },
-    /// Weights that would have to be downloaded.
-    #[error(
-        "`{name}` would have to come from the hub, and downloading is not built yet: fetch the repository with another tool and name its folder"
-    )]
-    NotYetFromHub {
-        /// The repository.
-        name: String,
-    },
+    /// A repository could not be brought here.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// A folder without a configuration.
     #[error("{}: no configuration; looked for {}", folder.display(), looked_for.join(", "))]
     NoConfig {
@@ -102,6 +98,14 @@ pub enum Error {
         file: PathBuf,
         /// What is wrong.
         problem: String,
+    },
+    /// A folder cannot be written where it was asked for.
+    #[error("{}: {reason}", path.display())]
+    Target {
+        /// The place.
+        path: PathBuf,
+        /// What is in the way.
+        reason: String,
     },
     /// The model cannot do this.
     #[error("{system} cannot {task}")]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::preprocess::Preprocessor;
 use volary_weights::format::{Checkpoint, Memory, open};
+use volary_weights::hub::Headers;
 
 use crate::config::Config;
 use crate::error::Error;
@@ -15,6 +16,13 @@ use crate::error::Error;
 pub enum Folder {
     /// On disk, in a public layout.
     Disk(PathBuf),
+    /// On disk but for the weights, of which only the headers were fetched.
+    Headers {
+        /// The folder.
+        path: PathBuf,
+        /// Stands for the weights.
+        weights: Headers,
+    },
     /// Inside the program.
     Embedded {
         /// Stands for the path in messages.
@@ -28,7 +36,7 @@ impl Folder {
     /// The folder, or the name that stands for it.
     pub fn path(&self) -> &Path {
         match self {
-            Folder::Disk(path) => path,
+            Folder::Disk(path) | Folder::Headers { path, .. } => path,
             Folder::Embedded { name, .. } => Path::new(name),
         }
     }
@@ -36,9 +44,28 @@ impl Folder {
     /// Whether it has a file of that name.
     pub fn has(&self, name: &str) -> bool {
         match self {
-            Folder::Disk(path) => path.join(name).is_file(),
+            Folder::Disk(path) | Folder::Headers { path, .. } => path.join(name).is_file(),
             Folder::Embedded { files, .. } => files.iter().any(|(file, _)| *file == name),
         }
+    }
+
+    /// The names of its files, sorted; not those in folders inside it.
+    ///
+    /// # Errors
+    /// If it cannot be listed.
+    pub fn files(&self) -> Result<Vec<String>, Error> {
+        let mut names: Vec<String> = match self {
+            Folder::Disk(path) | Folder::Headers { path, .. } => std::fs::read_dir(path)
+                .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
+                .map_err(Error::io(path))?
+                .into_iter()
+                .filter(|entry| entry.path().is_file())
+                .filter_map(|entry| entry.file_name().into_string().ok())
+                .collect(),
+            Folder::Embedded { files, .. } => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
+        };
+        names.sort();
+        Ok(names)
     }
 
     /// The content of a file.
@@ -47,7 +74,7 @@ impl Folder {
     /// If it is missing or unreadable.
     pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>, Error> {
         match self {
-            Folder::Disk(path) => {
+            Folder::Disk(path) | Folder::Headers { path, .. } => {
                 let path = path.join(name);
                 std::fs::read(&path).map(Cow::Owned).map_err(Error::io(path))
             }
@@ -73,6 +100,7 @@ impl Folder {
     pub fn checkpoint(&self) -> Result<Box<dyn Checkpoint>, Error> {
         match self {
             Folder::Disk(path) => Ok(open(path)?),
+            Folder::Headers { weights, .. } => Ok(Box::new(weights.clone())),
             Folder::Embedded { name, files } => {
                 let found = volary_weights::format::FILES
                     .iter()
@@ -95,12 +123,27 @@ impl Folder {
     /// If there is none, or its files are broken.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match self {
-            Folder::Disk(path) => Ok(Tokenizer::from_folder(path)?),
+            Folder::Disk(path) | Folder::Headers { path, .. } => Ok(Tokenizer::from_folder(path)?),
             Folder::Embedded { .. } => {
                 let config = self.read("tokenizer_config.json").ok();
                 Ok(Tokenizer::from_bytes(&self.read("tokenizer.json")?, config.as_deref())?)
             }
         }
+    }
+
+    /// The license that the head of its README names.
+    pub fn license(&self) -> Option<String> {
+        let text = self.read("README.md").ok()?;
+        let text = String::from_utf8_lossy(&text);
+        let (head, _) = text.trim_start().strip_prefix("---")?.split_once("\n---")?;
+        let field = |name: &str| {
+            let value = head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            Some(value.trim().trim_matches(['"', '\'']).to_owned()).filter(|value| !value.is_empty())
+        };
+        field("license").map(|license| match license.as_str() {
+            "other" => field("license_name").unwrap_or(license),
+            _ => license,
+        })
     }
 
     /// What is done to pictures.
@@ -109,7 +152,7 @@ impl Folder {
     /// If that is not described, or malformed.
     pub fn preprocessor(&self) -> Result<Preprocessor, Error> {
         match self {
-            Folder::Disk(path) => Ok(Preprocessor::from_folder(path)?),
+            Folder::Disk(path) | Folder::Headers { path, .. } => Ok(Preprocessor::from_folder(path)?),
             Folder::Embedded { .. } => {
                 let name = "preprocessor_config.json";
                 let text = String::from_utf8_lossy(&self.read(name)?).into_owned();

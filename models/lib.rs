@@ -5,6 +5,7 @@ pub mod clip;
 pub mod config;
 pub mod device;
 mod error;
+pub mod export;
 pub mod folder;
 pub mod index;
 pub mod preset;

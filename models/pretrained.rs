@@ -8,6 +8,7 @@ use volary_text::tokenizer::{BatchOptions, PadTo, Tokenizer};
 use volary_vision::image::Rgb8;
 use volary_vision::preprocess::Preprocessor;
 use volary_weights::LoadOptions;
+use volary_weights::hub::{Choice, Environment, Hub, Look, RepoId};
 
 use crate::clip::{ClipConfig, ClipModel};
 use crate::error::Error;
@@ -31,17 +32,26 @@ pub const EMOJI_CLIP: Folder = Folder::Embedded {
     ],
 };
 
-/// The folder of a model's name: a folder on disk, the embedded model, or a preset.
+/// Where the model of a name is.
+#[derive(Clone, Debug)]
+pub enum Place {
+    /// At hand.
+    Here(Folder),
+    /// In a repository of the hub, or in the cache.
+    Hub(RepoId),
+}
+
+/// Where the model of a name is: a folder on disk, the embedded model, a preset, or `owner/name[@revision]`.
 ///
 /// # Errors
-/// If the name is none of these, or its weights are not at hand.
-pub fn resolve(name: &str) -> Result<Folder, Error> {
+/// If the name is none of these, or its weights were never released.
+pub fn locate(name: &str) -> Result<Place, Error> {
     let path = Path::new(name);
     if path.is_dir() {
-        return Ok(Folder::Disk(path.into()));
+        return Ok(Place::Here(Folder::Disk(path.into())));
     }
     if name == EMBEDDED {
-        return Ok(EMOJI_CLIP);
+        return Ok(Place::Here(EMOJI_CLIP));
     }
     if path.exists() {
         let hint = Some(": it is a file; name the folder that holds it with its configuration".into());
@@ -49,31 +59,46 @@ pub fn resolve(name: &str) -> Result<Folder, Error> {
     }
     let repository = name.split_once('@').map_or(name, |(repository, _)| repository);
     let presets = || SYSTEMS.iter().flat_map(|system| system.presets);
-    if let Some(preset) = presets().find(|preset| preset.name == repository) {
-        return Err(match preset.weights {
-            Weights::Hub | Weights::Embedded => Error::NotYetFromHub { name: name.into() },
-            Weights::Unreleased => Error::UnknownModel {
-                name: name.into(),
-                hint: Some(": its weights were never released".into()),
-            },
-        });
+    if let Some(preset) = presets().find(|preset| preset.name == repository)
+        && preset.weights == Weights::Unreleased
+    {
+        let hint = Some(": its weights were never released".into());
+        return Err(Error::UnknownModel { name: name.into(), hint });
     }
-    let is_word = |part: &str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    match repository.split_once('/') {
-        Some((owner, repository)) if is_word(owner) && is_word(repository) => {
-            Err(Error::NotYetFromHub { name: name.into() })
+    match name.parse() {
+        Ok(repo) => Ok(Place::Hub(repo)),
+        // what reads like a repository is told what is wrong with it
+        Err(error) if repository.matches('/').count() == 1 && !repository.starts_with(['/', '.', '~']) => {
+            Err(error.into())
         }
-        _ => {
+        Err(_) => {
             let ends = |preset: &&crate::preset::Preset| preset.name.rsplit('/').next() == Some(repository);
             let near = presets().find(ends).map(|preset| format!("; did you mean `{}`?", preset.name));
             let hint = near.unwrap_or_else(|| ", nor does it read owner/name; see `volary list`".into());
             Err(Error::UnknownModel { name: name.into(), hint: Some(hint) })
         }
     }
+}
+
+/// The folder of a model's name. What comes from the hub is downloaded unless it is in the cache.
+///
+/// `hub` is only asked for where it is needed.
+///
+/// # Errors
+/// As [`locate`]; if the repository cannot be had.
+pub fn resolve(name: &str, hub: impl FnOnce() -> Result<Hub, Error>) -> Result<Folder, Error> {
+    match locate(name)? {
+        Place::Here(folder) => Ok(folder),
+        Place::Hub(repo) => Ok(Folder::Disk(hub()?.snapshot(&repo, &Choice::default(), Look::Quick)?.folder)),
+    }
+}
+
+/// The hub and the cache that the environment variables of Python's huggingface_hub name.
+///
+/// # Errors
+/// If a variable cannot be followed.
+pub fn hub_of_environment() -> Result<Hub, Error> {
+    Ok(Hub::new(&Environment::read()?)?)
 }
 
 /// A two-tower model with all it needs: weights, tokenizer and preprocessor of one folder.
@@ -103,23 +128,47 @@ pub struct Clip {
 
 /// A model that is about to be loaded.
 pub struct Pretrained {
-    folder: Folder,
+    place: Place,
+    hub: Option<Hub>,
     options: LoadOptions,
 }
 
 impl Pretrained {
+    /// The branch, tag or commit of its repository. A folder has none: there it says nothing.
+    pub fn revision(mut self, revision: &str) -> Self {
+        if let Place::Hub(repo) = &mut self.place {
+            repo.revision = Some(revision.into());
+        }
+        self
+    }
+
+    /// The hub to use in place of the environment's.
+    pub fn hub(mut self, hub: Hub) -> Self {
+        self.hub = Some(hub);
+        self
+    }
+
     /// The dtype that the weights get; f32 unless said otherwise.
     pub fn dtype(mut self, dtype: FloatDType) -> Self {
         self.options.dtype = Some(dtype);
         self
     }
 
-    /// Reads the folder onto `device`.
+    /// Reads the folder onto `device`, after downloading what the cache lacks.
     ///
     /// # Errors
     /// If a file is missing or broken, or weights, configuration and preprocessor do not fit together.
     pub fn load(self, device: &Device) -> Result<Clip, Error> {
-        let Self { folder, options } = self;
+        let Self { place, hub, options } = self;
+        let folder = match place {
+            Place::Here(folder) => folder,
+            Place::Hub(repo) => {
+                // the revision may come from the program
+                let repo: RepoId = repo.to_string().parse()?;
+                let hub = hub.map_or_else(hub_of_environment, Ok)?;
+                Folder::Disk(hub.snapshot(&repo, &Choice::default(), Look::Quick)?.folder)
+            }
+        };
         let (config, layout) = ClipConfig::of(&folder)?;
         let preprocessor = folder.preprocessor()?;
         let expected = config.image_size();
@@ -147,17 +196,17 @@ impl Pretrained {
 const BATCH: usize = 64;
 
 impl Clip {
-    /// A model by its name: a folder, [`EMBEDDED`], or a preset.
+    /// A model by its name: a folder, [`EMBEDDED`], a preset, or `owner/name[@revision]`.
     ///
     /// # Errors
-    /// If there is none of that name at hand.
+    /// If the name is none of these.
     pub fn from_pretrained(name: &str) -> Result<Pretrained, Error> {
-        Ok(Self::in_folder(resolve(name)?))
+        Ok(Pretrained { place: locate(name)?, hub: None, options: LoadOptions::default() })
     }
 
     /// The model in a folder.
     pub fn in_folder(folder: Folder) -> Pretrained {
-        Pretrained { folder, options: LoadOptions::default() }
+        Pretrained { place: Place::Here(folder), hub: None, options: LoadOptions::default() }
     }
 
     /// The model inside this program.

@@ -3,7 +3,10 @@
 
 mod cli;
 mod contract;
+mod convert;
 mod corrupt;
+#[cfg(unix)] // links, signals
+mod hub;
 mod parity;
 mod readme;
 mod support;

@@ -1,6 +1,7 @@
 //! Stored bytes -> values of the wanted type, in parallel chunks, and the few rearrangements that rules ask for.
 
 use burn::tensor::{BoolStore, DType, Element, FloatDType};
+use bytemuck::Zeroable;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -63,8 +64,18 @@ pub(crate) fn as_stored(dtype: Dtype) -> FloatDType {
     }
 }
 
+/// The dtype in which files store floats of this type.
+pub(crate) fn float_stored(dtype: FloatDType) -> Dtype {
+    match dtype {
+        FloatDType::F64 => Dtype::F64,
+        FloatDType::F32 | FloatDType::Flex32 => Dtype::F32,
+        FloatDType::F16 => Dtype::F16,
+        FloatDType::BF16 => Dtype::BF16,
+    }
+}
+
 /// A type into which stored values are read.
-pub(crate) trait Value: Element + Default {
+pub(crate) trait Value: Element + Default + Zeroable {
     /// Reads as many stored values as `out` holds.
     fn read(from: Dtype, bytes: &[u8], out: &mut [Self]);
 
@@ -74,32 +85,38 @@ pub(crate) trait Value: Element + Default {
     }
 }
 
+/// So many zeros. The system hands them out as they are first touched, by whichever thread fills them.
+pub(crate) fn zeros<T: Value>(count: usize) -> Vec<T> {
+    bytemuck::zeroed_vec(count)
+}
+
 /// All values in `bytes`, which are stored as `from`.
 pub(crate) fn values<T: Value>(from: Dtype, bytes: &[u8]) -> Vec<T> {
-    let mut out = vec![T::default(); bytes.len() / from.size()];
-    out.par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(CHUNK * from.size()))
-        .for_each(|(out, bytes)| T::read(from, bytes, out));
+    let mut out = zeros(bytes.len() / from.size());
+    read_into(from, bytes, &mut out);
     out
 }
 
-/// How many of `values` are NaN or infinite, and the place of the first; `None` when all are numbers.
-pub(crate) fn not_finite<T: Value>(values: &[T]) -> Option<(usize, usize)> {
-    let in_chunk = |(chunk, values): (usize, &[T])| {
-        let count = values.iter().filter(|value| !value.is_finite()).count();
-        let first = values.iter().position(|value| !value.is_finite())?;
-        Some((count, chunk * CHUNK + first))
-    };
-    values
-        .par_chunks(CHUNK)
+/// Reads `bytes`, which are stored as `from`, into `out`.
+///
+/// Returns how many values are NaN or infinite and the place of the first; `None` when all are numbers.
+pub(crate) fn read_into<T: Value>(from: Dtype, bytes: &[u8], out: &mut [T]) -> Option<(usize, usize)> {
+    out.par_chunks_mut(CHUNK)
+        .zip(bytes.par_chunks(CHUNK * from.size()))
         .enumerate()
-        .filter_map(in_chunk)
+        .filter_map(|(chunk, (out, bytes))| {
+            T::read(from, bytes, out);
+            // while they are in the cache
+            let count = out.iter().filter(|value| !value.is_finite()).count();
+            let first = out.iter().position(|value| count > 0 && !value.is_finite())?;
+            Some((count, chunk * CHUNK + first))
+        })
         .reduce_with(|(a, first), (b, second)| (a + b, first.min(second)))
 }
 
 /// `[.., rows, cols]` -> `[.., cols, rows]`
 pub(crate) fn transposed<T: Value>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
-    let mut out = vec![T::default(); values.len()];
+    let mut out = zeros(values.len());
     if rows == 0 || cols == 0 {
         return out;
     }
@@ -275,10 +292,13 @@ mod tests {
     #[test]
     fn the_first_value_that_is_no_number_is_found_across_chunks() {
         let mut numbers = vec![0.0f32; CHUNK * 3];
-        assert_eq!(not_finite(&numbers), None);
+        let read = |numbers: &[f32]| {
+            read_into(Dtype::F32, &bytes_of(numbers, f32::to_le_bytes), &mut zeros::<f32>(numbers.len()))
+        };
+        assert_eq!(read(&numbers), None);
         numbers[CHUNK + 5] = f32::NEG_INFINITY;
         numbers[CHUNK * 2 + 1] = f32::NAN;
-        assert_eq!(not_finite(&numbers), Some((2, CHUNK + 5)));
+        assert_eq!(read(&numbers), Some((2, CHUNK + 5)));
     }
 
     #[test]

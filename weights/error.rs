@@ -4,6 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 
 use crate::format::Dtype;
+use crate::format::gguf::GgufError;
+use crate::format::megatron::RankProblem;
+use crate::format::pipeline::PipelineProblem;
+use crate::format::shards::ShardProblem;
 use crate::rule::{Rule, RuleError};
 
 /// How many problems a message spells out; the rest is counted.
@@ -30,11 +34,47 @@ pub enum Error {
         /// The file names that would have been taken, in order.
         looked_for: &'static [&'static str],
     },
-    /// Only the index of a sharded checkpoint was found.
-    #[error("{}: the weights are split into several files (shards), which are not read yet", index.display())]
-    Sharded {
-        /// The index file.
-        index: PathBuf,
+    /// A folder without the weights file of a variant that was asked for.
+    #[error("{}: no weights of the variant `{variant}` here, looked for {}", folder.display(), looked_for.join(", "))]
+    NoVariant {
+        /// The folder.
+        folder: PathBuf,
+        /// The variant, e.g. `fp16`.
+        variant: String,
+        /// The file names that would have been taken, in order.
+        looked_for: Vec<String>,
+    },
+    /// A checkpoint in several files whose index and files do not fit; everything that does not is listed.
+    #[error("{}: {}", path.display(), Listing("problem", "with the shards", problems))]
+    Shards {
+        /// The index, or the folder when there is none.
+        path: PathBuf,
+        /// All of it.
+        problems: Vec<ShardProblem>,
+    },
+    /// The files of tensor-parallel ranks that do not fit together; everything that does not is listed.
+    #[error("{}: {}", path.display(), Listing("problem", "with the tensor-parallel ranks", problems))]
+    Ranks {
+        /// The folder of the ranks.
+        path: PathBuf,
+        /// All of it.
+        problems: Vec<RankProblem>,
+    },
+    /// A GGUF file that does not hold.
+    #[error("{}: not a readable GGUF file: {reason}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What does not hold.
+        reason: GgufError,
+    },
+    /// A `model_index.json` that does not describe its folder; everything that does not hold is listed.
+    #[error("{}: {}", path.display(), Listing("problem", "with the pipeline", problems))]
+    Pipeline {
+        /// The file.
+        path: PathBuf,
+        /// All of it.
+        problems: Vec<PipelineProblem>,
     },
     /// Something else is stored under the name of a weights file.
     #[error("{}: {found}", path.display())]
@@ -70,6 +110,14 @@ pub enum Error {
         /// Names that it does have.
         nearest: Vec<String>,
     },
+    /// The values of a tensor of which only the description was fetched.
+    #[error("{}: the values of `{key}` have not been downloaded, only its header", path.display())]
+    NotHere {
+        /// Where the file would be.
+        path: PathBuf,
+        /// The tensor.
+        key: String,
+    },
     /// A rule of the key map that cannot be followed in both directions.
     #[error("{rule:?}: {reason}")]
     Rule {
@@ -79,7 +127,7 @@ pub enum Error {
         reason: RuleError,
     },
     /// The checkpoint and the module do not fit; everything that does not is listed.
-    #[error("{}: {}", file.display(), Listing(problems))]
+    #[error("{}: {}", file.display(), Listing("mismatch", "between checkpoint and model", problems))]
     Mismatch {
         /// The checkpoint.
         file: PathBuf,
@@ -103,6 +151,33 @@ pub enum Error {
         key: String,
         /// Its dtype.
         found: String,
+    },
+    /// Values that cannot be kept in a file to be written; all tensors that hold some.
+    #[error("{}: {}", file.display(), Listing("tensor", "with values that cannot be kept", problems))]
+    Values {
+        /// The checkpoint that they come from.
+        file: PathBuf,
+        /// All of it.
+        problems: Vec<Problem>,
+    },
+    /// Names that would be taken for something else in a quantized file.
+    #[error(
+        "{}: {} end in what quantized files call their parts (.q8, .q4, .scales, .mins): is it quantized already?",
+        file.display(), keys.join(", ")
+    )]
+    Reserved {
+        /// The checkpoint.
+        file: PathBuf,
+        /// The names.
+        keys: Vec<String>,
+    },
+    /// A quantized file that does not hold what it should.
+    #[error("{}: {}", path.display(), Listing("fault", "in a quantized file", problems))]
+    Quantized {
+        /// The file.
+        path: PathBuf,
+        /// All of it.
+        problems: Vec<QuantizedError>,
     },
     /// A module parameter that a [`Rule::Concat`] should cut back into equal parts, and cannot.
     #[error("{}: `{parameter}` has {rows} rows, which cannot be cut into {parts} equal parts", file.display())]
@@ -173,6 +248,17 @@ pub enum Problem {
         /// The flat index of the first one, in the order of the checkpoint.
         first_index: usize,
     },
+    /// Finite numbers that become infinite in the dtype they are to be stored in.
+    Overflow {
+        /// The checkpoint key.
+        key: String,
+        /// The dtype that is too narrow.
+        dtype: Dtype,
+        /// How many values.
+        count: usize,
+        /// The flat index of the first value that is infinite in that dtype.
+        first_index: usize,
+    },
     /// A key that more than one rule matches.
     Ambiguous {
         /// The key.
@@ -218,6 +304,9 @@ impl fmt::Display for Problem {
                     "`{key}`: {count} NaN or infinite values as {dtype}, the first at index {first_index}"
                 )
             }
+            Problem::Overflow { key, dtype, count, first_index } => {
+                write!(f, "`{key}`: {count} numbers too large for {dtype}, the first at index {first_index}")
+            }
             Problem::Ambiguous { key, rules } => {
                 write!(f, "`{key}` matches {} rules: {rules:?}", rules.len())
             }
@@ -249,7 +338,7 @@ pub enum Lookalike {
     #[error("this is a text file, not weights")]
     Text,
     /// Neither of the formats that are read.
-    #[error("neither a safetensors nor a torch file")]
+    #[error("neither a safetensors, nor a torch, nor a GGUF file")]
     Unknown,
 }
 
@@ -287,6 +376,32 @@ pub enum HeaderError {
     Trailing { expected: usize, found: usize },
 }
 
+/// What does not hold in a file that says it is quantized.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum QuantizedError {
+    #[error("its description in the header is not the expected JSON: {0}")]
+    Description(String),
+    #[error("it is of version {found}, known is {known}")]
+    Version { found: u64, known: u64 },
+    #[error("{bits} bits, {form}, are not read: only 8 bits, symmetric, and 4 bits with minima")]
+    Scheme { bits: u64, form: &'static str },
+    #[error("blocks of {found} values, expected an even number from 2 to 65536")]
+    Block { found: u64 },
+    #[error("`{part}` is missing beside `{beside}`")]
+    Missing { part: String, beside: String },
+    #[error("`{part}` belongs to no `{wanted}`")]
+    Orphan { part: String, wanted: String },
+    #[error("`{key}` is there both as it is and quantized")]
+    Twice { key: String },
+    #[error("`{part}` is {found}, expected {expected}")]
+    Dtype { part: String, expected: Dtype, found: Dtype },
+    #[error("`{part}` is of shape {found:?}, expected two dimensions")]
+    Rank { part: String, found: Vec<usize> },
+    #[error("`{part}` is of shape {found:?}, expected {expected:?}")]
+    Shape { part: String, expected: Vec<usize>, found: Vec<usize> },
+}
+
 /// What can be wrong with a torch file. Pickles are read as data, never run.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -305,9 +420,7 @@ pub enum TorchError {
     Tar,
     #[error("the legacy layout does not hold: {0}")]
     Legacy(&'static str),
-    #[error(
-        "it holds no tensors in plain dictionaries (a whole module or a TorchScript archive?): save the state_dict()"
-    )]
+    #[error("it holds no tensors in plain dictionaries (a whole module?): save the state_dict()")]
     NoTensors,
     #[error("tensor `{key}` appears twice")]
     DuplicateKey { key: String },
@@ -365,14 +478,18 @@ pub(crate) fn is_shown(found: usize) -> bool {
     found < SHOWN
 }
 
-/// All problems, one a line, at most [`SHOWN`].
-struct Listing<'a>(&'a [Problem]);
+/// All problems, one a line, at most [`SHOWN`], under what one of them is and where.
+struct Listing<'a, P>(&'static str, &'static str, &'a [P]);
 
-impl fmt::Display for Listing<'_> {
+impl<P: fmt::Display> fmt::Display for Listing<'_, P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Listing(problems) = self;
-        let s = if problems.len() == 1 { "mismatch" } else { "mismatches" };
-        write!(f, "{} {s} between checkpoint and model", problems.len())?;
+        let Listing(one, place, problems) = self;
+        let s = match (problems.len(), one.ends_with("ch")) {
+            (1, _) => "",
+            (_, true) => "es",
+            (_, false) => "s",
+        };
+        write!(f, "{} {one}{s} {place}", problems.len())?;
         for problem in problems.iter().take(SHOWN) {
             write!(f, "\n  {problem}")?;
         }

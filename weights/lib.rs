@@ -1,9 +1,11 @@
 //! Bytes -> named tensors -> module, and back. Names no model.
 //!
 //! - [`mod@format`]: a checkpoint file as a list of named tensors ([`format::open`]);
+//! - [`hub`]: repositories of the Hugging Face hub, in Python's cache or brought there;
 //! - [`rule`]: the key map between a checkpoint and a module, as data, read in both directions;
 //! - [`load()`]: fills every parameter of a module or lists everything that does not fit;
-//! - [`save()`]: the same rules the other way round, written so that a half-written file never has its final name.
+//! - [`save()`]: the same rules the other way round, written so that a half-written file never has its final name;
+//! - [`convert()`] and [`quantize()`]: checkpoint -> files, without a module.
 //!
 //! ```
 //! use burn::{module::Module, nn::{Linear, LinearConfig, LinearLayout}, tensor::Device};
@@ -31,17 +33,22 @@
 compile_error!("checkpoints are little-endian and are handed to Burn as they are: no big-endian support yet");
 
 mod cast;
+pub mod convert;
 pub mod error;
 pub mod format;
+pub mod hub;
 pub mod load;
 mod plan;
+pub mod quantized;
 pub mod rule;
 pub mod save;
 #[cfg(test)]
 mod testing;
 
+pub use convert::{ConvertOptions, Overflow, convert};
 pub use error::{Error, Problem};
 pub use format::{Checkpoint, Dtype, Entry, open};
 pub use load::{Kind, LoadOptions, NotFinite, Parameter, check, load, parameters};
+pub use quantized::{Bits, Quantization, QuantizeOptions, quantize};
 pub use rule::{KeyMap, Ones, Rule};
 pub use save::{read_tensors, save, save_tensors};

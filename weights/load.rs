@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Bool, DType, FloatDType, Int, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
-use crate::cast::{Value, as_stored, not_finite, stored, transposed, values};
+use crate::cast::{Value, as_stored, read_into, stored, transposed, zeros};
 use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype};
 use crate::plan::{Plan, Source};
@@ -231,14 +231,19 @@ impl Loader<'_> {
 
     /// The values of a source in the order of the parameter.
     fn assemble<T: Value>(&mut self, source: &Source) -> Result<Vec<T>, Error> {
-        let mut assembled = Vec::new();
+        let mut assembled = zeros(source.parts.iter().map(|part| part.elements.len()).sum());
+        let mut rest = &mut assembled[..];
         for part in &source.parts {
             let bytes = self.checkpoint.bytes(&part.key)?;
             let size = part.dtype.size();
-            let read: Vec<T> =
-                values(part.dtype, &bytes[part.elements.start * size..part.elements.end * size]);
+            let (out, after) = rest.split_at_mut(part.elements.len());
+            rest = after;
+            let not_finite =
+                read_into(part.dtype, &bytes[part.elements.start * size..part.elements.end * size], out);
+            drop(bytes);
+            self.checkpoint.release(&part.key);
             if self.options.not_finite == NotFinite::Refuse
-                && let Some((count, first)) = not_finite(&read)
+                && let Some((count, first)) = not_finite
             {
                 self.report(
                     &part.key,
@@ -247,7 +252,6 @@ impl Loader<'_> {
                     part.elements.start + first,
                 );
             }
-            if assembled.is_empty() { assembled = read } else { assembled.extend(read) }
         }
         Ok(match source.transpose {
             Some((rows, cols)) => transposed(&assembled, rows, cols),

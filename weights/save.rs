@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -70,11 +70,11 @@ pub fn save_tensors(path: &Path, tensors: &[(String, TensorData)]) -> Result<(),
     let mut files = Vec::new();
     for (key, data) in tensors {
         let dtype = dtype_of(key, data.dtype(), path)?;
-        let bytes = Box::new(move || match dtype {
+        let bytes = move || match dtype {
             Dtype::Bool => Bytes::from_elems(data.iter::<bool>().map(u8::from).collect()),
             _ => data.bytes().clone(),
-        });
-        files.push(Pending { key: key.clone(), dtype, shape: data.shape().as_slice().to_vec(), bytes });
+        };
+        files.push(Pending::new(key, dtype, data.shape().as_slice(), move || Ok(Box::new(bytes()))));
     }
     write(path, files, HashMap::new())
 }
@@ -257,7 +257,7 @@ fn pending<'a>(
         (Kind::Int, _) => (Dtype::I64, Box::new(move || others::<i64>(&runs, swap))),
         (Kind::Bool, _) => (Dtype::Bool, Box::new(move || others::<bool>(&runs, swap))),
     };
-    Pending { key: key.to_owned(), dtype, shape, bytes }
+    Pending::new(key, dtype, &shape, move || Ok(Box::new(bytes())))
 }
 
 fn floats<T: Value>(runs: &[Run], swap: Option<(usize, usize)>) -> Bytes {
@@ -286,16 +286,39 @@ fn gather<T: Value>(
     })
 }
 
+/// The bytes of one tensor: made for it, or those of a mapped file.
+pub(crate) type Written<'a> = Box<dyn Deref<Target = [u8]> + 'a>;
+
 /// A tensor to be written, whose bytes are made when their turn comes.
-struct Pending<'a> {
-    key: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Box<dyn Fn() -> Bytes + 'a>,
+pub(crate) struct Pending<'a> {
+    pub key: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    bytes: Box<dyn Fn() -> Result<Written<'a>, Error> + 'a>,
 }
 
-/// Writes a safetensors file under another name, and gives it its own when all of it is on the disk.
-fn write(path: &Path, mut tensors: Vec<Pending>, metadata: HashMap<String, String>) -> Result<(), Error> {
+impl<'a> Pending<'a> {
+    pub fn new(
+        key: &str,
+        dtype: Dtype,
+        shape: &[usize],
+        bytes: impl Fn() -> Result<Written<'a>, Error> + 'a,
+    ) -> Self {
+        Self { key: key.to_owned(), dtype, shape: shape.to_vec(), bytes: Box::new(bytes) }
+    }
+
+    /// How many bytes it will take.
+    pub fn length(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+/// Writes a safetensors file, one tensor at a time.
+pub(crate) fn write(
+    path: &Path,
+    mut tensors: Vec<Pending>,
+    metadata: HashMap<String, String>,
+) -> Result<(), Error> {
     // wide values first, so that each tensor is aligned, then by name: the same tensors give the same file
     tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.key.cmp(&b.key)));
     let mut keys: HashSet<&str> = HashSet::from(["__metadata__"]);
@@ -303,15 +326,23 @@ fn write(path: &Path, mut tensors: Vec<Pending>, metadata: HashMap<String, Strin
         return Err(Error::Duplicate { file: path.to_owned(), key: twice.key.clone() });
     }
     let header = header(&tensors, metadata);
+    write_whole(path, |out| {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
+        out.write_all(&header).map_err(io)?;
+        tensors.iter().try_for_each(|tensor| out.write_all(&(tensor.bytes)()?).map_err(io))
+    })
+}
 
+/// Writes a file under another name, and gives it its own when all of it is on the disk.
+pub(crate) fn write_whole(
+    path: &Path,
+    content: impl FnOnce(&mut dyn Write) -> Result<(), Error>,
+) -> Result<(), Error> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let partial = Partial::beside(path).map_err(io)?;
     let mut out = BufWriter::with_capacity(1 << 20, &partial.file);
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
-    out.write_all(&header).map_err(io)?;
-    for tensor in &tensors {
-        out.write_all(&(tensor.bytes)()).map_err(io)?;
-    }
+    content(&mut out)?;
     out.flush().map_err(io)?;
     drop(out);
     partial.publish(path).map_err(io)
@@ -325,8 +356,9 @@ fn header(tensors: &[Pending], metadata: HashMap<String, String>) -> Vec<u8> {
         items.push(format!("\"__metadata__\":{}", serde_json::json!(sorted)));
     }
     let mut begin = 0;
-    for Pending { key, dtype, shape, .. } in tensors {
-        let end = begin + shape.iter().product::<usize>() * dtype.size();
+    for tensor in tensors {
+        let Pending { key, dtype, shape, .. } = tensor;
+        let end = begin + tensor.length();
         let info = serde_json::json!({ "dtype": dtype.name(), "shape": shape, "data_offsets": [begin, end] });
         items.push(format!("{}:{info}", serde_json::json!(key)));
         begin = end;

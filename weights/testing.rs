@@ -140,3 +140,61 @@ pub fn tiny() -> Vec<Stored> {
     }
     tensors
 }
+
+/// A torch.save archive as torch lays it out: one storage for each tensor, inside `wrapper` if there is one, with
+/// `numbers` beside it.
+pub fn torch_bytes(tensors: &[Stored], wrapper: Option<&str>, numbers: &[(&str, u8)]) -> Vec<u8> {
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let int = |value: usize| [b"J", &(value as i32).to_le_bytes()[..]].concat();
+    let tuple = |items: Vec<Vec<u8>>| [b"(", &items.concat()[..], b"t"].concat();
+    let class = |dtype| match dtype {
+        Dtype::F16 => "HalfStorage",
+        Dtype::BF16 => "BFloat16Storage",
+        Dtype::I64 => "LongStorage",
+        Dtype::BOOL => "BoolStorage",
+        _ => "FloatStorage",
+    };
+    let mut dictionary = b"}(".to_vec();
+    for (i, Stored { key, dtype, shape, .. }) in tensors.iter().enumerate() {
+        let elements = shape.iter().product();
+        let global = format!("ctorch\n{}\n", class(*dtype)).into_bytes();
+        let storage = [
+            tuple(vec![text("storage"), global, text(&i.to_string()), text("cpu"), int(elements)]),
+            b"Q".into(),
+        ];
+        let steps = (0..shape.len()).map(|d| int(shape[d + 1..].iter().product())).collect();
+        let sizes = shape.iter().map(|&size| int(size)).collect();
+        let hooks = b"ccollections\nOrderedDict\n)R".to_vec();
+        let view = tuple(vec![storage.concat(), int(0), tuple(sizes), tuple(steps), b"\x89".into(), hooks]);
+        dictionary
+            .extend([text(key), b"ctorch._utils\n_rebuild_tensor_v2\n".into(), view, b"R".into()].concat());
+    }
+    dictionary.push(b'u');
+    let numbers: Vec<u8> =
+        numbers.iter().flat_map(|(name, value)| [text(name), vec![b'K', *value]].concat()).collect();
+    let object = match wrapper {
+        Some(wrapper) => [b"}(", &text(wrapper)[..], &dictionary, &numbers, b"u"].concat(),
+        None => dictionary,
+    };
+    let mut files = vec![("data.pkl".to_owned(), [b"\x80\x02", &object[..], b"."].concat())];
+    files.extend(tensors.iter().enumerate().map(|(i, tensor)| (format!("data/{i}"), tensor.bytes.clone())));
+    files.push(("version".to_owned(), b"3\n".to_vec()));
+    zip_bytes("archive/", &files)
+}
+
+/// A zip archive of plain entries. Their checksums are left zero: no reader here looks at them.
+pub fn zip_bytes(folder: &str, files: &[(String, Vec<u8>)]) -> Vec<u8> {
+    let (mut out, mut directory) = (Vec::new(), Vec::new());
+    for (name, content) in files {
+        let name = format!("{folder}{name}");
+        let size = (content.len() as u32).to_le_bytes();
+        let common = [&[0; 12][..], &size, &size, &(name.len() as u16).to_le_bytes(), &[0; 2]].concat();
+        let local = (out.len() as u32).to_le_bytes();
+        out.extend([&b"PK\x03\x04\0\0"[..], &common[..2], &common[2..], name.as_bytes(), content].concat());
+        let entry = [&b"PK\x01\x02\0\0\0\0"[..], &common, &[0; 10], &local, name.as_bytes()].concat();
+        directory.extend(entry);
+    }
+    let count = (files.len() as u16).to_le_bytes();
+    let (length, start) = ((directory.len() as u32).to_le_bytes(), (out.len() as u32).to_le_bytes());
+    [&out[..], &directory, b"PK\x05\x06\0\0\0\0", &count, &count, &length, &start, &[0; 2]].concat()
+}

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use volary::folder::Folder;
-use volary::pretrained::resolve;
 use volary::registry::forward;
 use volary_weights::{read_tensors, save_tensors};
 
@@ -26,7 +25,7 @@ pub struct Arguments {
 
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
-    let folder: Folder = resolve(&arguments.folder)?;
+    let folder: Folder = shared.folder(&arguments.folder)?;
     let inputs = read_tensors(&arguments.input)?;
     let outputs = forward(&folder, &inputs, &shared.load_options(), &shared.device()?)?;
     save_tensors(&arguments.output, &outputs)?;

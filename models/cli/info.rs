@@ -5,18 +5,23 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
+use volary::Error;
 use volary::folder::Folder;
 use volary::preset::{Preset, count};
-use volary::pretrained::{EMBEDDED, resolve};
+use volary::pretrained::{EMBEDDED, Place, locate};
 use volary::registry::{Description, SYSTEMS, System};
+use volary_weights::hub::{Choice, HubError, Outline};
 
 use super::{Shared, say, say_json};
 
 /// Arguments of `info`.
 #[derive(Args)]
 pub struct Arguments {
-    /// A folder or a preset; without it the model inside this program.
+    /// A folder, a preset or owner/name[@revision]; without it the model inside this program.
     name: Option<String>,
+    /// The variant of the weights, e.g. `fp16`.
+    #[arg(long)]
+    variant: Option<String>,
     /// Also list every parameter with its shape.
     #[arg(long)]
     parameters: bool,
@@ -31,7 +36,10 @@ struct Info {
     /// Bytes of the weights by dtype.
     memory: BTreeMap<&'static str, usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    license: Option<&'static str>,
+    license: Option<String>,
+    /// Bytes of weights that a download would bring; of those here there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    download: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     stored: Option<Stored>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -43,6 +51,9 @@ struct Info {
 struct Stored {
     /// Stored tensors by dtype.
     dtypes: BTreeMap<&'static str, usize>,
+    /// How weights are packed, if they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quantization: Option<String>,
     preprocessor: String,
     tokenizer: String,
     /// What does not fit between weights and model.
@@ -52,9 +63,16 @@ struct Stored {
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let name = arguments.name.as_deref().unwrap_or(EMBEDDED);
-    let mut info = match (resolve(name), preset(name)) {
-        (Ok(folder), _) => of_folder(name, &folder)?,
-        (Err(_), Some((system, preset))) => of_preset(system, preset),
+    let choice = Choice { variant: arguments.variant, ..Choice::default() };
+    let mut info = match (find(name, &choice, shared), preset(name)) {
+        (Ok((folder, download)), _) => Info { download, ..of_folder(name, &folder)? },
+        // A preset is known without its weights; what else went wrong is told.
+        (Err(error), Some((system, preset))) => {
+            if matches!(&error, Error::Hub(error) if !matches!(error, HubError::Offline { .. })) {
+                eprintln!("warning: {error}; this is what is known without it");
+            }
+            of_preset(system, preset)
+        }
         (Err(error), None) => return Err(error.into()),
     };
     if !arguments.parameters {
@@ -71,9 +89,15 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     if let Some(license) = info.license {
         say(format!("license       {license}"))?;
     }
+    if let Some(bytes) = info.download {
+        say(format!("download      {:.1} MiB, not here yet", bytes as f64 / f64::from(1 << 20)))?;
+    }
     if let Some(stored) = &info.stored {
         let dtypes: Vec<String> = stored.dtypes.iter().map(|(dtype, n)| format!("{n} x {dtype}")).collect();
         say(format!("stored        {}", dtypes.join(", ")))?;
+        if let Some(quantization) = &stored.quantization {
+            say(format!("quantized     {quantization}"))?;
+        }
         say(format!("preprocessor  {}", stored.preprocessor))?;
         say(format!("tokenizer     {}", stored.tokenizer))?;
         for problem in &stored.problems {
@@ -88,6 +112,20 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     Ok(())
 }
 
+/// The folder of a name. Of a repository that is not in the cache, the headers of its weights; and the bytes that
+/// are left to download.
+fn find(name: &str, choice: &Choice, shared: &Shared) -> Result<(Folder, Option<u64>), Error> {
+    match locate(name)? {
+        Place::Here(folder) => Ok((folder, None)),
+        Place::Hub(repo) => Ok(match shared.hub()?.outline(&repo, choice)? {
+            Outline::Here(snapshot) => (Folder::Disk(snapshot.folder), None),
+            Outline::There { snapshot, headers, bytes } => {
+                (Folder::Headers { path: snapshot.folder, weights: headers }, Some(bytes))
+            }
+        }),
+    }
+}
+
 fn preset(name: &str) -> Option<(&'static System, &'static Preset)> {
     let of = |system: &'static System| system.presets.iter().map(move |preset| (system, preset));
     SYSTEMS.iter().flat_map(of).find(|(_, preset)| preset.name == name)
@@ -100,7 +138,8 @@ fn of_preset(system: &System, preset: &Preset) -> Info {
         file: system.file,
         parameters: preset.shape.count(),
         memory: memory(preset.shape.count()),
-        license: Some(preset.license),
+        license: Some(preset.license.into()),
+        download: None,
         stored: None,
         shapes: Vec::new(),
     }
@@ -111,7 +150,8 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     let Description { parameters, problems } = (system.describe)(folder)?;
     let count = count(&parameters);
     let mut dtypes = BTreeMap::new();
-    for entry in folder.checkpoint()?.entries() {
+    let checkpoint = folder.checkpoint()?;
+    for entry in checkpoint.entries() {
         *dtypes.entry(entry.dtype.name()).or_default() += 1;
     }
     let preprocessor = match folder.preprocessor() {
@@ -131,9 +171,11 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
         file: system.file,
         parameters: count,
         memory: memory(count),
-        license: preset(name).map(|(_, preset)| preset.license),
+        license: preset(name).map(|(_, preset)| preset.license.to_owned()).or_else(|| folder.license()),
+        download: None,
         stored: Some(Stored {
             dtypes,
+            quantization: checkpoint.quantization().map(|quantization| quantization.to_string()),
             preprocessor,
             tokenizer,
             problems: problems.iter().map(ToString::to_string).collect(),

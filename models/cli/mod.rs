@@ -1,28 +1,36 @@
 //! One file per command; here are the flags that all of them share.
 
 mod classify;
+mod convert;
 mod doctor;
 mod embed;
 mod eval;
+mod fetch;
 mod forward;
 mod info;
 mod list;
 mod preprocess;
+mod progress;
+mod quantize;
 mod search;
 mod tokenize;
 #[cfg(feature = "train")]
 mod train;
+mod verify;
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use burn::tensor::{Device, FloatDType};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
+use volary::folder::Folder;
 use volary::pretrained::{EMBEDDED, resolve};
 use volary::{Clip, Error};
 use volary_weights::LoadOptions;
+use volary_weights::hub::{Environment, Hub, LOCK_FILE, Pins, Reach};
 
 /// A multimodal model zoo: pictures and text, in Chinese and English.
 #[derive(Parser)]
@@ -40,15 +48,22 @@ pub struct Shared {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
-    /// The numbers that weights are held and computed in.
-    #[arg(long, global = true, value_enum, default_value = "f32")]
-    dtype: Dtype,
+    /// The numbers that weights are held and computed in, f32 unless said otherwise; for `convert` those that are
+    /// written.
+    #[arg(long, global = true, value_enum)]
+    dtype: Option<Dtype>,
     /// Print JSON.
     #[arg(long, global = true)]
     pub json: bool,
     /// Never use the network.
     #[arg(long, global = true)]
     pub offline: bool,
+    /// Hold every repository to the commits and contents of the lock file.
+    #[arg(long, global = true)]
+    pub locked: bool,
+    /// The lock file: written by `fetch`, checked by `verify`, used with `--locked`.
+    #[arg(long, global = true, value_name = "FILE", default_value = LOCK_FILE)]
+    pub lock: PathBuf,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -74,6 +89,14 @@ enum Command {
     Tokenize(tokenize::Arguments),
     /// Show what a folder or preset is: shapes, parameters, memory, keys that do not match.
     Info(info::Arguments),
+    /// Write a folder's weights as safetensors, in another dtype or split by size, with all that belongs to them.
+    Convert(convert::Arguments),
+    /// Write a folder's weights in 8 or 4 bits.
+    Quantize(quantize::Arguments),
+    /// Download repositories, verify every byte, write the lock file and print their folders.
+    Fetch(fetch::Arguments),
+    /// Hash what was downloaded again and compare it with the lock file.
+    Verify(verify::Arguments),
     /// List the systems and their published sizes.
     List(list::Arguments),
     /// Measure retrieval on pictures with captions, in both directions and languages.
@@ -96,6 +119,10 @@ pub fn run() -> ExitCode {
         Command::Preprocess(arguments) => preprocess::run(arguments, &shared),
         Command::Tokenize(arguments) => tokenize::run(arguments, &shared),
         Command::Info(arguments) => info::run(arguments, &shared),
+        Command::Convert(arguments) => convert::run(arguments, &shared),
+        Command::Quantize(arguments) => quantize::run(arguments, &shared),
+        Command::Fetch(arguments) => fetch::run(arguments, &shared),
+        Command::Verify(arguments) => verify::run(arguments, &shared),
         Command::List(arguments) => list::run(arguments, &shared),
         Command::Eval(arguments) => eval::run(arguments, &shared),
         Command::Doctor => doctor::run(&shared),
@@ -123,6 +150,27 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 impl Shared {
+    /// The cache and the hub, as the environment and the flags want them.
+    pub fn hub(&self) -> Result<Hub, Error> {
+        let mut environment = Environment::read()?;
+        if self.offline {
+            environment.network = Reach::Offline;
+        }
+        let hub = Hub::new(&environment)?.with_progress(progress::of(&environment));
+        Ok(if self.locked { hub.with_pins(Pins::read(&self.lock)?) } else { hub })
+    }
+
+    /// The cache alone: nothing can be asked of the hub.
+    pub fn offline_hub(&self) -> Result<Hub, Error> {
+        let environment = Environment { network: Reach::Offline, ..Environment::read()? };
+        Ok(Hub::new(&environment)?)
+    }
+
+    /// The folder of a model's name.
+    pub fn folder(&self, name: &str) -> Result<Folder, Error> {
+        resolve(name, || self.hub())
+    }
+
     /// The device that was asked for.
     pub fn device(&self) -> Result<Device> {
         Ok(volary::device::choose(&self.device)?)
@@ -134,11 +182,16 @@ impl Shared {
     }
 
     fn float_dtype(&self) -> FloatDType {
-        match self.dtype {
+        self.chosen_dtype().unwrap_or(FloatDType::F32)
+    }
+
+    /// The dtype that was asked for, if one was.
+    pub fn chosen_dtype(&self) -> Option<FloatDType> {
+        self.dtype.map(|dtype| match dtype {
             Dtype::F32 => FloatDType::F32,
             Dtype::Bf16 => FloatDType::BF16,
             Dtype::F16 => FloatDType::F16,
-        }
+        })
     }
 }
 
@@ -163,7 +216,7 @@ impl Model {
 
     /// Loads it.
     pub fn load(&self, shared: &Shared) -> Result<Clip> {
-        let folder = resolve(self.name())?;
+        let folder = shared.folder(self.name())?;
         let system = volary::registry::System::of(&folder)?;
         if system.name != "clip" {
             return Err(Error::Task { system: system.name, task: "compare pictures with text" }.into());

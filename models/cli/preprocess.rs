@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use anyhow::Result;
 use burn::tensor::TensorData;
 use clap::Args;
-use volary::pretrained::resolve;
 use volary_vision::image::{Orientation, Picture};
 use volary_weights::save_tensors;
 
@@ -26,8 +25,8 @@ pub struct Arguments {
 }
 
 /// Runs the command.
-pub fn run(arguments: Arguments, _shared: &Shared) -> Result<()> {
-    let folder = resolve(&arguments.folder)?;
+pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
+    let folder = shared.folder(&arguments.folder)?;
     let preprocessor = folder.preprocessor()?;
     let names: &[&str] =
         if folder.has("open_clip_config.json") { &["pixel_values", "image"] } else { &["pixel_values"] };

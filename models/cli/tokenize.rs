@@ -3,7 +3,6 @@
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use volary::pretrained::resolve;
 
 use super::{Shared, say, say_json};
 
@@ -25,7 +24,7 @@ struct Tokens {
 
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
-    let tokenizer = resolve(&arguments.folder)?.tokenizer()?;
+    let tokenizer = shared.folder(&arguments.folder)?.tokenizer()?;
     let encode = |text: &String| -> Result<Tokens> {
         let encoding = tokenizer.encode(text)?;
         Ok(Tokens { ids: encoding.ids, tokens: encoding.tokens })

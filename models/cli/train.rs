@@ -7,7 +7,7 @@ use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::EMOJI;
 use volary::folder::Folder;
-use volary::pretrained::{Clip, resolve};
+use volary::pretrained::Clip;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
@@ -64,7 +64,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let data = EmojiData::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
     let development = Gallery::read(&arguments.data, |style| style == HELD_OUT[0])?;
     let device = shared.device()?;
-    let init = arguments.init.as_deref().map(|name| start(name, &device)).transpose()?;
+    let init = arguments.init.as_deref().map(|name| start(name, shared, &device)).transpose()?;
     let tokenizer = tokenizer(&data, init.as_ref().map(|(folder, _)| folder), &arguments.out)?;
     let recipe = Recipe {
         steps: arguments.steps,
@@ -92,8 +92,8 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
 }
 
 /// The folder and the model that a run starts from.
-fn start(name: &str, device: &Device) -> Result<(Folder, Clip)> {
-    let folder = resolve(name)?;
+fn start(name: &str, shared: &Shared, device: &Device) -> Result<(Folder, Clip)> {
+    let folder = shared.folder(name)?;
     let clip = Clip::in_folder(folder.clone()).load(&device.clone().autodiff())?;
     if clip.config != EMOJI {
         bail!("{}: a model of another shape than this recipe's", folder.path().display());

@@ -1,33 +1,70 @@
 //! Checkpoint files as lists of named tensors.
 //!
-//! Both readers are lazy: opening reads the names, a tensor's bytes are touched when they are asked for. Files are
+//! - [`mod@safetensors`], [`torch`] (also TorchScript and Paddle) and [`gguf`] read single files;
+//! - [`shards`] reads a checkpoint in several files as one;
+//! - [`megatron`] merges the files of tensor-parallel ranks;
+//! - [`pipeline`] lists the parts of a diffusers folder.
+//!
+//! All readers are lazy: opening reads the names, a tensor's bytes are touched when they are asked for. Files are
 //! memory-mapped; one that is cut short by another program while it is mapped ends this one (SIGBUS), as with every
 //! mapping.
 
+pub mod gguf;
+pub mod megatron;
 mod pickle;
+pub mod pipeline;
 pub mod safetensors;
+pub mod shards;
 pub mod torch;
-mod zip;
+pub(crate) mod zip;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
 use crate::error::{Error, Lookalike, nearest};
+use crate::quantized::{Quantization, unpacked};
 
+pub use gguf::GgufFile;
+pub use megatron::{MegatronLayout, Merge, RankOptions, Ranks};
+pub use pipeline::Pipeline;
 pub use safetensors::{Memory, SafetensorsFile};
+pub use shards::Sharded;
 pub use torch::TorchFile;
 
-/// The file names that are taken from a folder, the first that exists.
-pub const FILES: &[&str] =
-    &["model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin"];
+/// The file names that are taken from a folder, the first that exists: of transformers, open_clip, timm, diffusers and
+/// PaddleNLP, safetensors before pickles, one file before several.
+pub const FILES: &[&str] = &[
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.bin.index.json",
+    "model_state.pdparams",
+];
 
-/// The indices of checkpoints that are split into several files.
-const SHARD_INDICES: &[&str] = &["model.safetensors.index.json", "pytorch_model.bin.index.json"];
+/// What ends the name of an index of shards.
+const INDEX: &str = ".index.json";
+
+/// What is wanted from a folder. The default is the weights themselves, in one or several files.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenOptions<'a> {
+    /// Another version of the weights, e.g. `fp16` for `model.fp16.safetensors`. A folder without it is an error: the
+    /// other weights never take its place.
+    pub variant: Option<&'a str>,
+    /// How the tensors of tensor-parallel ranks are put together, for a folder that has nothing else.
+    pub ranks: Option<&'a RankOptions>,
+}
 
 /// Named tensors, read when asked for.
 pub trait Checkpoint: Send + Sync {
@@ -42,6 +79,33 @@ pub trait Checkpoint: Send + Sync {
     /// # Errors
     /// [`Error::NoTensor`] for a name that is not among the entries.
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error>;
+
+    /// How values are packed, if they are.
+    fn quantization(&self) -> Option<Quantization> {
+        None
+    }
+
+    /// Says that a tensor has been read: what of its file is kept in memory may go. Reading it again still works.
+    fn release(&self, _name: &str) {}
+}
+
+/// Where the bytes of a checkpoint lie.
+pub(crate) trait Backing: AsRef<[u8]> + Send + Sync {
+    /// Says that a range has been read, and need not be kept in memory.
+    fn release(&self, _range: Range<usize>) {}
+}
+
+impl Backing for Cow<'static, [u8]> {}
+
+impl Backing for Mmap {
+    fn release(&self, range: Range<usize>) {
+        // Only the mapped copy of the page goes: the file stays, and in the system's cache as well.
+        // SAFETY: nothing can be lost, for the mapping is read-only; later reads come from the file again.
+        #[cfg(unix)]
+        let _ = unsafe {
+            self.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+        };
+    }
 }
 
 /// A tensor's description.
@@ -129,31 +193,99 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Opens a checkpoint: a file, or a folder in which the first of [`FILES`] is taken.
+/// Opens a checkpoint: a file, the index of several, or a folder in which the first of [`FILES`] is taken.
 ///
 /// The content decides how a file is read, not its name.
 ///
 /// # Errors
-/// [`Error::NoWeights`] for a folder without any; [`Error::Sharded`] when it only has the index of a sharded
-/// checkpoint; [`Error::NotWeights`], [`Error::Header`] or [`Error::Torch`] for a file that is something else or broken.
+/// [`Error::NoWeights`] for a folder without any; [`Error::Shards`] for files that do not belong together;
+/// [`Error::NotWeights`], [`Error::Header`], [`Error::Torch`] or [`Error::Gguf`] for a file that is something else or
+/// broken.
 pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
-    let path = if path.is_dir() { find(path)? } else { path.to_owned() };
-    let file = map(&path)?;
-    match Format::of(&path, &file) {
-        Some(Format::Safetensors) => Ok(Box::new(SafetensorsFile::parse(path, file)?)),
-        Some(Format::Torch) => Ok(Box::new(TorchFile::parse(path, file)?)),
-        None => Err(Error::NotWeights { path, found: lookalike(&file).unwrap_or(Lookalike::Unknown) }),
+    open_with(path, &OpenOptions::default())
+}
+
+/// As [`open`], with a say in what is taken from a folder.
+///
+/// # Errors
+/// As [`open`]; [`Error::NoVariant`] when a variant is not there; [`Error::Ranks`] for tensor-parallel ranks that do
+/// not fit together.
+pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>, Error> {
+    if !path.is_dir() {
+        return open_named(path);
+    }
+    let looked_for = names(options.variant);
+    // a link to nothing is a file that is missing, not a reason to take another
+    let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
+    let taken = looked_for.iter().map(|name| path.join(name)).find(is_there);
+    if let Some(file) = taken.filter(|_| options.variant.is_none_or(shards::is_file_name)) {
+        return open_named(&file);
+    }
+    let listing = file_names(path)?;
+    for file in FILES.iter().filter(|file| !file.ends_with(INDEX)) {
+        if let Some(shards) = shards::set_of(path, &listing, file, options.variant)? {
+            return Ok(Box::new(Sharded::of(path, shards)?));
+        }
+    }
+    let folder = path.to_owned();
+    if let Some(variant) = options.variant {
+        return Err(Error::NoVariant { folder, variant: variant.to_owned(), looked_for });
+    }
+    match megatron::open(path, options.ranks)? {
+        Some(ranks) => Ok(ranks),
+        None => Err(Error::NoWeights { folder, looked_for: FILES }),
     }
 }
 
-/// The weights file of a folder.
-fn find(folder: &Path) -> Result<PathBuf, Error> {
-    if let Some(path) = FILES.iter().map(|name| folder.join(name)).find(|path| path.exists()) {
-        return Ok(path);
+/// [`FILES`], or those of a variant, which may stand before the last part of a name or before `.json` of an index.
+fn names(variant: Option<&str>) -> Vec<String> {
+    let Some(variant) = variant else { return FILES.iter().map(|&name| name.to_owned()).collect() };
+    let of_file = |name: &str| match name.rsplit_once('.') {
+        Some((stem, extension)) => format!("{stem}.{variant}.{extension}"),
+        None => format!("{name}.{variant}"),
+    };
+    let both = |&name: &&str| match name.strip_suffix(INDEX) {
+        Some(file) => vec![format!("{}{INDEX}", of_file(file)), format!("{file}.index.{variant}.json")],
+        None => vec![of_file(name)],
+    };
+    FILES.iter().flat_map(both).collect()
+}
+
+/// The names in a folder.
+fn file_names(folder: &Path) -> Result<Vec<String>, Error> {
+    let io = |source| Error::Io { path: folder.to_owned(), source };
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(io)? {
+        if let Ok(name) = entry.map_err(io)?.file_name().into_string() {
+            names.push(name);
+        }
     }
-    match SHARD_INDICES.iter().map(|name| folder.join(name)).find(|path| path.exists()) {
-        Some(index) => Err(Error::Sharded { index }),
-        None => Err(Error::NoWeights { folder: folder.to_owned(), looked_for: FILES }),
+    names.sort();
+    Ok(names)
+}
+
+/// Opens a file, or the files that an index names.
+fn open_named(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
+    let file = map(path)?;
+    let is_json = path.extension().is_some_and(|extension| extension == "json");
+    match is_json && Format::of(path, &file).is_none() {
+        true => Ok(Box::new(Sharded::open(path)?)),
+        false => open_mapped(path, file),
+    }
+}
+
+/// Opens one file, which is a checkpoint by itself.
+fn open_file(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
+    open_mapped(path, map(path)?)
+}
+
+fn open_mapped(path: &Path, file: Mmap) -> Result<Box<dyn Checkpoint>, Error> {
+    let path = path.to_owned();
+    match Format::of(&path, &file) {
+        Some(Format::Safetensors) => unpacked(SafetensorsFile::parse(path, file)?),
+        Some(Format::Torch) => Ok(Box::new(TorchFile::parse(path, file)?)),
+        Some(Format::Gguf) => Ok(Box::new(GgufFile::parse(path, file)?)),
+        None => Err(Error::NotWeights { path, found: lookalike(&file).unwrap_or(Lookalike::Unknown) }),
     }
 }
 
@@ -173,15 +305,17 @@ fn map(path: &Path) -> Result<Mmap, Error> {
 enum Format {
     Safetensors,
     Torch,
+    Gguf,
 }
 
 impl Format {
     /// How a file wants to be read, by its first bytes; by its name when they are odd, for the better message.
     fn of(path: &Path, bytes: &[u8]) -> Option<Self> {
         match bytes {
-            // the header is a JSON object after its length
-            [_, _, _, _, _, _, _, _, b'{', ..] => Some(Format::Safetensors),
+            // the header is a JSON object after its length, of less than 4 GB
+            [_, _, _, _, 0, 0, 0, 0, b'{', ..] => Some(Format::Safetensors),
             [b'P', b'K', 3, 4, ..] => Some(Format::Torch),
+            [b'G', b'G', b'U', b'F', ..] => Some(Format::Gguf),
             _ if path.extension().is_some_and(|extension| extension == "safetensors") => {
                 Some(Format::Safetensors)
             }

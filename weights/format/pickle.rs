@@ -1,8 +1,9 @@
 //! Pickles as data. Nothing is imported, called or built: a call that is not one of torch's few ways to describe a
 //! tensor becomes [`Node::Opaque`].
 //!
-//! Nodes live in one list and refer to each other by place, so that nothing recurses and a hostile file costs no more
-//! memory than a small multiple of its length.
+//! Nodes live in one list and refer to each other by place, so that nothing recurses. A hostile file costs no more
+//! memory than a small multiple of its length: values that a single byte can write are one shared node, and there may
+//! be no more nodes than a third of the bytes (Python writes at least three for each).
 
 use std::collections::HashMap;
 
@@ -12,6 +13,18 @@ use crate::error::{PickleError, TorchError};
 const MOST_ARGUMENTS: usize = 16;
 /// More dimensions than torch allows.
 const MOST_DIMENSIONS: usize = 64;
+/// The nodes that even the shortest pickle may have.
+const SOME_NODES: usize = 1 << 12;
+/// The bytes that an honest pickle takes for each node.
+const NODE_BYTES: usize = 3;
+
+/// The places of the values that are made once.
+const OTHER: Id = 0;
+const FALSE: Id = 1;
+const TRUE: Id = 2;
+const EMPTY_TUPLE: Id = 3;
+/// The integers of one byte start here.
+const BYTES: Id = 4;
 
 /// The place of a node.
 pub(super) type Id = usize;
@@ -27,11 +40,21 @@ pub(super) enum Node<'a> {
     Dict(Vec<(Id, Id)>),
     /// A class or function: module and name.
     Global(&'a str, &'a str),
-    Storage(Storage<'a>),
-    Tensor(Tensor<'a>),
+    Storage(Box<Storage<'a>>),
+    Tensor(Box<Tensor<'a>>),
+    /// Bytes as they are, by where they start and end in the file.
+    Bytes(usize, usize),
+    /// Bytes that protocol 2 writes as text of the characters 0 to 255.
+    Latin1(&'a str),
+    /// numpy's name of a dtype.
+    NumpyDtype(&'a str),
+    /// A numpy array.
+    Array(Box<Array>),
     /// What a call of this class or function would have given.
     Opaque(&'a str, &'a str),
-    /// `None`, floats, bytes, sets, large integers: nothing that describes a tensor.
+    /// A TorchScript object with the dictionary of its attributes.
+    Object(Id),
+    /// `None`, floats, sets, large integers: nothing that describes a tensor.
     Other,
 }
 
@@ -53,10 +76,24 @@ pub(super) struct Storage<'a> {
 pub(super) struct Tensor<'a> {
     pub storage: Storage<'a>,
     pub offset: usize,
-    pub shape: Vec<usize>,
-    pub strides: Vec<usize>,
+    /// Tuples or lists of sizes, see [`Pickle::sizes`].
+    pub shape: Id,
+    pub strides: Id,
     /// The dtype's name where the storage's class does not say it, e.g. `bfloat16`.
     pub dtype: Option<&'a str>,
+}
+
+/// A numpy array, taken apart no further than its pickle does.
+#[derive(Debug, Clone)]
+pub(super) struct Array {
+    /// A tuple of sizes, see [`Pickle::sizes`].
+    pub shape: Id,
+    /// A [`Node::NumpyDtype`].
+    pub dtype: Id,
+    /// Whether the first dimension is the innermost.
+    pub is_fortran: bool,
+    /// [`Node::Bytes`] or [`Node::Latin1`].
+    pub data: Id,
 }
 
 /// A pickle that has been read.
@@ -70,10 +107,14 @@ pub(super) struct Pickle<'a> {
 impl<'a> Pickle<'a> {
     /// Reads the pickle that starts at `start`.
     pub fn read(bytes: &'a [u8], start: usize) -> Result<Self, TorchError> {
+        let length = bytes.len().saturating_sub(start);
+        let mut nodes = vec![Node::Other, Node::Bool(false), Node::Bool(true), Node::Tuple(Vec::new())];
+        nodes.extend((0..=u8::MAX).map(|byte| Node::Int(byte.into())));
         let mut machine = Machine {
             bytes,
             at: start,
-            nodes: Vec::new(),
+            most_nodes: SOME_NODES + length / NODE_BYTES,
+            nodes,
             stack: Vec::new(),
             marks: Vec::new(),
             memo: HashMap::new(),
@@ -91,6 +132,26 @@ impl<'a> Pickle<'a> {
     pub fn root(&self) -> &Node<'a> {
         &self.nodes[self.root]
     }
+
+    /// The sizes in a tuple or list.
+    pub fn sizes(&self, id: Id) -> Option<Vec<usize>> {
+        sizes(&self.nodes, id)
+    }
+}
+
+fn sizes(nodes: &[Node], id: Id) -> Option<Vec<usize>> {
+    let (Node::Tuple(sizes) | Node::List(sizes)) = &nodes[id] else { return None };
+    if sizes.len() > MOST_DIMENSIONS {
+        return None;
+    }
+    sizes.iter().map(|&id| size(nodes, id)).collect()
+}
+
+fn size(nodes: &[Node], id: Id) -> Option<usize> {
+    match nodes[id] {
+        Node::Int(value) => usize::try_from(value).ok(),
+        _ => None,
+    }
 }
 
 type Step<T> = Result<T, PickleError>;
@@ -100,6 +161,7 @@ struct Machine<'a> {
     bytes: &'a [u8],
     at: usize,
     nodes: Vec<Node<'a>>,
+    most_nodes: usize,
     stack: Vec<Id>,
     /// The heights at which the marks stand.
     marks: Vec<usize>,
@@ -155,32 +217,32 @@ impl<'a> Machine<'a> {
             }
 
             // numbers
-            b'N' => self.push(Node::Other),
-            0x88 => self.push(Node::Bool(true)),
-            0x89 => self.push(Node::Bool(false)),
+            b'N' => self.stack.push(OTHER),
+            0x88 => self.stack.push(TRUE),
+            0x89 => self.stack.push(FALSE),
             b'I' => {
                 let node = match self.line()? {
                     "00" => Node::Bool(false),
                     "01" => Node::Bool(true),
                     digits => int(digits),
                 };
-                self.push(node);
+                self.push(node)?;
             }
             b'L' => {
                 let line = self.line()?;
-                self.push(int(line.trim_end_matches('L')));
+                self.push(int(line.trim_end_matches('L')))?;
             }
             b'J' => {
                 let value = self.u32()? as i32;
-                self.push(Node::Int(value.into()));
+                self.push(Node::Int(value.into()))?;
             }
             b'K' => {
                 let value = self.byte()?;
-                self.push(Node::Int(value.into()));
+                self.stack.push(BYTES + usize::from(value));
             }
             b'M' => {
                 let value = u16::from_le_bytes(self.array()?);
-                self.push(Node::Int(value.into()));
+                self.push(Node::Int(value.into()))?;
             }
             0x8a => {
                 let length = self.byte()?;
@@ -192,11 +254,11 @@ impl<'a> Machine<'a> {
             }
             b'F' => {
                 self.line()?;
-                self.push(Node::Other);
+                self.stack.push(OTHER);
             }
             b'G' => {
                 self.take(8)?;
-                self.push(Node::Other);
+                self.stack.push(OTHER);
             }
 
             // text and bytes
@@ -214,49 +276,56 @@ impl<'a> Machine<'a> {
             }
             b'V' => {
                 let line = self.line()?;
-                self.push(if line.contains('\\') { Node::Other } else { Node::Text(line) });
+                self.push(if line.contains('\\') { Node::Other } else { Node::Text(line) })?;
             }
             b'S' => {
                 let line = self.line()?;
                 let quoted = line.len() >= 2 && line.as_bytes()[0] == line.as_bytes()[line.len() - 1];
                 let text =
                     quoted.then(|| line.get(1..line.len() - 1)).flatten().filter(|text| !text.contains('\\'));
-                self.push(text.map_or(Node::Other, Node::Text));
+                self.push(text.map_or(Node::Other, Node::Text))?;
             }
-            b'T' | b'B' => {
+            b'T' => {
                 let length = self.u32()?;
                 self.maybe_text(length as usize)?;
             }
-            b'U' | b'C' => {
+            b'U' => {
                 let length = self.byte()?;
                 self.maybe_text(length.into())?;
             }
+            b'B' => {
+                let length = self.u32()?;
+                self.raw(length as usize)?;
+            }
+            b'C' => {
+                let length = self.byte()?;
+                self.raw(length.into())?;
+            }
             0x8e | 0x96 => {
                 let length = self.u64_length()?;
-                self.take(length)?;
-                self.push(Node::Other);
+                self.raw(length)?;
             }
 
             // containers
-            b')' => self.push(Node::Tuple(Vec::new())),
-            b']' => self.push(Node::List(Vec::new())),
-            b'}' => self.push(Node::Dict(Vec::new())),
-            0x8f => self.push(Node::Other), // EMPTY_SET
+            b')' => self.stack.push(EMPTY_TUPLE),
+            b']' => self.push(Node::List(Vec::new()))?,
+            b'}' => self.push(Node::Dict(Vec::new()))?,
+            0x8f => self.stack.push(OTHER), // EMPTY_SET
             b't' => {
                 let items = self.pop_to_mark()?;
-                self.push(Node::Tuple(items));
+                self.push(Node::Tuple(items))?;
             }
             b'l' => {
                 let items = self.pop_to_mark()?;
-                self.push(Node::List(items));
+                self.push(Node::List(items))?;
             }
             b'd' => {
                 let items = self.pop_to_mark()?;
-                self.push(Node::Dict(pairs(&items)?));
+                self.push(Node::Dict(pairs(&items)?))?;
             }
             0x91 => {
                 self.pop_to_mark()?; // FROZENSET
-                self.push(Node::Other);
+                self.stack.push(OTHER);
             }
             length @ 0x85..=0x87 => {
                 let length = usize::from(length - 0x84);
@@ -265,7 +334,7 @@ impl<'a> Machine<'a> {
                     items.push(self.pop()?);
                 }
                 items.reverse();
-                self.push(Node::Tuple(items));
+                self.push(Node::Tuple(items))?;
             }
             b'a' => {
                 let item = self.pop()?;
@@ -289,7 +358,7 @@ impl<'a> Machine<'a> {
             b'c' => {
                 let module = self.line()?;
                 let name = self.line()?;
-                self.push(Node::Global(module, name));
+                self.push(Node::Global(module, name))?;
             }
             0x93 => {
                 let name = self.pop()?;
@@ -298,26 +367,24 @@ impl<'a> Machine<'a> {
                     return Err(PickleError::Malformed("a class whose name is not text"));
                 };
                 let global = Node::Global(module, name);
-                self.push(global);
+                self.push(global)?;
             }
             b'R' | 0x81 => {
                 let arguments = self.pop()?;
                 let function = self.pop()?;
-                let node = self.call(function, arguments)?;
-                self.push(node);
+                self.call(function, arguments)?;
             }
             0x92 => {
                 self.pop()?; // the keyword arguments of NEWOBJ_EX
                 let arguments = self.pop()?;
                 let class = self.pop()?;
-                let node = self.call(class, arguments)?;
-                self.push(node);
+                self.call(class, arguments)?;
             }
             b'i' => {
                 let module = self.line()?;
                 let name = self.line()?;
                 self.pop_to_mark()?;
-                self.push(Node::Opaque(module, name));
+                self.push(Node::Opaque(module, name))?;
             }
             b'o' => {
                 let items = self.pop_to_mark()?;
@@ -325,43 +392,59 @@ impl<'a> Machine<'a> {
                     Some(&Node::Global(module, name)) => Node::Opaque(module, name),
                     _ => Node::Other,
                 };
-                self.push(node);
+                self.push(node)?;
             }
-            // the state of an object, e.g. the `_metadata` of a state dict: the object stays what it is
-            b'b' => drop(self.pop()?),
+            b'b' => {
+                let state = self.pop()?;
+                let object = self.top()?;
+                self.build(object, state)?;
+            }
             b'Q' => {
                 let id = self.pop()?;
                 let node = self.persistent(id)?;
-                self.push(node);
+                self.push(node)?;
             }
             opcode => return Err(PickleError::Opcode(opcode)),
         }
         Ok(None)
     }
 
-    /// What torch's own functions describe; anything else is opaque.
-    fn call(&mut self, function: Id, arguments: Id) -> Step<Node<'a>> {
-        let Node::Global(module, name) = self.nodes[function] else { return Ok(Node::Other) };
-        let Node::Tuple(arguments) = &self.nodes[arguments] else { return Ok(Node::Opaque(module, name)) };
+    /// Pushes what torch's and numpy's own functions describe; anything else is opaque.
+    fn call(&mut self, function: Id, arguments: Id) -> Step<()> {
+        let Node::Global(module, name) = self.nodes[function] else {
+            self.stack.push(OTHER);
+            return Ok(());
+        };
+        let Node::Tuple(arguments) = &self.nodes[arguments] else {
+            return self.push(Node::Opaque(module, name));
+        };
         let arguments: Vec<Id> = arguments.iter().take(MOST_ARGUMENTS).copied().collect();
-        Ok(match (module, name) {
-            ("collections", "OrderedDict") => match arguments.first() {
-                None => Node::Dict(Vec::new()),
+        let first = arguments.first().copied().unwrap_or(OTHER);
+        let node = match (module, name) {
+            ("collections", "OrderedDict") => match &mut self.nodes[first] {
+                _ if arguments.is_empty() => Node::Dict(Vec::new()),
                 // the list of pairs is moved: a thousand calls on one list must not make a thousand copies
-                Some(&pairs) => match &mut self.nodes[pairs] {
-                    Node::List(items) => {
-                        let items = std::mem::take(items);
-                        Node::Dict(items.into_iter().filter_map(|item| self.pair(item)).collect())
-                    }
-                    _ => Node::Other,
-                },
-            },
-            ("torch", "Size") => match arguments.first().map(|&sizes| &self.nodes[sizes]) {
-                Some(Node::Tuple(sizes) | Node::List(sizes)) if sizes.len() <= MOST_DIMENSIONS => {
-                    Node::Tuple(sizes.clone())
+                Node::List(items) => {
+                    let items = std::mem::take(items);
+                    Node::Dict(items.into_iter().filter_map(|item| self.pair(item)).collect())
                 }
                 _ => Node::Other,
             },
+            // these give back what they are given
+            ("torch", "Size") if matches!(self.nodes[first], Node::Tuple(_) | Node::List(_)) => {
+                self.stack.push(first);
+                return Ok(());
+            }
+            ("builtins" | "__builtin__", "tuple") if matches!(self.nodes[first], Node::Tuple(_)) => {
+                self.stack.push(first);
+                return Ok(());
+            }
+            ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state")
+                if matches!(self.nodes[first], Node::Tensor(_)) =>
+            {
+                self.stack.push(first);
+                return Ok(());
+            }
             ("torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2") => self.tensor(&arguments, None)?,
             ("torch._utils", "_rebuild_tensor_v3") => {
                 let dtype = match arguments.get(6).map(|&dtype| &self.nodes[dtype]) {
@@ -370,29 +453,72 @@ impl<'a> Machine<'a> {
                 };
                 self.tensor(&arguments, dtype)?
             }
-            ("torch._utils", "_rebuild_parameter" | "_rebuild_parameter_with_state") => {
-                match arguments.first().map(|&data| &self.nodes[data]) {
-                    Some(tensor @ Node::Tensor(_)) => tensor.clone(),
-                    _ => Node::Opaque(module, name),
+            ("_codecs", "encode") => match (arguments.as_slice(), &self.nodes[first]) {
+                (&[_, encoding], &Node::Text(text))
+                    if matches!(self.nodes[encoding], Node::Text("latin1" | "latin-1")) =>
+                {
+                    Node::Latin1(text)
+                }
+                _ => Node::Other,
+            },
+            ("numpy", "dtype") => match self.nodes[first] {
+                Node::Text(name) => Node::NumpyDtype(name),
+                _ => Node::Opaque(module, name),
+            },
+            // `(data, dtype, shape, order)`
+            ("numpy.core.numeric" | "numpy._core.numeric", "_frombuffer") => match arguments.as_slice() {
+                &[data, dtype, shape, order] => {
+                    let is_fortran = matches!(self.nodes[order], Node::Text("F"));
+                    Node::Array(Box::new(Array { shape, dtype, is_fortran, data }))
+                }
+                _ => Node::Opaque(module, name),
+            },
+            _ => Node::Opaque(module, name),
+        };
+        self.push(node)
+    }
+
+    /// Gives an object its state. Most stay what they are, e.g. a state dict whose state is its `_metadata`.
+    fn build(&mut self, object: Id, state: Id) -> Step<()> {
+        let built = match (&self.nodes[object], &self.nodes[state]) {
+            (Node::Opaque(module, _), Node::Dict(_)) if is_torch_script(module) => Node::Object(state),
+            // `(version, shape, dtype, is_fortran, data)`
+            (
+                Node::Opaque("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct"),
+                Node::Tuple(state),
+            ) => match state.as_slice() {
+                &[_, shape, dtype, order, data] => {
+                    let is_fortran = matches!(self.nodes[order], Node::Bool(true));
+                    Node::Array(Box::new(Array { shape, dtype, is_fortran, data }))
+                }
+                _ => return Err(PickleError::Malformed("a numpy array without shape, dtype and data")),
+            },
+            // `(version, byte order, ...)`
+            (Node::NumpyDtype(_), Node::Tuple(state)) => {
+                match state.get(1).map(|&order| &self.nodes[order]) {
+                    Some(Node::Text("<" | "|" | "=")) => return Ok(()),
+                    _ => Node::Opaque("numpy", "dtype of another byte order"),
                 }
             }
-            _ => Node::Opaque(module, name),
-        })
+            _ => return Ok(()),
+        };
+        self.nodes[object] = built;
+        Ok(())
     }
 
     /// `(storage, offset, size, stride, ...)`.
     fn tensor(&self, arguments: &[Id], dtype: Option<&'a str>) -> Step<Node<'a>> {
         let malformed = PickleError::Malformed("a tensor that is not (storage, offset, size, stride, ...)");
         let &[storage, offset, shape, strides, ..] = arguments else { return Err(malformed) };
-        let (&Node::Storage(storage), Some(offset), Some(shape), Some(strides)) =
-            (&self.nodes[storage], self.size(offset), self.sizes(shape), self.sizes(strides))
+        let (Node::Storage(storage), Some(offset), Some(sizes), Some(steps)) =
+            (&self.nodes[storage], self.size(offset), sizes(&self.nodes, shape), sizes(&self.nodes, strides))
         else {
             return Err(malformed);
         };
-        if shape.len() != strides.len() {
+        if sizes.len() != steps.len() {
             return Err(PickleError::Malformed("a tensor with more sizes than strides or fewer"));
         }
-        Ok(Node::Tensor(Tensor { storage, offset, shape, strides, dtype }))
+        Ok(Node::Tensor(Box::new(Tensor { storage: **storage, offset, shape, strides, dtype })))
     }
 
     /// `("storage", class, key, device, elements)` and, in the legacy layout, `(view key, start, elements)` or `None`.
@@ -407,7 +533,7 @@ impl<'a> Machine<'a> {
         };
         let storage = Storage { class, key, elements, start: 0 };
         let view = id.get(5).map(|&view| &self.nodes[view]);
-        Ok(Node::Storage(match view {
+        Ok(Node::Storage(Box::new(match view {
             None | Some(Node::Other) => storage,
             Some(Node::Tuple(view)) => match view.as_slice() {
                 &[_, start, elements] => match (self.size(start), self.size(elements)) {
@@ -417,22 +543,11 @@ impl<'a> Machine<'a> {
                 _ => return Err(malformed),
             },
             Some(_) => return Err(malformed),
-        }))
+        })))
     }
 
     fn size(&self, id: Id) -> Option<usize> {
-        match self.nodes[id] {
-            Node::Int(value) => usize::try_from(value).ok(),
-            _ => None,
-        }
-    }
-
-    fn sizes(&self, id: Id) -> Option<Vec<usize>> {
-        match &self.nodes[id] {
-            Node::Tuple(sizes) | Node::List(sizes) if sizes.len() > MOST_DIMENSIONS => None,
-            Node::Tuple(sizes) | Node::List(sizes) => sizes.iter().map(|&size| self.size(size)).collect(),
-            _ => None,
-        }
+        size(&self.nodes, id)
     }
 
     fn pair(&self, id: Id) -> Option<(Id, Id)> {
@@ -462,9 +577,13 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn push(&mut self, node: Node<'a>) {
+    fn push(&mut self, node: Node<'a>) -> Step<()> {
+        if self.nodes.len() >= self.most_nodes {
+            return Err(PickleError::Malformed("more objects than a file of this length can hold"));
+        }
         self.stack.push(self.nodes.len());
         self.nodes.push(node);
+        Ok(())
     }
 
     fn pop(&mut self) -> Step<Id> {
@@ -489,6 +608,9 @@ impl<'a> Machine<'a> {
 
     fn memorize(&mut self, index: u64) -> Step<()> {
         let top = self.top()?;
+        if self.memo.len() >= self.most_nodes {
+            return Err(PickleError::Malformed("more memos than a file of this length can need"));
+        }
         self.memo.insert(index, top);
         Ok(())
     }
@@ -536,15 +658,22 @@ impl<'a> Machine<'a> {
 
     fn text(&mut self, length: usize) -> Step<()> {
         let text = std::str::from_utf8(self.take(length)?);
-        self.push(Node::Text(text.map_err(|_| PickleError::Malformed("text that is not UTF-8"))?));
+        self.push(Node::Text(text.map_err(|_| PickleError::Malformed("text that is not UTF-8"))?))?;
         Ok(())
     }
 
     /// A string of Python 2, where text was bytes.
     fn maybe_text(&mut self, length: usize) -> Step<()> {
         let node = std::str::from_utf8(self.take(length)?).map_or(Node::Other, Node::Text);
-        self.push(node);
+        self.push(node)?;
         Ok(())
+    }
+
+    /// Bytes, which stay where they are.
+    fn raw(&mut self, length: usize) -> Step<()> {
+        let start = self.at;
+        self.take(length)?;
+        self.push(Node::Bytes(start, self.at))
     }
 
     /// A little-endian two's complement integer.
@@ -559,9 +688,14 @@ impl<'a> Machine<'a> {
             }
             None => Node::Other,
         };
-        self.push(node);
+        self.push(node)?;
         Ok(())
     }
+}
+
+/// Whether a class lives in the code of a TorchScript archive.
+fn is_torch_script(module: &str) -> bool {
+    module == "__torch__" || module.starts_with("__torch__.")
 }
 
 fn int<'a>(digits: &str) -> Node<'a> {

@@ -13,7 +13,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::{Checkpoint, Dtype, Entry, lookalike, map, position};
+use super::{Backing, Checkpoint, Dtype, Entry, lookalike, map, position};
 use crate::error::{Error, HeaderError};
 
 /// The bytes before the header: its length.
@@ -85,7 +85,7 @@ impl<B: AsRef<[u8]>> Safetensors<B> {
     }
 }
 
-impl<B: AsRef<[u8]> + Send + Sync> Checkpoint for Safetensors<B> {
+impl<B: Backing> Checkpoint for Safetensors<B> {
     fn path(&self) -> &Path {
         &self.path
     }
@@ -97,6 +97,12 @@ impl<B: AsRef<[u8]> + Send + Sync> Checkpoint for Safetensors<B> {
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
         let i = position(&self.path, &self.entries, &self.index, name)?;
         Ok(Cow::Borrowed(&self.bytes.as_ref()[self.ranges[i].clone()]))
+    }
+
+    fn release(&self, name: &str) {
+        if let Some(&i) = self.index.get(name) {
+            self.bytes.release(self.ranges[i].clone());
+        }
     }
 }
 

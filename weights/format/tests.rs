@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::torch::Torch;
 use super::*;
 use crate::error::{HeaderError, TorchError};
-use crate::testing::{count, fixture, ints, safetensors_bytes};
+use crate::testing::{count, fixture, ints, safetensors_bytes, torch_bytes, zip_bytes};
 
 /// A safetensors file with this header and data.
 fn file(header: &str, data: &[u8]) -> Vec<u8> {
@@ -20,8 +20,8 @@ fn header_error(bytes: Vec<u8>) -> HeaderError {
     }
 }
 
-fn torch(bytes: Vec<u8>) -> Result<Torch<Vec<u8>>, Error> {
-    Torch::parse(PathBuf::from("m.bin"), bytes)
+fn torch(bytes: Vec<u8>) -> Result<Torch<Cow<'static, [u8]>>, Error> {
+    Torch::parse(PathBuf::from("m.bin"), bytes.into())
 }
 
 fn floats(checkpoint: &dyn Checkpoint, name: &str) -> Vec<f32> {
@@ -46,6 +46,18 @@ fn the_reference_implementation_reads_the_same() {
             assert_eq!(checkpoint.bytes(&entry.name).unwrap(), tensor.data());
         }
     }
+}
+
+#[test]
+fn the_content_decides_and_not_the_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vectors.json");
+    let header = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+    // a length of 123 is the same byte as a brace
+    fs::write(&path, file(&format!("{header:123}"), &[7])).unwrap();
+    assert_eq!(*open(&path).unwrap().bytes("a").unwrap(), [7]);
+    fs::write(&path, r#"{"x":{"y":1}}"#).unwrap();
+    assert!(matches!(open(&path), Err(Error::Shards { .. })));
 }
 
 #[test]
@@ -142,8 +154,8 @@ fn what_is_no_weights_file_is_called_what_it_is() {
     assert_eq!(found(b"{\"error\": \"Entry not found\"}"), Lookalike::Text);
     assert_eq!(found(b""), Lookalike::Empty);
 
-    let other = folder.path().join("weights.gguf");
-    fs::write(&other, b"GGUF\x03\0\0\0\0\0").unwrap();
+    let other = folder.path().join("weights.h5");
+    fs::write(&other, b"\x89HDF\r\n\x1a\n\0\0").unwrap();
     assert!(matches!(open(&other), Err(Error::NotWeights { found: Lookalike::Unknown, .. })));
     assert!(matches!(open(&folder.path().join("none.bin")), Err(Error::Io { .. })));
     assert!(matches!(
@@ -158,21 +170,20 @@ fn a_folder_gives_its_first_known_file() {
     let refusal = || open(folder.path()).err().unwrap();
     assert_eq!(
         refusal().to_string(),
-        format!(
-            "{}: no weights here, looked for model.safetensors, open_clip_model.safetensors, pytorch_model.bin, \
-             open_clip_pytorch_model.bin",
-            folder.path().display()
-        )
+        format!("{}: no weights here, looked for {}", folder.path().display(), FILES.join(", "))
     );
-    fs::write(folder.path().join("model.safetensors.index.json"), "{}").unwrap();
-    assert!(matches!(refusal(), Error::Sharded { index } if index.ends_with("model.safetensors.index.json")));
     for name in FILES.iter().rev() {
-        fs::write(folder.path().join(name), safetensors_bytes(&[count(name, &[2], 0)])).unwrap();
-        assert_eq!(
-            open(folder.path()).unwrap().entries()[0].name,
-            *name,
-            "by its content, whatever its name"
-        );
+        let content = safetensors_bytes(&[count(name, &[2], 0)]);
+        if name.ends_with(INDEX) {
+            fs::write(folder.path().join(format!("{name}.shard")), content).unwrap();
+            let index = format!(r#"{{"weight_map": {{"{name}": "{name}.shard"}}}}"#);
+            fs::write(folder.path().join(name), index).unwrap();
+        } else {
+            fs::write(folder.path().join(name), content).unwrap();
+        }
+        let checkpoint = open(folder.path()).unwrap();
+        assert_eq!(checkpoint.entries()[0].name, *name, "by its content, whatever its name");
+        assert_eq!(checkpoint.path(), folder.path().join(name));
     }
 }
 
@@ -199,7 +210,7 @@ fn both_torch_layouts_give_the_same_tensors() {
         let found: Vec<_> = file
             .entries()
             .iter()
-            .map(|Entry { name, shape, dtype }| (name.trim_start_matches("model."), shape.clone(), *dtype))
+            .map(|Entry { name, shape, dtype }| (name.as_str(), shape.clone(), *dtype))
             .collect();
         assert_eq!(
             found,
@@ -217,23 +228,20 @@ fn both_torch_layouts_give_the_same_tensors() {
             ],
             "{name}"
         );
-        assert_eq!(floats(&file, "model.weight"), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
-        assert_eq!(floats(&file, "model.weight_t"), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
-        assert_eq!(floats(&file, "model.last_row"), [3.0, 4.0, 5.0]);
-        assert_eq!(floats(&file, "model.bias"), [0.5, -0.5]);
-        assert_eq!(floats(&file, "model.scale"), [-0.5]);
-        assert_eq!(floats(&file, "model.expanded"), [0.5, -0.5, 0.5, -0.5, 0.5, -0.5]);
-        assert_eq!(floats(&file, "model.empty"), [0.0; 0]);
+        assert_eq!(floats(&file, "weight"), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+        assert_eq!(floats(&file, "weight_t"), [0.0, 3.0, 1.0, 4.0, 2.0, 5.0]);
+        assert_eq!(floats(&file, "last_row"), [3.0, 4.0, 5.0]);
+        assert_eq!(floats(&file, "bias"), [0.5, -0.5]);
+        assert_eq!(floats(&file, "scale"), [-0.5]);
+        assert_eq!(floats(&file, "expanded"), [0.5, -0.5, 0.5, -0.5, 0.5, -0.5]);
+        assert_eq!(floats(&file, "empty"), [0.0; 0]);
         assert_eq!(
-            crate::cast::values::<f32>(Dtype::F16, &file.bytes("model.half").unwrap()),
+            crate::cast::values::<f32>(Dtype::F16, &file.bytes("half").unwrap()),
             [1.5, -2.0, 65504.0]
         );
-        assert_eq!(crate::cast::values::<i64>(Dtype::I64, &file.bytes("model.ids").unwrap()), [0, 1, 2, -3]);
-        assert_eq!(&*file.bytes("model.mask").unwrap(), [1, 0]);
-        assert!(
-            matches!(file.bytes("model.weight").unwrap(), Cow::Borrowed(_)),
-            "it stays in the mapped file"
-        );
+        assert_eq!(crate::cast::values::<i64>(Dtype::I64, &file.bytes("ids").unwrap()), [0, 1, 2, -3]);
+        assert_eq!(&*file.bytes("mask").unwrap(), [1, 0]);
+        assert!(matches!(file.bytes("weight").unwrap(), Cow::Borrowed(_)), "it stays in the mapped file");
     }
 }
 
@@ -325,6 +333,158 @@ fn other_pickles_and_archives_are_refused() {
     assert_eq!(reason(&tar), TorchError::Tar);
 }
 
+fn names(checkpoint: &dyn Checkpoint) -> Vec<&str> {
+    checkpoint.entries().iter().map(|entry| entry.name.as_str()).collect()
+}
+
+#[test]
+fn a_state_dict_is_found_in_what_training_programs_save() {
+    let tensors = [count("h.0.w", &[2], 0), count("b", &[1], 5)];
+    let bare = torch(torch_bytes(&tensors, None, &[])).unwrap();
+    assert_eq!(names(&bare), ["h.0.w", "b"]);
+    for wrapper in super::torch::WRAPPERS {
+        let file = torch(torch_bytes(&tensors, Some(wrapper), &[("epoch", 7)])).unwrap();
+        assert_eq!(names(&file), ["h.0.w", "b"], "{wrapper}");
+        assert_eq!(floats(&file, "b"), [5.0]);
+        assert_eq!(file.numbers()["epoch"], 7);
+    }
+    let other = torch(torch_bytes(&tensors, Some("generator"), &[])).unwrap();
+    assert_eq!(names(&other), ["generator.h.0.w", "generator.b"]);
+}
+
+/// What stands beside the state dict is neither listed nor refused, even weights.
+#[test]
+fn an_optimizer_beside_the_state_dict_is_passed_over() {
+    let mut object = tensor("FloatStorage", "0", "K\0(K\x04t(K\x01t");
+    object.drain(..2); // without the protocol
+    object.pop();
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let quantized = b"ctorch._utils\n_rebuild_qtensor\n)R";
+    let parts: [&[u8]; 7] = [
+        b"\x80\x02}(",
+        &text("optimizer"),
+        quantized,
+        &text("model"),
+        &object,
+        &text("args"),
+        b"cargparse\nNamespace\n)\x81}bu.",
+    ];
+    let file = torch(legacy(&parts.concat())).unwrap();
+    assert_eq!(names(&file), ["w"]);
+}
+
+/// A TorchScript archive: objects of its own code, whose attributes lead to the tensors.
+#[test]
+fn the_attributes_of_torch_script_are_its_keys() {
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let object = |class: &str, attributes: &[Vec<u8>]| {
+        [
+            b"c__torch__.",
+            class.as_bytes(),
+            b"\n",
+            class.as_bytes(),
+            b"\n)\x81}(",
+            &attributes.concat()[..],
+            b"ub",
+        ]
+        .concat()
+    };
+    let tensor = |storage: &str, size: u8| {
+        let id = [
+            b"((",
+            &text("storage")[..],
+            b"ctorch\nFloatStorage\n",
+            &text(storage),
+            &text("cpu"),
+            &[b'K', size],
+            b"tQ",
+        ];
+        let view = [b'K', 0, b'(', b'K', size, b't', b'(', b'K', 1, b't', 0x89];
+        [b"ctorch._utils\n_rebuild_tensor_v2\n", &id.concat()[..], &view, b"ccollections\nOrderedDict\n)RtR"]
+            .concat()
+    };
+    let training = || [text("training"), vec![0x88]].concat();
+    let inner = object("Linear", &[training(), text("weight"), tensor("0", 2), text("bias"), tensor("1", 1)]);
+    let model = object(
+        "Model",
+        &[training(), text("layers"), object("List", &[text("0"), inner]), text("scale"), tensor("2", 1)],
+    );
+    let values = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
+    let archive = zip_bytes(
+        "ViT/",
+        &[
+            ("constants.pkl".into(), b"\x80\x02).".to_vec()),
+            ("code/__torch__.py".into(), b"class Model(Module): ...".to_vec()),
+            ("data/0".into(), values(&[1.0, 2.0])),
+            ("data/1".into(), values(&[3.0])),
+            ("data/2".into(), values(&[4.0])),
+            ("data.pkl".into(), [b"\x80\x02", &model[..], b"."].concat()),
+        ],
+    );
+    let file = torch(archive).unwrap();
+    assert_eq!(names(&file), ["layers.0.weight", "layers.0.bias", "scale"]);
+    assert_eq!(floats(&file, "layers.0.weight"), [1.0, 2.0]);
+    assert_eq!(floats(&file, "scale"), [4.0]);
+}
+
+/// A module that was saved whole has its weights behind classes that are not torch's own: refused, not guessed.
+#[test]
+fn a_whole_module_is_refused() {
+    let mut state = tensor("FloatStorage", "0", "K\0(K\x04t(K\x01t");
+    state.pop();
+    let object = [b"\x80\x02cmy.models\nNet\n)\x81", &state[2..], b"b."].concat();
+    assert!(matches!(torch(legacy(&object)), Err(Error::Torch { reason: TorchError::NoTensors, .. })));
+}
+
+/// `{"w": array}` as Paddle pickles it: the numpy calls with these arguments and state.
+fn paddle(dtype: &str, state: &[u8]) -> Vec<u8> {
+    let text = |text: &str| [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat();
+    let dtype =
+        [b"cnumpy\ndtype\n", &text(dtype)[..], b"\x89\x88\x87R(K\x03", &text("<"), b"NNNK\0tb"].concat();
+    let array = [
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\x01b\x87R(K\x01K\x02K\x03\x86",
+        &dtype[..],
+    ];
+    [b"\x80\x03}", &text("w")[..], &array.concat(), state, b"tbs."].concat()
+}
+
+#[test]
+fn a_paddle_file_is_a_dictionary_of_arrays() {
+    let file = torch(paddle("i1", b"\x89C\x06\x01\x02\x03\x04\x05\x06")).unwrap();
+    assert_eq!(file.entries(), [Entry { name: "w".into(), shape: vec![2, 3], dtype: Dtype::I8 }]);
+    assert_eq!(*file.bytes("w").unwrap(), [1, 2, 3, 4, 5, 6]);
+    let columns = torch(paddle("u1", b"\x88C\x06\x01\x02\x03\x04\x05\x06")).unwrap();
+    assert_eq!(*columns.bytes("w").unwrap(), [1, 3, 5, 2, 4, 6], "stored column by column");
+    // protocol 2 has no bytes: they are text, encoded
+    let encoded = b"\x89c_codecs\nencode\nX\x07\0\0\0\x01\x02\xc3\xbf\x04\x05\x06X\x06\0\0\0latin1\x86R";
+    let file = torch(paddle("u1", encoded)).unwrap();
+    assert_eq!(*file.bytes("w").unwrap(), [1, 2, 255, 4, 5, 6]);
+    let brain = torch(paddle("u2", b"\x89C\x0c\0\0\x80?\0@\0\0\0\0\0\0")).unwrap();
+    assert_eq!(brain.entries()[0].dtype, Dtype::BF16, "Paddle has no other type for it");
+
+    let reason = |bytes: Vec<u8>| match torch(bytes) {
+        Err(Error::Torch { reason, .. }) => reason,
+        other => panic!("{other:?}"),
+    };
+    let short =
+        TorchError::StorageLength { key: "w".into(), storage: "its own".into(), expected: 6, found: 5 };
+    assert_eq!(reason(paddle("u1", b"\x89C\x05\x01\x02\x03\x04\x05")), short);
+    assert!(matches!(reason(paddle("c8", b"\x89C\x01\x01")), TorchError::Unsupported { .. }));
+    assert!(matches!(reason(paddle("u1", b"\x89]")), TorchError::Unsupported { .. }));
+}
+
+/// Random states are numpy arrays beside the weights of torch files, not weights.
+#[test]
+fn an_array_in_a_torch_file_is_passed_over() {
+    let mut object = tensor("FloatStorage", "0", "K\0(K\x04t(K\x01t");
+    object.pop();
+    let array = paddle("u1", b"\x89C\x06\x01\x02\x03\x04\x05\x06");
+    object.extend(b"X\x03\0\0\0rng");
+    object.extend(&array[2..array.len() - 1]);
+    object.extend(b"s.");
+    assert_eq!(names(&torch(legacy(&object)).unwrap()), ["w"]);
+}
+
 /// Reads everything a checkpoint has; whatever the bytes, this must not panic.
 fn read_all(checkpoint: Result<&dyn Checkpoint, &Error>) {
     match checkpoint {
@@ -398,4 +558,20 @@ proptest! {
         read_all(torch([b"\x80\x02", &bytes[..]].concat()).as_ref().map(|file| file as &dyn Checkpoint));
         read_all(torch([b"PK\x03\x04", &bytes[..]].concat()).as_ref().map(|file| file as &dyn Checkpoint));
     }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_link_to_nothing_is_an_error_and_no_other_file_takes_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("../blobs/gone", folder.path().join("model.safetensors")).unwrap();
+    fs::write(folder.path().join("pytorch_model.bin"), small_torch("zip.pt")).unwrap();
+    let error = open(folder.path()).err().unwrap();
+    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("model.safetensors")), "{error:?}");
+    fs::create_dir(folder.path().join("sub")).unwrap();
+    fs::create_dir(folder.path().join("sub/model.safetensors")).unwrap();
+    assert!(matches!(
+        open(&folder.path().join("sub")),
+        Err(Error::NotWeights { found: Lookalike::NotAFile, .. })
+    ));
 }

@@ -40,6 +40,35 @@ pub(super) fn entries(file: &[u8]) -> Result<HashMap<String, Range<usize>>, Torc
     Ok(entries)
 }
 
+/// An entry as the directory describes it.
+pub(crate) struct Listed {
+    pub(crate) name: String,
+    /// Of its content.
+    pub(crate) size: usize,
+    /// Where its local header is, before its content.
+    pub(crate) local: usize,
+}
+
+/// The bytes of `file` that the directory takes, from what its end says; `file` need only have its last 64 KiB.
+pub(crate) fn directory_start(file: &[u8]) -> Option<usize> {
+    directory(file, find_end(file)?).map(|(_, start)| start)
+}
+
+/// What the directory lists. Of `file` only the directory need be there.
+pub(crate) fn listed(file: &[u8]) -> Result<Vec<Listed>, TorchError> {
+    let broken = TorchError::Zip;
+    let end = find_end(file).ok_or(broken("no end of directory: truncated?"))?;
+    let (count, mut at) = directory(file, end).ok_or(broken("the end of the directory does not hold"))?;
+    let mut listed = Vec::new();
+    for _ in 0..count {
+        let entry = Entry::read(file, at).ok_or(broken("the directory is cut short"))?;
+        let name = String::from_utf8_lossy(entry.name).into_owned();
+        listed.push(Listed { name, size: entry.size, local: entry.local });
+        at = entry.next;
+    }
+    Ok(listed)
+}
+
 /// The last record of the file; only a comment of at most 64 KiB may follow it.
 fn find_end(file: &[u8]) -> Option<usize> {
     let last = file.len().checked_sub(END_LENGTH)?;

@@ -1,0 +1,143 @@
+//! Time and memory of loading a checkpoint of 2 GB, beside Python's safetensors and torch, in turns.
+//!
+//! ```sh
+//! VOLARY_PYTHON=python3 cargo bench --bench load
+//! ```
+//!
+//! Writes CLIP ViT-H/14 with random weights in f16 to a temporary folder, as one safetensors file and, with torch, as a
+//! sharded `pytorch_model.bin`. Every load is a process of its own; the files are in the system's cache. Times are from
+//! before the file is opened until every value has been read; memory is the peak of the resident set.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::{Device, FloatDType};
+use volary::clip::{ClipConfig, Layout};
+use volary::preset::Shape;
+use volary::registry::SYSTEMS;
+use volary_weights::{LoadOptions, load, open, save};
+
+const MODEL: &str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K";
+/// Runs of each program, in turns.
+const RUNS: usize = 5;
+const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/load.py");
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["child", path, dtype] => child(Path::new(path), dtype),
+        ["write", path] => write(Path::new(path)),
+        _ => parent(),
+    }
+}
+
+/// The rows of the table: what is loaded, and into what.
+fn parent() -> Result<()> {
+    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let folder = tempfile::tempdir()?;
+    let whole = folder.path().join("model.safetensors");
+    // A process of its own as well: the memory of writing must not be seen in what follows.
+    let program = std::env::current_exe()?;
+    run(Command::new(&program).arg("write").arg(&whole))?;
+    let shards = folder.path().join("shards");
+    fs::create_dir(&shards)?;
+    let has_torch = run(Command::new(&python).arg(PEER).arg("shard").arg(&whole).arg(&shards)).is_ok();
+    if !has_torch {
+        eprintln!("{python} has no torch and safetensors: only our own figures are measured");
+    }
+    println!("| checkpoint | into | program | seconds | peak MiB |\n| --- | --- | --- | --- | --- |");
+    let size = fs::metadata(&whole)?.len() as f64 / 1e9;
+    for (path, what) in [(&whole, "one safetensors file"), (&shards, "sharded .bin")] {
+        if path == &shards && !has_torch {
+            continue;
+        }
+        for dtype in ["f16", "f32"] {
+            let mut programs = vec![("volary", command(&program, &["child"], path, dtype))];
+            if has_torch {
+                programs.push(("Python", command(Path::new(&python), &[PEER, "load"], path, dtype)));
+                programs.push(("Python, not read", command(Path::new(&python), &[PEER, "map"], path, dtype)));
+            }
+            let mut figures = vec![Vec::new(); programs.len()];
+            for _ in 0..RUNS {
+                for ((_, command), figures) in programs.iter_mut().zip(&mut figures) {
+                    figures.push(measured(command)?);
+                }
+            }
+            for ((name, _), figures) in programs.iter().zip(figures) {
+                let median = |pick: fn(&(f64, f64)) -> f64| {
+                    let mut values: Vec<f64> = figures.iter().map(pick).collect();
+                    values.sort_by(f64::total_cmp);
+                    values[values.len() / 2]
+                };
+                let (seconds, memory) = (median(|figure| figure.0), median(|figure| figure.1));
+                println!("| {size:.2} GB, {what} | {dtype} | {name} | {seconds:.2} | {memory:.0} |");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn command(program: &Path, first: &[&str], path: &Path, dtype: &str) -> Command {
+    let mut command = Command::new(program);
+    command.args(first).arg(path).arg(dtype);
+    command
+}
+
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("{command:?} does not start"))?;
+    if !output.status.success() {
+        bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// Seconds and MiB, as the program prints them.
+fn measured(command: &mut Command) -> Result<(f64, f64)> {
+    let output = run(command)?;
+    let mut words = output.split_whitespace().map(str::parse::<f64>);
+    match (words.next(), words.next()) {
+        (Some(Ok(seconds)), Some(Ok(memory))) => Ok((seconds, memory)),
+        _ => bail!("{command:?} printed `{output}`, not seconds and MiB"),
+    }
+}
+
+fn config() -> Result<&'static ClipConfig> {
+    let presets = SYSTEMS.iter().flat_map(|system| system.presets);
+    match presets.filter(|preset| preset.name == MODEL).map(|preset| &preset.shape).next() {
+        Some(Shape::Clip(config)) => Ok(config),
+        _ => bail!("{MODEL} is not a CLIP among the presets"),
+    }
+}
+
+fn write(path: &Path) -> Result<()> {
+    let config = config()?;
+    let keys = Layout::Transformers.keys(&config.vision);
+    Ok(save(&config.init(&Device::flex()), keys, Some(FloatDType::F16), path, None)?)
+}
+
+/// Loads, and prints seconds and MiB.
+fn child(path: &Path, dtype: &str) -> Result<()> {
+    let dtype = if dtype == "f16" { FloatDType::F16 } else { FloatDType::F32 };
+    let config = config()?;
+    let options = LoadOptions { dtype: Some(dtype), ..LoadOptions::default() };
+    let start = Instant::now();
+    let checkpoint = open(path)?;
+    let keys = Layout::Transformers.keys(&config.vision);
+    let model = load(config.init(&Device::flex()), checkpoint.as_ref(), keys, &options)?;
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{seconds} {}", peak_mib()?);
+    drop(model);
+    Ok(())
+}
+
+/// The peak of this process's resident set, as Linux counts it.
+fn peak_mib() -> Result<f64> {
+    let file = PathBuf::from("/proc/self/status");
+    let status = fs::read_to_string(&file).context("peak memory is read from /proc, which only Linux has")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
+    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kib / 1024.0)
+}
