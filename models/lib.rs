@@ -8,6 +8,7 @@ mod error;
 pub mod export;
 pub mod folder;
 pub mod index;
+pub mod llama;
 pub mod preset;
 pub mod pretrained;
 pub mod recipe;

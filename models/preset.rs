@@ -27,6 +27,8 @@ pub enum Shape {
     Bert(crate::bert::BertConfig),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
+    /// [`crate::llama`]
+    Llama(crate::llama::LlamaConfig),
 }
 
 /// Where weights are.
@@ -55,6 +57,7 @@ impl Shape {
             Shape::Clip(config) => parameters(&config.init(&device)),
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
+            Shape::Llama(config) => parameters(&config.init(&device)),
         })
     }
 }

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{bert, clip, vit};
+use crate::{bert, clip, llama, vit};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -56,7 +56,7 @@ pub struct Description {
 }
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM];
+pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM, llama::SYSTEM];
 
 /// The configuration files that are looked for, in this order.
 pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json"];

@@ -11,9 +11,10 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// The JSON in a file.
+/// The JSON in a file, as Python writes it: the value `Infinity`, which JSON lacks, is read as null.
 pub fn json(file: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap()
+    let text = std::fs::read_to_string(file).unwrap();
+    serde_json::from_str(&text.replace("\": Infinity", "\": null")).unwrap()
 }
 
 /// What differs between outputs and a reference, by the reference's own tolerance.

@@ -6,4 +6,4 @@ mod rope;
 
 pub use activation::Activation;
 pub use attention::{Mask, attention};
-pub use rope::{GridRopeConfig, Pairing, Positions, Rope, RopeConfig};
+pub use rope::{GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling};

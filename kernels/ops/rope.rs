@@ -11,6 +11,8 @@
 //! so that the product of a query at `m` and a key at `n` depends on `m - n` only (Su et al. 2021, "RoFormer",
 //! equations 15 and 34).
 
+use std::f64::consts::PI;
+
 use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
@@ -37,6 +39,39 @@ pub struct RopeConfig {
     /// Which channels turn together.
     #[config(default = "Pairing::Half")]
     pub pairing: Pairing,
+    /// How the frequencies are slowed for longer sequences.
+    #[config(default = "RopeScaling::Unscaled")]
+    pub scaling: RopeScaling,
+}
+
+/// How frequencies are slowed so that a model serves longer sequences than it was pretrained on.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub enum RopeScaling {
+    /// As they are.
+    Unscaled,
+    /// Every frequency over this factor (Chen et al. 2023, "position interpolation").
+    Linear(f64),
+    /// By wavelength.
+    Llama3(Llama3Scaling),
+}
+
+/// Llama 3.1's scaling (`_compute_llama3_parameters` of `transformers`): with the wavelength `λ = 2π / θᵢ` and
+/// `turns = pretrained / λ`, how often a pair turns within the pretrained length,
+///
+/// ```text
+/// smooth = clamp((turns - low) / (high - low), 0, 1)
+/// θᵢ' = θᵢ (smooth + (1 - smooth) / factor)
+/// ```
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct Llama3Scaling {
+    /// What the frequencies of slow pairs are divided by.
+    pub factor: f64,
+    /// Pairs that turn less often than this are slow.
+    pub low: f64,
+    /// Pairs that turn more often than this stay as they are.
+    pub high: f64,
+    /// Longest sequence of the pretraining.
+    pub pretrained: f64,
 }
 
 /// Configuration of a [`Rope`] over a picture's patches, row by row, as EVA-02 turns them (Fang et al. 2023;
@@ -95,11 +130,29 @@ impl RopeConfig {
             "{} rotary channels do not make pairs",
             self.d_rot
         );
-        let frequencies = frequencies(self.d_rot, self.theta);
+        let frequencies: Vec<f64> = frequencies(self.d_rot, self.theta)
+            .into_iter()
+            .map(|frequency| self.scaling.apply(frequency))
+            .collect();
         let angles = (0..self.positions)
             .flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency))
             .collect();
         Rope::new(angles, [self.positions, self.d_rot / 2], self.pairing, device)
+    }
+}
+
+impl RopeScaling {
+    /// The frequency, in radians per position, that takes the place of `frequency`.
+    pub fn apply(self, frequency: f64) -> f64 {
+        match self {
+            Self::Unscaled => frequency,
+            Self::Linear(factor) => frequency / factor,
+            Self::Llama3(Llama3Scaling { factor, low, high, pretrained }) => {
+                let turns = pretrained * frequency / (2.0 * PI);
+                let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                frequency * (smooth + (1.0 - smooth) / factor)
+            }
+        }
     }
 }
 

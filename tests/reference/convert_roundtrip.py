@@ -31,7 +31,13 @@ def main():
     )
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     with torch.no_grad():
-        found = dict(flat(model.eval()(**load_file(fixture / "inputs.safetensors"))))
+        inputs = load_file(fixture / "inputs.safetensors")
+        found = dict(flat(model.eval()(**inputs)))
+        if model.can_generate():
+            row, count = inputs["input_ids"][:1], 8
+            model.generation_config.eos_token_id = None  # a greedy reference does not stop
+            tokens = model.generate(row, do_sample=False, max_new_tokens=count)
+            found["greedy_ids"] = tokens[:, row.shape[1] :]
     wrong = 0
     tolerance = reference["tolerance"]
     for name, expected in load_file(fixture / "outputs.safetensors").items():

@@ -1,0 +1,913 @@
+//! LLaMA: a causal text decoder (Touvron et al. 2023, <https://arxiv.org/abs/2302.13971>), Llama 2 and 3
+//! (<https://arxiv.org/abs/2307.09288>, <https://arxiv.org/abs/2407.21783>), and what others trained in its
+//! shape: TinyLlama, and Aquila of BAAI.
+//!
+//! The numbers match `transformers` (`LlamaForCausalLM`, `LlamaModel`), which reads Meta's uploads named `-hf`,
+//! those from Llama 3 on, and BAAI's Aquila.
+//!
+//! ```sh
+//! volary forward path/to/TinyLlama-1.1B-Chat-v1.0 --input in.safetensors --output out.safetensors
+//! ```
+
+use burn::module::Module;
+use burn::tensor::activation::log_softmax;
+use burn::tensor::module::linear;
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use volary_kernels::layers::{
+    Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, RmsNorm,
+};
+use volary_kernels::ops::{
+    self, Activation, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
+};
+use volary_weights::{KeyMap, Rule};
+
+use Rule::{Ignore, Rename, Under};
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output};
+
+/// Shape of a decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Longest sequence it was trained for. Longer ones run.
+    pub n_positions: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Width of the MLP.
+    pub d_ff: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Number of query heads.
+    pub n_heads: usize,
+    /// Number of key-value heads; each serves as many query heads.
+    pub n_kv_heads: usize,
+    /// Width of a head.
+    pub d_head: usize,
+    /// The MLP's activation.
+    pub activation: Activation,
+    /// Whether the projections of the attention have a bias.
+    pub attention_bias: bool,
+    /// Whether those of the MLP have one.
+    pub mlp_bias: bool,
+    /// Added to mean squares.
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies.
+    pub rope_theta: f64,
+    /// How they are slowed for longer sequences.
+    pub rope_scaling: RopeScaling,
+    /// What makes scores of states.
+    pub head: Head,
+}
+
+/// What makes scores of states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// A projection of its own.
+    Own,
+    /// The token table.
+    Tied,
+    /// Nothing: the states are the output.
+    Absent,
+}
+
+/// A decoder.
+#[derive(Module, Debug)]
+pub struct Llama {
+    /// `[vocab_size, d_model]`.
+    pub tokens: Embedding,
+    /// The blocks.
+    pub blocks: Vec<LlamaBlock>,
+    /// After the last one.
+    pub norm: RmsNorm,
+    /// `[vocab_size, d_model]`, unless the token table serves.
+    pub head: Option<Linear>,
+    #[module(skip)]
+    rope: RopeConfig,
+}
+
+/// A pre-norm transformer block.
+#[derive(Module, Debug)]
+pub struct LlamaBlock {
+    /// Before the attention.
+    pub norm1: RmsNorm,
+    /// Grouped-query self-attention.
+    pub attention: Attention,
+    /// Before the MLP.
+    pub norm2: RmsNorm,
+    /// Three projections.
+    pub mlp: GatedMlp,
+    #[module(skip)]
+    activation: Activation,
+}
+
+/// A batch of texts. Whole ones of equal length are `ids.into()`.
+#[derive(Clone, Debug)]
+pub struct LlamaInput {
+    /// `[batch, seq]`.
+    pub ids: Tensor<2, Int>,
+    /// Where the tokens stand.
+    pub positions: Positions,
+    /// What hides keys besides the future, as [`Mask::Padding`].
+    pub mask: Mask,
+}
+
+impl From<Tensor<2, Int>> for LlamaInput {
+    fn from(ids: Tensor<2, Int>) -> Self {
+        Self { ids, positions: Positions::From(0), mask: Mask::Full }
+    }
+}
+
+/// Where the tokens of a pass stand, and which of them they see.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// A table that reaches the last of the positions.
+    pub rope: &'a Rope,
+    /// Where the tokens stand.
+    pub positions: &'a Positions,
+    /// Which keys a query may attend to.
+    pub mask: &'a Mask,
+}
+
+/// Keys and values of a text so far, and the rotary table for as long as it may get.
+#[derive(Clone, Debug)]
+pub struct LlamaCache {
+    rope: Rope,
+    blocks: Vec<KvCache>,
+}
+
+impl LlamaCache {
+    /// How many tokens each row holds.
+    pub fn len(&self) -> usize {
+        self.blocks.first().map_or(0, KvCache::len)
+    }
+
+    /// Whether it holds no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl LlamaConfig {
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> Llama {
+        let Self { vocab_size, d_model, d_head, .. } = *self;
+        let norm = || RmsNorm::new(d_model, self.rms_norm_eps, device);
+        let block = |_| LlamaBlock {
+            norm1: norm(),
+            attention: AttentionConfig::new(d_model, self.n_heads)
+                .with_n_kv_heads(Some(self.n_kv_heads))
+                .with_d_head(Some(d_head))
+                .with_bias(self.attention_bias)
+                .with_output_bias(self.attention_bias)
+                .init(device),
+            norm2: norm(),
+            mlp: GatedMlpConfig::new(d_model, self.d_ff).with_bias(self.mlp_bias).init(device),
+            activation: self.activation,
+        };
+        let head = || LinearConfig::new(d_model, vocab_size).with_bias(false).init(device);
+        Llama {
+            tokens: Embedding::new(vocab_size, d_model, 0.02, device),
+            blocks: (0..self.n_layers).map(block).collect(),
+            norm: norm(),
+            head: (self.head == Head::Own).then(head),
+            rope: RopeConfig {
+                d_rot: d_head,
+                positions: self.n_positions,
+                theta: self.rope_theta,
+                pairing: Pairing::Half,
+                scaling: self.rope_scaling,
+            },
+        }
+    }
+}
+
+impl LlamaBlock {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
+    pub fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let x = x.clone() + self.attend(self.norm1.forward(x), place, cache);
+        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+    }
+
+    fn attend(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let Place { rope, positions, mask } = place;
+        let query = rope.apply(self.attention.queries(x.clone()), positions); // [batch, n_heads, seq, d_head]
+        let (key, value) = self.attention.keys_values(x); // [batch, n_kv_heads, seq, d_head]
+        let key = rope.apply(key, positions);
+        let (key, value) = match cache {
+            Some(cache) => cache.append(key, value), // [batch, n_kv_heads, past + seq, d_head]
+            None => (key, value),
+        };
+        self.attention.merge(ops::attention(query, key, value, mask, None))
+    }
+}
+
+impl Llama {
+    /// The states of a batch of texts, `[batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary, or shapes differ.
+    pub fn forward(&self, input: impl Into<LlamaInput>) -> Tensor<3> {
+        let LlamaInput { ids, positions, mask } = input.into();
+        let [_, seq] = ids.dims();
+        let end = match &positions {
+            Positions::From(first) => first + seq,
+            Positions::Each(each) => each.clone().max().into_scalar::<i64>() as usize + 1,
+        };
+        let rope = self.rope(end, &ids.device());
+        let mask = Mask::All(vec![Mask::Causal, mask]);
+        let place = Place { rope: &rope, positions: &positions, mask: &mask };
+        let x = self.tokens.forward(ids); // [batch, seq, d_model]
+        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, place, None));
+        self.norm.forward(x)
+    }
+
+    /// The states of the tokens `[batch, new]` that follow those in `cache`, which grows by them:
+    /// `[batch, new, d_model]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary, or the cache is full.
+    pub fn decode(&self, ids: Tensor<2, Int>, cache: &mut LlamaCache) -> Tensor<3> {
+        let positions = Positions::From(cache.len());
+        let LlamaCache { rope, blocks: caches } = cache;
+        let place = Place { rope, positions: &positions, mask: &Mask::Causal };
+        let x = self.tokens.forward(ids); // [batch, new, d_model]
+        let layers = self.blocks.iter().zip(caches);
+        let x = layers.fold(x, |x, (block, cache)| block.forward(x, place, Some(cache)));
+        self.norm.forward(x)
+    }
+
+    /// Scores of the next token: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.
+    pub fn logits(&self, states: Tensor<3>) -> Tensor<3> {
+        match &self.head {
+            Some(head) => head.forward(states),
+            None => linear(states, self.tokens.weight.val().transpose(), None),
+        }
+    }
+
+    /// An empty cache for texts of at most `capacity` tokens.
+    pub fn cache(&self, capacity: usize) -> LlamaCache {
+        let blocks = self.blocks.iter().map(|_| KvCache::new(capacity)).collect();
+        LlamaCache { rope: self.rope(capacity, &self.tokens.weight.device()), blocks }
+    }
+
+    /// The `count` likeliest tokens after prompts of equal length, one after the other:
+    /// `[batch, seq] -> [batch, count]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary, or `count` is 0.
+    pub fn greedy(&self, prompt: Tensor<2, Int>, count: usize) -> Tensor<2, Int> {
+        let [batch, seq] = prompt.dims();
+        let mut cache = self.cache(seq + count);
+        let mut new = prompt;
+        let mut tokens = Vec::with_capacity(count);
+        for _ in 0..count {
+            let [_, seq] = new.dims();
+            let states = self.decode(new, &mut cache).narrow(1, seq - 1, 1); // [batch, 1, d_model]
+            new = self.logits(states).argmax(2).reshape([batch, 1]);
+            tokens.push(new.clone());
+        }
+        Tensor::cat(tokens, 1)
+    }
+
+    fn rope(&self, positions: usize, device: &Device) -> Rope {
+        RopeConfig { positions, ..self.rope.clone() }.init(device)
+    }
+}
+
+/// The mean cross-entropy of every real token but the first of each row given those before it, in nats, `[1]`;
+/// `None` where there is none.
+///
+/// - `logits`: `[batch, seq, vocab_size]`
+/// - `ids` and which of them are `real`: `[batch, seq]`; all when `None`.
+pub fn next_token_loss(
+    logits: Tensor<3>,
+    ids: Tensor<2, Int>,
+    real: Option<Tensor<2, Bool>>,
+) -> Option<Tensor<1>> {
+    let [batch, seq] = ids.dims();
+    if seq < 2 {
+        return None;
+    }
+    let targets = ids.narrow(1, 1, seq - 1);
+    let chances = log_softmax(logits.narrow(1, 0, seq - 1).cast(DType::F32), 2); // [batch, seq - 1, vocab_size]
+    let chances = chances.gather(2, targets.unsqueeze_dim(2)).reshape([batch, seq - 1]);
+    match real {
+        None => Some(-chances.mean()),
+        Some(real) => {
+            let real = real.narrow(1, 1, seq - 1);
+            let count = real.clone().int().sum().into_scalar::<i64>();
+            let sum = chances.mask_fill(real.bool_not(), 0.0).sum();
+            (count > 0).then(|| -sum / count as f64)
+        }
+    }
+}
+
+/// The `model_type`s of this shape.
+const FAMILIES: &[&str] = &["llama", "aquila"];
+
+impl LlamaConfig {
+    /// The configuration of a folder.
+    ///
+    /// # Errors
+    /// If it is missing, malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<Self, Error> {
+        Ok(Self::parse(&folder.config("config.json")?)?)
+    }
+
+    /// `config.json` of `transformers`; what it leaves out has the values of `LlamaConfig`. Ids of special tokens
+    /// are not read: they change no number, and some uploads' lie outside the vocabulary.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        let family = config.text("model_type").filter(|family| FAMILIES.contains(family));
+        let family = family.ok_or_else(|| config.error("model_type", &FAMILIES.join(", ")))?;
+        config.only("is_causal", &["true"])?;
+        config.only("partial_rotary_factor", &["1", "1.0"])?;
+        config.only("add_cross_attention", &["false"])?;
+        let d_model = config.size_or("hidden_size", 4096)?;
+        let n_heads = config.size_or("num_attention_heads", 32)?;
+        let n_kv_heads = config.size_or("num_key_value_heads", n_heads)?;
+        config.divides("num_key_value_heads", n_kv_heads, n_heads)?;
+        if !config.has("head_dim") {
+            config.divides("num_attention_heads", n_heads, d_model)?;
+        }
+        let d_head = config.size_or("head_dim", d_model / n_heads)?;
+        if !d_head.is_multiple_of(2) || d_head > 65536 {
+            return Err(
+                config.error("head_dim", "an even width (`hidden_size / num_attention_heads` if not set)")
+            );
+        }
+        let (rope_theta, rope_scaling) = rope(config)?;
+        let head = match (config.first_of("architectures"), config.flag_or("tie_word_embeddings", false)?) {
+            (Some("LlamaModel" | "AquilaModel"), _) => Head::Absent,
+            (_, true) => Head::Tied,
+            (_, false) => Head::Own,
+        };
+        Ok(Self {
+            vocab_size: config.size_or("vocab_size", if family == "aquila" { 100_008 } else { 32000 })?,
+            n_positions: config.size_or("max_position_embeddings", 2048)?,
+            d_model,
+            d_ff: config.size_or("intermediate_size", 11008)?,
+            n_layers: config.blocks_or("num_hidden_layers", 32)?,
+            n_heads,
+            n_kv_heads,
+            d_head,
+            activation: config.activation_or("hidden_act", Activation::Silu)?,
+            attention_bias: config.flag_or("attention_bias", false)?,
+            mlp_bias: config.flag_or("mlp_bias", false)?,
+            rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)?,
+            rope_theta,
+            rope_scaling,
+            head,
+        })
+    }
+}
+
+/// Base and scaling of the rotary frequencies: `rope_theta` and `rope_scaling`, or, from transformers 5 on, all in
+/// `rope_parameters`.
+fn rope(config: &Config) -> Result<(f64, RopeScaling), ConfigError> {
+    let field = if config.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" };
+    let rope = config.object_or_empty(field)?;
+    rope.only("partial_rotary_factor", &["1", "1.0"])?;
+    let positive = |of: &Config, field: &str, default: f64| match of.number_or(field, default)? {
+        number if number > 0.0 => Ok(number),
+        _ => Err(of.error(field, "a number above 0")),
+    };
+    let theta = positive(if rope.has("rope_theta") { &rope } else { config }, "rope_theta", 10000.0)?;
+
+    let field = if rope.has("rope_type") { "rope_type" } else { "type" };
+    let kind = if rope.has(field) { rope.text(field) } else { Some("default") };
+    let needed = |field: &str| positive(&rope, field, 0.0);
+    let scaling = match kind {
+        Some("default") => RopeScaling::Unscaled,
+        Some("linear") => RopeScaling::Linear(needed("factor")?),
+        Some("llama3") => {
+            let scaling = Llama3Scaling {
+                factor: needed("factor")?,
+                low: needed("low_freq_factor")?,
+                high: needed("high_freq_factor")?,
+                pretrained: needed("original_max_position_embeddings")?,
+            };
+            if scaling.high <= scaling.low {
+                return Err(rope.error("high_freq_factor", "more than `low_freq_factor`"));
+            }
+            RopeScaling::Llama3(scaling)
+        }
+        _ => return Err(rope.error(field, "default, linear or llama3")),
+    };
+    Ok((theta, scaling))
+}
+
+const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+
+const BLOCK: &[Rule] = &[
+    Rename("input_layernorm.weight", "norm1.weight"),
+    Under("self_attn.q_proj.", "attention.query.", LINEAR),
+    Under("self_attn.k_proj.", "attention.key.", LINEAR),
+    Under("self_attn.v_proj.", "attention.value.", LINEAR),
+    Under("self_attn.o_proj.", "attention.output.", LINEAR),
+    Ignore("self_attn.rotary_emb.inv_freq"),
+    Rename("post_attention_layernorm.weight", "norm2.weight"),
+    Under("mlp.gate_proj.", "mlp.gate.", LINEAR),
+    Under("mlp.up_proj.", "mlp.up.", LINEAR),
+    Under("mlp.down_proj.", "mlp.down.", LINEAR),
+];
+
+const TRUNK: &[Rule] = &[
+    Rename("embed_tokens.weight", "tokens.weight"),
+    Under("layers.{}.", "blocks.{}.", BLOCK),
+    Rename("norm.weight", "norm.weight"),
+    Ignore("rotary_emb.inv_freq"),
+];
+
+/// Keys of `LlamaForCausalLM` with a head of its own. Those of `LlamaModel` have nothing before them.
+pub const KEYS: KeyMap =
+    KeyMap::new(&[Under("model.", "", TRUNK), Under("", "", TRUNK), Rename("lm_head.weight", "head.weight")]);
+
+/// Keys of `LlamaModel`, or of `LlamaForCausalLM` whose head is the token table: a head in the file is a copy of it,
+/// or means nothing.
+pub const KEYS_WITHOUT_HEAD: KeyMap =
+    KeyMap::new(&[Under("model.", "", TRUNK), Under("", "", TRUNK), Ignore("lm_head.weight")]);
+
+impl Head {
+    /// The key map of a model with this head.
+    pub const fn keys(self) -> &'static KeyMap {
+        match self {
+            Self::Own => &KEYS,
+            Self::Tied | Self::Absent => &KEYS_WITHOUT_HEAD,
+        }
+    }
+}
+
+/// LLaMA as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "llama",
+    about: "causal text decoders: LLaMA, Llama 2 and 3, TinyLlama, Aquila",
+    file: "models/llama.rs",
+    tasks: &["forward"],
+    proved: &["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"],
+    presets: PRESETS,
+    recognises: |_, config| {
+        // FlagAI's own files of Aquila name their sizes otherwise
+        config.is_some_and(|config| match config.text("model_type") {
+            Some("aquila") => config.has("hidden_size"),
+            family => family == Some("llama"),
+        })
+    },
+    describe: |folder| {
+        let config = LlamaConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), config.head.keys())
+    },
+    open: |folder, options, device| {
+        let config = LlamaConfig::of(folder)?;
+        let model = fill(folder, config.init(device), config.head.keys(), options)?;
+        Ok(Box::new(Runner { model, config }))
+    },
+};
+
+/// How many tokens the forward contract continues the first row of `input_ids` by.
+const CONTINUATION: usize = 8;
+/// How many it continues `greedy.prompt_ids` by.
+const GREEDY: usize = 12;
+
+/// A decoder behind the forward contract.
+struct Runner {
+    model: Llama,
+    config: LlamaConfig,
+}
+
+impl Forward for Runner {
+    /// `input_ids`, and if wanted `attention_mask`, `position_ids` and `greedy.prompt_ids`.
+    ///
+    /// Gives `last_hidden_state` without a head. With one: `logits`; `loss`, the mean over real tokens of
+    /// [`next_token_loss`]; and greedily decoded, without a stop, the twelve `greedy.tokens` after
+    /// `greedy.prompt_ids`, or else the eight `greedy_ids` after the real tokens of the first row.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let LlamaConfig { vocab_size, n_positions, .. } = self.config;
+        let ids = inputs.ids::<2>("input_ids", vocab_size);
+        let real = inputs.mask("attention_mask");
+        let positions = inputs.ids::<2>("position_ids", n_positions);
+        let prompt = inputs.ids::<2>("greedy.prompt_ids", vocab_size);
+        inputs.missing("input_ids");
+        let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
+
+        let [batch, seq] = ids.dims();
+        let mut fits = |name: &str, dims: Option<[usize; 2]>, one_row: bool| match dims {
+            Some(dims) if dims != [batch, seq] && !(one_row && dims == [1, seq]) => {
+                inputs.problem(format!("`{name}` is {dims:?}, `input_ids` {:?}", [batch, seq]));
+            }
+            _ => {}
+        };
+        fits("attention_mask", real.as_ref().map(Tensor::dims), false);
+        fits("position_ids", positions.as_ref().map(Tensor::dims), true);
+        match prompt.as_ref().map(Tensor::dims) {
+            Some([rows, _]) if rows > 1 => {
+                inputs.problem(format!("`greedy.prompt_ids` has {rows} rows, expected 1"));
+            }
+            _ => {}
+        }
+        if self.config.head == Head::Absent && prompt.is_some() {
+            inputs.problem("`greedy.prompt_ids` needs a head, and this model has none".into());
+        }
+        inputs.finish()?;
+
+        let states = self.model.forward(LlamaInput {
+            ids: ids.clone(),
+            positions: positions.map_or(Positions::From(0), Positions::Each),
+            mask: real.clone().map_or(Mask::Full, Mask::Padding),
+        });
+        if self.config.head == Head::Absent {
+            return Ok(vec![output("last_hidden_state", states)]);
+        }
+        let logits = self.model.logits(states);
+        let mut outputs = vec![output("logits", logits.clone())];
+        outputs.extend(next_token_loss(logits, ids.clone(), real.clone()).map(|loss| output("loss", loss)));
+        match (prompt, first_row(ids, real)) {
+            (Some(prompt), _) => {
+                let tokens = self.model.greedy(prompt, GREEDY);
+                outputs.push(whole("greedy.tokens", tokens.reshape([GREEDY])));
+            }
+            (None, Some(row)) => outputs.push(whole("greedy_ids", self.model.greedy(row, CONTINUATION))),
+            (None, None) => {}
+        }
+        Ok(outputs)
+    }
+}
+
+/// The real tokens of the first of the rows `[batch, seq]`, `[1, real]`, if there are any.
+fn first_row(ids: Tensor<2, Int>, real: Option<Tensor<2, Bool>>) -> Option<Tensor<2, Int>> {
+    let row = ids.narrow(0, 0, 1);
+    let Some(real) = real else { return Some(row) };
+    let real = real.narrow(0, 0, 1).int().into_data().convert::<i64>();
+    let places: Vec<i64> =
+        (0..).zip(real.iter::<i64>()).filter(|(_, real)| *real != 0).map(|(at, _)| at).collect();
+    let count = places.len();
+    (count > 0).then(|| {
+        let places = Tensor::from_data(TensorData::new(places, [count]), &row.device());
+        row.select(1, places)
+    })
+}
+
+/// Tokens as whole numbers.
+fn whole<const D: usize>(name: &str, tokens: Tensor<D, Int>) -> (String, TensorData) {
+    (name.into(), tokens.into_data().convert::<i64>())
+}
+
+/// Touvron et al. 2023, "Llama 2", table 1 and appendix A.2.1: 7B.
+const LLAMA_2_7B: LlamaConfig = LlamaConfig {
+    vocab_size: 32000,
+    n_positions: 4096,
+    d_model: 4096,
+    d_ff: 11008,
+    n_layers: 32,
+    n_heads: 32,
+    n_kv_heads: 32,
+    d_head: 128,
+    activation: Activation::Silu,
+    attention_bias: false,
+    mlp_bias: false,
+    rms_norm_eps: 1e-5,
+    rope_theta: 10000.0,
+    rope_scaling: RopeScaling::Unscaled,
+    head: Head::Own,
+};
+const LLAMA_2_13B: LlamaConfig =
+    LlamaConfig { d_model: 5120, d_ff: 13824, n_layers: 40, n_heads: 40, n_kv_heads: 40, ..LLAMA_2_7B };
+const LLAMA_2_70B: LlamaConfig =
+    LlamaConfig { d_model: 8192, d_ff: 28672, n_layers: 80, n_heads: 64, n_kv_heads: 8, ..LLAMA_2_7B };
+
+/// "The Llama 3 herd of models", table 3: 8B.
+const LLAMA_3_8B: LlamaConfig = LlamaConfig {
+    vocab_size: 128_256,
+    n_positions: 8192,
+    d_ff: 14336,
+    n_kv_heads: 8,
+    rope_theta: 500_000.0,
+    ..LLAMA_2_7B
+};
+const LLAMA_3_2_1B: LlamaConfig = LlamaConfig {
+    n_positions: 131_072,
+    d_model: 2048,
+    d_ff: 8192,
+    n_layers: 16,
+    d_head: 64,
+    rope_scaling: RopeScaling::Llama3(Llama3Scaling {
+        factor: 32.0,
+        low: 1.0,
+        high: 4.0,
+        pretrained: 8192.0,
+    }),
+    head: Head::Tied,
+    ..LLAMA_3_8B
+};
+
+/// Zhang et al. 2024, <https://arxiv.org/abs/2401.02385>, table 2.
+const TINY_LLAMA: LlamaConfig = LlamaConfig {
+    n_positions: 2048,
+    d_model: 2048,
+    d_ff: 5632,
+    n_layers: 22,
+    n_kv_heads: 4,
+    d_head: 64,
+    ..LLAMA_2_7B
+};
+
+const AQUILA_CHAT: LlamaConfig = LlamaConfig { vocab_size: 100_008, n_positions: 2048, ..LLAMA_2_7B };
+const AQUILA: LlamaConfig = LlamaConfig { rms_norm_eps: 1e-6, ..AQUILA_CHAT };
+
+const fn preset(name: &'static str, license: &'static str, config: LlamaConfig, parameters: usize) -> Preset {
+    let source = "transformers, LlamaForCausalLM";
+    Preset { name, shape: Shape::Llama(config), weights: Weights::Hub, license, parameters, source }
+}
+
+const LLAMA_2: &str = "Llama 2 Community License";
+const LLAMA_3: &str = "Meta Llama 3 Community License";
+const LLAMA_3_2: &str = "Llama 3.2 Community License";
+const AQUILA_LICENSE: &str = "BAAI Aquila Model Licence Agreement";
+
+/// Published sizes.
+pub const PRESETS: &[Preset] = &[
+    preset("meta-llama/Llama-2-7b-hf", LLAMA_2, LLAMA_2_7B, 6_738_415_616),
+    preset("meta-llama/Llama-2-13b-hf", LLAMA_2, LLAMA_2_13B, 13_015_864_320),
+    preset("meta-llama/Llama-2-70b-hf", LLAMA_2, LLAMA_2_70B, 68_976_648_192),
+    preset("meta-llama/Meta-Llama-3-8B", LLAMA_3, LLAMA_3_8B, 8_030_261_248),
+    preset("meta-llama/Llama-3.2-1B", LLAMA_3_2, LLAMA_3_2_1B, 1_235_814_400),
+    preset("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "Apache-2.0", TINY_LLAMA, 1_100_048_384),
+    preset("BAAI/Aquila-7B", AQUILA_LICENSE, AQUILA, 7_295_537_152),
+    preset("BAAI/AquilaChat-7B", AQUILA_LICENSE, AQUILA_CHAT, 7_295_537_152),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::Tolerance;
+    use volary_weights::{LoadOptions, parameters, save};
+
+    use super::*;
+
+    /// Grouped heads, wider together than the residual stream.
+    const TINY: LlamaConfig = LlamaConfig {
+        vocab_size: 50,
+        n_positions: 16,
+        d_model: 12,
+        d_ff: 20,
+        n_layers: 2,
+        n_heads: 4,
+        n_kv_heads: 2,
+        d_head: 6,
+        ..LLAMA_2_7B
+    };
+
+    fn ids<const B: usize, const S: usize>(tokens: [[i64; S]; B]) -> Tensor<2, Int> {
+        Tensor::from_data(tokens, &Device::flex())
+    }
+
+    fn fixture(name: &str) -> Folder {
+        Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
+    }
+
+    fn run(folder: &Folder, inputs: &[(&str, Tensor<2, Int>)]) -> Result<Outputs, Error> {
+        let inputs: BTreeMap<_, _> =
+            inputs.iter().map(|(name, ids)| (name.to_string(), ids.to_data())).collect();
+        crate::registry::forward(folder, &inputs, &LoadOptions::default(), &Device::flex())
+    }
+
+    fn config(fields: &str) -> Result<LlamaConfig, ConfigError> {
+        let text = format!("{{\"model_type\": \"llama\", {fields}}}");
+        LlamaConfig::parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_one_parameter() {
+        let biased = LlamaConfig { attention_bias: true, mlp_bias: true, ..TINY };
+        for config in [TINY, biased, LlamaConfig { head: Head::Tied, ..TINY }] {
+            let keys = config.head.keys();
+            for parameter in parameters(&config.init(&Device::flex())) {
+                let found = keys.keys(&parameter.path).unwrap();
+                assert_eq!(found.len(), 1, "{}", parameter.path);
+                assert_eq!(keys.paths(&found[0]).unwrap(), [parameter.path]);
+            }
+        }
+        let of = |key| KEYS.paths(key).unwrap();
+        assert_eq!(of("model.layers.3.mlp.down_proj.weight"), ["blocks.3.mlp.down.weight"]);
+        assert_eq!(of("layers.3.mlp.down_proj.weight"), ["blocks.3.mlp.down.weight"]);
+        assert!(of("layers.3.self_attn.rotary_emb.inv_freq").is_empty());
+    }
+
+    /// One token at a time, several at a time and all at once are the same.
+    #[test]
+    fn decoding_with_a_cache_is_the_whole_forward_pass() {
+        let model = TINY.init(&Device::flex());
+        let text = ids([[3, 14, 15, 9, 2, 6, 5], [35, 8, 9, 7, 9, 32, 3]]);
+        let whole = model.forward(text.clone()).into_data();
+        for pieces in [vec![1; 7], vec![7], vec![3, 1, 2, 1]] {
+            let mut cache = model.cache(7);
+            let mut states = Vec::new();
+            for piece in pieces {
+                states.push(model.decode(text.clone().narrow(1, cache.len(), piece), &mut cache));
+            }
+            assert_eq!(cache.len(), 7);
+            Tensor::cat(states, 1).into_data().assert_approx_eq::<f32>(&whole, Tolerance::default());
+        }
+    }
+
+    /// Of a trained reference too: the cache picks what the scores of the whole text so far pick.
+    #[test]
+    fn greedy_tokens_are_those_of_the_whole_forward_pass() {
+        for name in ["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"] {
+            let folder = fixture(name);
+            let config = LlamaConfig::of(&folder).unwrap();
+            let untrained = config.init(&Device::flex());
+            let model = fill(&folder, untrained, config.head.keys(), &LoadOptions::default()).unwrap();
+            let mut text = ids([[7, 28, 86, 5], [23, 64, 83, 66]]);
+            let continued = model.greedy(text.clone(), 6).into_data().convert::<i64>();
+            for _ in 0..6 {
+                let [batch, seq] = text.dims();
+                let last = model.forward(text.clone()).narrow(1, seq - 1, 1);
+                let next = model.logits(last).argmax(2).reshape([batch, 1]);
+                text = Tensor::cat(vec![text, next], 1);
+            }
+            assert_eq!(text.narrow(1, 4, 6).into_data().convert::<i64>(), continued, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_past_ignores_the_future_and_real_tokens_the_padding() {
+        let model = TINY.init(&Device::flex());
+        let states = |tokens, mask| {
+            let input = LlamaInput { mask, ..LlamaInput::from(ids([tokens])) };
+            model.forward(input).narrow(1, 0, 3).into_data()
+        };
+        let expected = states([3, 4, 5, 0, 0], Mask::Full);
+        states([3, 4, 5, 6, 7], Mask::Full).assert_approx_eq::<f32>(&expected, Tolerance::default());
+        let real = Tensor::from_data([[true, true, true, false, false]], &Device::flex());
+        states([3, 4, 5, 0, 0], Mask::Padding(real)).assert_approx_eq::<f32>(&expected, Tolerance::default());
+    }
+
+    /// Padding on the left is not seen either, and positions that are moved together make no difference.
+    #[test]
+    fn padding_may_be_on_the_left() {
+        let model = TINY.init(&Device::flex());
+        let expected = model.forward(ids([[3, 4, 5]])).into_data();
+        let real = Tensor::from_data([[false, false, true, true, true]], &Device::flex());
+        for positions in [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 900, 901, 902]] {
+            let states = model.forward(LlamaInput {
+                ids: ids([[0, 0, 3, 4, 5]]),
+                positions: Positions::Each(ids([positions])),
+                mask: Mask::Padding(real.clone()),
+            });
+            let states = states.narrow(1, 2, 3).into_data();
+            states.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-4));
+        }
+    }
+
+    /// Scores 0 and ln 3 of two tokens are chances 1/4 and 3/4.
+    #[test]
+    fn the_loss_of_literal_scores() {
+        let scores =
+            || Tensor::<3>::from_data([[[0.0, 3f64.ln()], [0.0, 3f64.ln()], [9.0, 0.0]]], &Device::flex());
+        let loss = |real: Option<[[bool; 3]; 1]>| {
+            let real = real.map(|real| Tensor::from_data(real, &Device::flex()));
+            next_token_loss(scores(), ids([[0, 1, 0]]), real).map(|loss| loss.into_scalar::<f64>())
+        };
+        let (one, both) = ((4f64 / 3.0).ln(), ((4f64 / 3.0).ln() + 4f64.ln()) / 2.0);
+        assert!((loss(None).unwrap() - both).abs() < 1e-6);
+        assert!((loss(Some([[true, true, false]])).unwrap() - one).abs() < 1e-6);
+        assert!(loss(Some([[true, false, false]])).is_none());
+    }
+
+    #[test]
+    fn rotary_settings_are_read_from_all_their_places() {
+        let rope = |fields: &str| {
+            let config = config(fields).unwrap();
+            (config.rope_theta, config.rope_scaling)
+        };
+        let llama3 = r#"{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192"#;
+        let scaling = LLAMA_3_2_1B.rope_scaling;
+        for (fields, expected) in [
+            (r#""rope_scaling": null"#, (10000.0, RopeScaling::Unscaled)),
+            (r#""rope_theta": 5e5"#, (5e5, RopeScaling::Unscaled)),
+            (
+                r#""rope_parameters": {"rope_type": "default", "rope_theta": 5e5}"#,
+                (5e5, RopeScaling::Unscaled),
+            ),
+            (r#""rope_scaling": {"type": "linear", "factor": 2}"#, (10000.0, RopeScaling::Linear(2.0))),
+            (&format!(r#""rope_theta": 5e5, "rope_scaling": {llama3}}}"#), (5e5, scaling)),
+            (&format!(r#""rope_parameters": {llama3}, "rope_theta": 5e5}}"#), (5e5, scaling)),
+        ] {
+            assert_eq!(rope(fields), expected, "{fields}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (fields, named) in [
+            (r#""model_type": "mistral""#, "`model_type`: expected llama, aquila"),
+            (r#""hidden_size": 30"#, "`num_attention_heads`: expected a divisor of 30"),
+            (r#""num_key_value_heads": 5"#, "`num_key_value_heads`: expected a divisor of 32"),
+            (r#""head_dim": 7"#, "`head_dim`: expected an even width"),
+            (r#""hidden_act": "mish""#, "`hidden_act`"),
+            (r#""is_causal": false"#, "`is_causal`"),
+            (r#""partial_rotary_factor": 0.5"#, "`partial_rotary_factor`"),
+            (r#""num_hidden_layers": 2000000000"#, "`num_hidden_layers`: expected at most 1000 blocks"),
+            (r#""rope_theta": 0"#, "`rope_theta`: expected a number above 0, found 0"),
+            (
+                r#""rope_scaling": {"type": "yarn"}"#,
+                "`rope_scaling.type`: expected default, linear or llama3",
+            ),
+            (
+                r#""rope_scaling": {"rope_type": 3}"#,
+                "`rope_scaling.rope_type`: expected default, linear or llama3",
+            ),
+            (
+                r#""rope_scaling": {"type": "linear"}"#,
+                "`rope_scaling.factor`: expected a number above 0, found nothing",
+            ),
+            (
+                r#""rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                    "original_max_position_embeddings": 8192}"#,
+                "`rope_parameters.high_freq_factor`: expected more than `low_freq_factor`, found 4",
+            ),
+        ] {
+            let message = config(fields).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told_all_at_once() {
+        type Case<'a> = (&'a [(&'a str, Tensor<2, Int>)], &'a [&'a str]);
+        let cases: &[Case] = &[
+            (&[], &["`input_ids` is missing"]),
+            (&[("input_ids", ids([[90]]))], &["`input_ids` holds 90, expected 0 to 89"]),
+            (
+                &[
+                    ("input_ids", ids([[3, 4]])),
+                    ("attention_mask", ids([[1, 1, 1]])),
+                    ("position_ids", ids([[0, 64]])),
+                    ("greedy.prompt_ids", ids([[1], [2]])),
+                    ("token_type_ids", ids([[0, 0]])),
+                ],
+                &[
+                    "`attention_mask` is [1, 3], `input_ids` [1, 2]",
+                    "`position_ids` holds 64, expected 0 to 63",
+                    "`greedy.prompt_ids` has 2 rows, expected 1",
+                    "`token_type_ids` is not one of",
+                ],
+            ),
+        ];
+        for (inputs, named) in cases {
+            let message = run(&fixture("llama"), inputs).unwrap_err().to_string();
+            for part in *named {
+                assert!(message.contains(part), "{message}");
+            }
+        }
+        // longer than it was trained for, and with nothing but padding in the first row
+        let names = |inputs: &[_]| {
+            let outputs = run(&fixture("llama"), inputs).unwrap();
+            outputs.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&[("input_ids", ids([[5; 70]]))]), ["logits", "loss", "greedy_ids"]);
+        let padded = [("input_ids", ids([[5]])), ("attention_mask", ids([[0]]))];
+        assert_eq!(names(&padded), ["logits"]);
+    }
+
+    /// The files of `LlamaModel` and of tied models, some of which hold a copy of the table as `lm_head.weight`.
+    #[test]
+    fn a_head_is_read_where_there_is_one() {
+        let folder = std::env::temp_dir().join(format!("volary-llama-head-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let own = TINY.init(&Device::flex());
+        const BARE: KeyMap = KeyMap::new(&[Under("", "", TRUNK), Rename("lm_head.weight", "head.weight")]);
+        let text = ids([[3, 4]]);
+        let states = own.forward(text.clone());
+        let tied = linear(states.clone(), own.tokens.weight.val().transpose(), None);
+        for (keys, fields, name, expected) in [
+            (KEYS, r#""tie_word_embeddings": false"#, "logits", own.logits(states.clone())),
+            (KEYS, r#""tie_word_embeddings": true"#, "logits", tied),
+            (BARE, r#""architectures": ["LlamaModel"]"#, "last_hidden_state", states),
+        ] {
+            let text_of_config = format!(
+                r#"{{"model_type": "llama", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "vocab_size": 50,
+                "rms_norm_eps": 1e-5, {fields}}}"#
+            );
+            std::fs::write(folder.join("config.json"), text_of_config).unwrap();
+            save(&own, &keys, None, &folder.join("model.safetensors"), None).unwrap();
+            let outputs = run(&Folder::Disk(folder.clone()), &[("input_ids", text.clone())]).unwrap();
+            assert_eq!(outputs[0].0, name);
+            outputs[0].1.assert_approx_eq::<f32>(&expected.into_data(), Tolerance::default());
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
