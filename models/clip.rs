@@ -759,7 +759,7 @@ pub const SYSTEM: System = System {
     about: "two towers for pictures and text whose embeddings meet",
     file: "models/clip.rs",
     tasks: &["classify", "embed", "search", "forward"],
-    proved: &["clip", "clip_gelu", "open_clip_vit"],
+    proved: &["clip", "clip_gelu", "open_clip_vit", "open_clip_resnet"],
     presets: PRESETS,
     recognises: |folder, config| Layout::of(folder, config).is_some(),
     describe: |folder| {
