@@ -126,13 +126,18 @@ fn fill(
 
     // Everything is opened before anything is written: what is broken is told at once.
     let mut opened = Vec::new();
-    for (_, folder) in &parts {
+    let is_pipeline = parts.len() > 1;
+    for (prefix, folder) in &parts {
         opened.push(match folder.checkpoint() {
             Ok(checkpoint) => Some(checkpoint),
+            // A component without weights, e.g. a tokenizer. Beside the index of a pipeline there may be the whole of
+            // it as one file under any name, which is no component.
             Err(Error::Weights(volary_weights::Error::NoWeights { .. }))
-                if parts.len() > 1 && !folder.files()?.iter().any(|file| has_ending(file, WEIGHTS)) =>
+                if is_pipeline
+                    && (prefix.is_empty()
+                        || !folder.files()?.iter().any(|file| has_ending(file, WEIGHTS))) =>
             {
-                None // a component without weights, e.g. a tokenizer
+                None
             }
             Err(error) => return Err(error),
         });
@@ -158,7 +163,7 @@ fn fill(
                 }
                 let file = target.join(&name);
                 write_file(&file, &content).map_err(Error::io(file))?;
-            } else if !is_weights(&name) {
+            } else if checkpoint.is_none() || !is_weights(&name) {
                 export.left_out.push(inside(prefix, &name));
             }
         }

@@ -367,6 +367,8 @@ fn a_pipeline_comes_through_part_by_part() {
         "safety_checker": [null, null],
     });
     fs::write(source.join("model_index.json"), index.to_string()).unwrap();
+    // the whole of it as one file, which is no component
+    fs::write(source.join("v1-5-pruned.safetensors"), "").unwrap();
     done("convert", &source, &out, &["--dtype", "f16"]);
     assert_eq!(names(&out), ["model_index.json", "scheduler", "text_encoder", "unet"]);
     assert!(tensors(&out.join("text_encoder")).values().any(|(dtype, ..)| *dtype == Dtype::F16));
