@@ -332,15 +332,9 @@ impl Forward for Runner {
         let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
 
         let [batch, seq] = ids.dims();
-        let mut fits = |name: &str, dims: Option<[usize; 2]>, one_row: bool| match dims {
-            Some(dims) if dims != [batch, seq] && !(one_row && dims == [1, seq]) => {
-                inputs.problem(format!("`{name}` is {dims:?}, `input_ids` {:?}", [batch, seq]));
-            }
-            _ => {}
-        };
-        fits("attention_mask", real.as_ref().map(Tensor::dims), false);
-        fits("token_type_ids", token_types.as_ref().map(Tensor::dims), true);
-        fits("position_ids", positions.as_ref().map(Tensor::dims), true);
+        inputs.like_ids("attention_mask", real.as_ref().map(Tensor::dims), ids.dims());
+        inputs.row_or_like_ids("token_type_ids", token_types.as_ref().map(Tensor::dims), ids.dims());
+        inputs.row_or_like_ids("position_ids", positions.as_ref().map(Tensor::dims), ids.dims());
         if positions.is_none() {
             let last = self.config.numbering.last(&ids);
             if last >= n_positions {

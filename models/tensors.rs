@@ -58,6 +58,18 @@ impl<'a> Inputs<'a> {
         Some(Tensor::from_data(TensorData::new(real, shape), &self.device))
     }
 
+    /// That the input `name`, if it is there, has the shape of `input_ids`.
+    pub fn like_ids(&mut self, name: &str, found: Option<[usize; 2]>, ids: [usize; 2]) {
+        if let Some(found) = found.filter(|found| *found != ids) {
+            self.problem(format!("`{name}` is {found:?}, `input_ids` {ids:?}"));
+        }
+    }
+
+    /// As [`Inputs::like_ids`], or that it has one row, which stands for all.
+    pub fn row_or_like_ids(&mut self, name: &str, found: Option<[usize; 2]>, ids: [usize; 2]) {
+        self.like_ids(name, found.filter(|found| *found != [1, ids[1]]), ids);
+    }
+
     /// Notes something wrong with the inputs.
     pub fn problem(&mut self, problem: String) {
         self.problems.push(problem);
