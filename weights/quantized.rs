@@ -48,7 +48,7 @@ use crate::cast::{read_into, values, zeros};
 use crate::convert::{ConvertOptions, Copier};
 use crate::error::{Error, Problem, QuantizedError, nearest};
 use crate::format::safetensors::Safetensors;
-use crate::format::{Backing, Checkpoint, Dtype, Entry};
+use crate::format::{Backing, Checkpoint, Contents, Dtype, Entry};
 use crate::save::{Pending, Written, write};
 
 /// The key of the description in a file's metadata.
@@ -161,10 +161,13 @@ fn is_block(block: u64) -> bool {
 struct Quantized<B> {
     file: Safetensors<B>,
     quantization: Quantization,
-    originals: Originals,
+    /// The originals.
+    contents: Contents,
+    /// The shapes of those that are quantized.
+    packed: HashMap<String, [usize; 2]>,
 }
 
-/// What the tensors of a quantized file stand for.
+/// The originals of a quantized file.
 struct Originals {
     entries: Vec<Entry>,
     /// The shapes of those that are quantized.
@@ -179,10 +182,12 @@ pub(crate) fn unpacked<B: Backing + 'static>(file: Safetensors<B>) -> Result<Box
     let Some(description) = file.metadata().get(METADATA) else { return Ok(Box::new(file)) };
     let quantized = |problems| Error::Quantized { path: file.path().to_owned(), problems };
     let quantization = Quantization::read(description).map_err(|problem| quantized(vec![problem]))?;
-    let originals = originals(file.entries(), quantization).map_err(quantized)?;
-    Ok(Box::new(Quantized { file, quantization, originals }))
+    let Originals { entries, packed } = originals(file.entries(), quantization).map_err(quantized)?;
+    let contents = Contents::new(file.path().to_owned(), entries);
+    Ok(Box::new(Quantized { file, quantization, contents, packed }))
 }
 
+/// What the tensors of a quantized file stand for, or everything that does not hold.
 fn originals(
     stored: &[Entry],
     Quantization { bits, block }: Quantization,
@@ -244,24 +249,16 @@ fn originals(
 
 impl<B: Backing> Checkpoint for Quantized<B> {
     fn path(&self) -> &Path {
-        self.file.path()
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.originals.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let Some(&[rows, cols]) = self.originals.packed.get(name) else {
-            if self.originals.entries.iter().any(|entry| entry.name == name) {
-                return self.file.bytes(name);
-            }
-            return Err(Error::NoTensor {
-                file: self.path().to_owned(),
-                key: name.to_owned(),
-                nearest: nearest(name, self.originals.entries.iter().map(|entry| entry.name.as_str())),
-            });
-        };
+        self.contents.position(name)?;
+        let Some(&[rows, cols]) = self.packed.get(name) else { return self.file.bytes(name) };
         let Quantization { bits, block } = self.quantization;
         let codes = self.file.bytes(&format!("{name}{}", bits.suffix()))?;
         let halves = |part: &str| -> Result<Vec<f32>, Error> {

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::shards::is_file_name;
-use super::{Checkpoint, Entry, TorchFile, file_names, position};
+use super::{Checkpoint, Contents, Entry, TorchFile, file_names};
 use crate::error::Error;
 use crate::rule::{Pattern, RuleError};
 
@@ -222,10 +222,8 @@ pub enum RankProblem {
 /// The merged tensors of all ranks.
 #[derive(Debug)]
 pub struct Ranks {
-    path: PathBuf,
+    contents: Contents,
     ranks: Vec<TorchFile>,
-    entries: Vec<Entry>,
-    index: HashMap<String, usize>,
     /// How each entry is merged.
     merges: Vec<Merge>,
     n_heads: Option<usize>,
@@ -323,8 +321,7 @@ impl Ranks {
         if !problems.is_empty() {
             return Err(wrong(problems));
         }
-        let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
-        Ok(Self { path, ranks, entries, index, merges, n_heads: options.n_heads })
+        Ok(Self { contents: Contents::new(path, entries), ranks, merges, n_heads: options.n_heads })
     }
 }
 
@@ -389,22 +386,22 @@ impl Merger<'_> {
 
 impl Checkpoint for Ranks {
     fn path(&self) -> &Path {
-        &self.path
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let i = position(&self.path, &self.entries, &self.index, name)?;
-        let (entry, merge) = (&self.entries[i], self.merges[i]);
+        let i = self.contents.position(name)?;
+        let (entry, merge) = (&self.contents.entries[i], self.merges[i]);
         let mut parts: Vec<Cow<[u8]>> =
             self.ranks.iter().map(|rank| rank.bytes(name)).collect::<Result<_, _>>()?;
         if merge == Merge::Replicated {
             if let Some(rank) = parts.iter().position(|part| part != &parts[0]) {
                 let problems = vec![RankProblem::Differs { key: name.to_owned(), rank }];
-                return Err(Error::Ranks { path: self.path.clone(), problems });
+                return Err(Error::Ranks { path: self.contents.path.clone(), problems });
             }
             return Ok(parts.swap_remove(0));
         }

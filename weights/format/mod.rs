@@ -352,18 +352,34 @@ fn lookalike(bytes: &[u8]) -> Option<Lookalike> {
     }
 }
 
-/// The place of `name` among `entries`, by `index`.
-fn position(
-    file: &Path,
-    entries: &[Entry],
-    index: &HashMap<String, usize>,
-    name: &str,
-) -> Result<usize, Error> {
-    index.get(name).copied().ok_or_else(|| Error::NoTensor {
-        file: file.to_owned(),
-        key: name.to_owned(),
-        nearest: nearest(name, entries.iter().map(|entry| entry.name.as_str())),
-    })
+/// The tensors of a checkpoint, found by their names.
+#[derive(Debug)]
+pub(crate) struct Contents {
+    pub path: PathBuf,
+    pub entries: Vec<Entry>,
+    index: HashMap<String, usize>,
+}
+
+impl Contents {
+    /// The names are each there once.
+    pub fn new(path: PathBuf, entries: Vec<Entry>) -> Self {
+        let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
+        Self { path, entries, index }
+    }
+
+    /// The place of `name` among the entries, if it is there.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        self.index.get(name).copied()
+    }
+
+    /// The place of `name` among the entries.
+    pub fn position(&self, name: &str) -> Result<usize, Error> {
+        self.find(name).ok_or_else(|| Error::NoTensor {
+            file: self.path.clone(),
+            key: name.to_owned(),
+            nearest: nearest(name, self.entries.iter().map(|entry| entry.name.as_str())),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::{Backing, Checkpoint, Dtype, Entry, lookalike, map, position};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map};
 use crate::error::{Error, HeaderError};
 
 /// The bytes before the header: its length.
@@ -24,12 +24,10 @@ const HEADER_LIMIT: usize = 100_000_000;
 /// A safetensors checkpoint in `B`: a mapped file ([`SafetensorsFile`]) or memory ([`Memory`]).
 #[derive(Debug)]
 pub struct Safetensors<B> {
-    path: PathBuf,
+    contents: Contents,
     bytes: B,
-    entries: Vec<Entry>,
     /// Where each entry's values are in `bytes`.
     ranges: Vec<Range<usize>>,
-    index: HashMap<String, usize>,
     metadata: HashMap<String, String>,
 }
 
@@ -69,8 +67,7 @@ impl<B: AsRef<[u8]>> Safetensors<B> {
     pub fn parse(path: PathBuf, bytes: B) -> Result<Self, Error> {
         match Layout::read(bytes.as_ref()) {
             Ok(Layout { entries, ranges, metadata }) => {
-                let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
-                Ok(Self { path, bytes, entries, ranges, index, metadata })
+                Ok(Self { contents: Contents::new(path, entries), bytes, ranges, metadata })
             }
             Err(reason) => Err(match lookalike(bytes.as_ref()) {
                 Some(found) => Error::NotWeights { path, found },
@@ -87,20 +84,20 @@ impl<B: AsRef<[u8]>> Safetensors<B> {
 
 impl<B: Backing> Checkpoint for Safetensors<B> {
     fn path(&self) -> &Path {
-        &self.path
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let i = position(&self.path, &self.entries, &self.index, name)?;
+        let i = self.contents.position(name)?;
         Ok(Cow::Borrowed(&self.bytes.as_ref()[self.ranges[i].clone()]))
     }
 
     fn release(&self, name: &str) {
-        if let Some(&i) = self.index.get(name) {
+        if let Some(i) = self.contents.find(name) {
             self.bytes.release(self.ranges[i].clone());
         }
     }

@@ -5,14 +5,14 @@
 //! uploads (it counts shared tensors twice, or the dtype before a conversion), and nothing depends on it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Checkpoint, Entry, lookalike, map, open_file, position};
+use super::{Checkpoint, Contents, Entry, lookalike, map, open_file};
 use crate::error::{Error, Lookalike};
 use crate::quantized::Quantization;
 
@@ -103,18 +103,19 @@ fn all(totals: &[usize]) -> String {
 
 /// A checkpoint in several files, each read as its content says.
 pub struct Sharded {
-    path: PathBuf,
+    contents: Contents,
     shards: Vec<Box<dyn Checkpoint>>,
-    entries: Vec<Entry>,
-    /// The place of each entry by name, and its shard by place.
-    index: HashMap<String, usize>,
+    /// The shard of each entry.
     homes: Vec<usize>,
 }
 
 impl fmt::Debug for Sharded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shards: Vec<_> = self.shards.iter().map(|shard| shard.path()).collect();
-        f.debug_struct("Sharded").field("path", &self.path).field("shards", &shards).finish_non_exhaustive()
+        f.debug_struct("Sharded")
+            .field("path", &self.contents.path)
+            .field("shards", &shards)
+            .finish_non_exhaustive()
     }
 }
 
@@ -199,22 +200,21 @@ impl Sharded {
 
         let entries: Vec<Entry> = shards.iter().flat_map(|shard| shard.entries()).cloned().collect();
         let homes = shards.iter().enumerate().flat_map(|(i, shard)| vec![i; shard.entries().len()]).collect();
-        let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
-        Ok(Self { path, shards, entries, index, homes })
+        Ok(Self { contents: Contents::new(path, entries), shards, homes })
     }
 }
 
 impl Checkpoint for Sharded {
     fn path(&self) -> &Path {
-        &self.path
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let i = position(&self.path, &self.entries, &self.index, name)?;
+        let i = self.contents.position(name)?;
         self.shards[self.homes[i]].bytes(name)
     }
 
@@ -223,7 +223,7 @@ impl Checkpoint for Sharded {
     }
 
     fn release(&self, name: &str) {
-        if let Some(&i) = self.index.get(name) {
+        if let Some(i) = self.contents.find(name) {
             self.shards[self.homes[i]].release(name);
         }
     }

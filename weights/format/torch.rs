@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use super::pickle::{Array, Id, Node, Pickle, Storage, Tensor};
-use super::{Backing, Checkpoint, Dtype, Entry, lookalike, map, position, zip};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map, zip};
 use crate::error::{Error, Lookalike, TorchError};
 
 /// The classes of storages with their dtype.
@@ -94,11 +94,9 @@ const REPEATED: usize = 16 << 20;
 /// A torch.save checkpoint in `B`: a mapped file ([`TorchFile`]) or memory.
 #[derive(Debug)]
 pub struct Torch<B> {
-    path: PathBuf,
+    contents: Contents,
     bytes: B,
-    entries: Vec<Entry>,
     views: Vec<View>,
-    index: HashMap<String, usize>,
     numbers: HashMap<String, i64>,
 }
 
@@ -137,8 +135,7 @@ impl<B: AsRef<[u8]>> Torch<B> {
     pub fn parse(path: PathBuf, bytes: B) -> Result<Self, Error> {
         match read(bytes.as_ref()) {
             Ok(Found { entries, views, numbers }) => {
-                let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
-                Ok(Self { path, bytes, entries, views, index, numbers })
+                Ok(Self { contents: Contents::new(path, entries), bytes, views, numbers })
             }
             Err(Refusal::Not) => {
                 let found = lookalike(bytes.as_ref()).unwrap_or(Lookalike::Unknown);
@@ -158,16 +155,16 @@ impl<B> Torch<B> {
 
 impl<B: Backing> Checkpoint for Torch<B> {
     fn path(&self) -> &Path {
-        &self.path
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let i = position(&self.path, &self.entries, &self.index, name)?;
-        let Entry { shape, dtype, .. } = &self.entries[i];
+        let i = self.contents.position(name)?;
+        let Entry { shape, dtype, .. } = &self.contents.entries[i];
         let View { storage, is_text, offset, strides } = &self.views[i];
         if shape.contains(&0) {
             return Ok(Cow::Borrowed(&[]));
@@ -190,7 +187,7 @@ impl<B: Backing> Checkpoint for Torch<B> {
     }
 
     fn release(&self, name: &str) {
-        if let Some(&i) = self.index.get(name) {
+        if let Some(i) = self.contents.find(name) {
             self.bytes.release(self.views[i].storage.clone());
         }
     }

@@ -7,14 +7,13 @@
 mod blocks;
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 
-use super::{Backing, Checkpoint, Dtype, Entry, lookalike, map, position};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map};
 use crate::error::Error;
 use blocks::Blocks;
 
@@ -73,11 +72,9 @@ pub enum GgufError {
 /// A GGUF checkpoint in `B`: a mapped file ([`GgufFile`]) or memory.
 #[derive(Debug)]
 pub struct Gguf<B> {
-    path: PathBuf,
+    contents: Contents,
     bytes: B,
-    entries: Vec<Entry>,
     stored: Vec<Stored>,
-    index: HashMap<String, usize>,
     metadata: Vec<Pair>,
 }
 
@@ -127,8 +124,7 @@ impl<B: AsRef<[u8]>> Gguf<B> {
     pub fn parse(path: PathBuf, bytes: B) -> Result<Self, Error> {
         match Layout::read(bytes.as_ref()) {
             Ok(Layout { metadata, entries, stored }) => {
-                let index = entries.iter().enumerate().map(|(i, entry)| (entry.name.clone(), i)).collect();
-                Ok(Self { path, bytes, entries, stored, index, metadata })
+                Ok(Self { contents: Contents::new(path, entries), bytes, stored, metadata })
             }
             Err(reason) => Err(match lookalike(bytes.as_ref()) {
                 Some(found) if reason == GgufError::Magic => Error::NotWeights { path, found },
@@ -154,7 +150,7 @@ impl<B: AsRef<[u8]>> Gguf<B> {
 
     /// The name of the type in which a tensor is stored, e.g. `Q4_K`.
     pub fn stored_as(&self, name: &str) -> Option<&'static str> {
-        Some(match self.stored[*self.index.get(name)?].kind {
+        Some(match self.stored[self.contents.find(name)?].kind {
             Kind::Plain(dtype) => dtype.name(),
             Kind::Blocks(blocks) => blocks.name(),
         })
@@ -163,15 +159,15 @@ impl<B: AsRef<[u8]>> Gguf<B> {
 
 impl<B: Backing> Checkpoint for Gguf<B> {
     fn path(&self) -> &Path {
-        &self.path
+        &self.contents.path
     }
 
     fn entries(&self) -> &[Entry] {
-        &self.entries
+        &self.contents.entries
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let i = position(&self.path, &self.entries, &self.index, name)?;
+        let i = self.contents.position(name)?;
         let Stored { kind, range } = &self.stored[i];
         let stored = &self.bytes.as_ref()[range.clone()];
         Ok(match kind {
@@ -181,7 +177,7 @@ impl<B: Backing> Checkpoint for Gguf<B> {
     }
 
     fn release(&self, name: &str) {
-        if let Some(&i) = self.index.get(name) {
+        if let Some(i) = self.contents.find(name) {
             self.bytes.release(self.stored[i].range.clone());
         }
     }
