@@ -312,6 +312,7 @@ pub const SYSTEM: System = System {
         let model = fill(folder, config.init(device), &KEYS, options)?;
         Ok(Box::new(Runner { model, config }))
     },
+    generator: None,
 };
 
 /// An encoder behind the forward contract.

@@ -771,6 +771,7 @@ pub const SYSTEM: System = System {
         let model = config.load(folder, layout, options, device)?;
         Ok(Box::new(Runner { model, config, layout, device: device.clone() }))
     },
+    generator: None,
 };
 
 impl ClipConfig {

@@ -71,6 +71,12 @@ pub enum Error {
         /// One sentence each.
         problems: Vec<String>,
     },
+    /// Prompts that the model cannot go on from; everything wrong with them.
+    #[error("{}", problems.join("; "))]
+    Prompt {
+        /// One sentence each.
+        problems: Vec<String>,
+    },
     /// The preprocessor and the model disagree.
     #[error("{}: the preprocessor makes pictures of {found} pixels, the model sees {expected}", folder.display())]
     PictureSize {

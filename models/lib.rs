@@ -1,12 +1,14 @@
 //! Volary: a multimodal model zoo on Burn.
 
 pub mod bert;
+pub mod causal;
 pub mod clip;
 pub mod config;
 pub mod device;
 mod error;
 pub mod export;
 pub mod folder;
+pub mod generator;
 pub mod index;
 pub mod llama;
 pub mod preset;

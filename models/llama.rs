@@ -10,22 +10,24 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::activation::log_softmax;
 use burn::tensor::module::linear;
-use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, RmsNorm,
 };
 use volary_kernels::ops::{
     self, Activation, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
 };
-use volary_weights::{KeyMap, Rule};
+use volary_text::generate::{LeftPadded, Session, column, indices};
+use volary_weights::{KeyMap, LoadOptions, Rule};
 
 use Rule::{Ignore, Rename, Under};
 
+use crate::causal::{self, next_token_loss};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::generator::{Generator, check_prompts};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
@@ -227,15 +229,16 @@ impl Llama {
         self.norm.forward(x)
     }
 
-    /// The states of the tokens `[batch, new]` that follow those in `cache`, which grows by them:
-    /// `[batch, new, d_model]`.
+    /// The states of tokens that follow those in `cache`, which grows by them: `[batch, new, d_model]`. The mask is of
+    /// all keys, those in the cache too.
     ///
     /// # Panics
-    /// If an id is outside the vocabulary, or the cache is full.
-    pub fn decode(&self, ids: Tensor<2, Int>, cache: &mut LlamaCache) -> Tensor<3> {
-        let positions = Positions::From(cache.len());
+    /// If an id is outside the vocabulary, the cache is full, or shapes differ.
+    pub fn decode(&self, input: LlamaInput, cache: &mut LlamaCache) -> Tensor<3> {
+        let LlamaInput { ids, positions, mask } = input;
         let LlamaCache { rope, blocks: caches } = cache;
-        let place = Place { rope, positions: &positions, mask: &Mask::Causal };
+        let mask = Mask::All(vec![Mask::Causal, mask]);
+        let place = Place { rope, positions: &positions, mask: &mask };
         let x = self.tokens.forward(ids); // [batch, new, d_model]
         let layers = self.blocks.iter().zip(caches);
         let x = layers.fold(x, |x, (block, cache)| block.forward(x, place, Some(cache)));
@@ -256,23 +259,14 @@ impl Llama {
         LlamaCache { rope: self.rope(capacity, &self.tokens.weight.device()), blocks }
     }
 
-    /// The `count` likeliest tokens after prompts of equal length, one after the other:
-    /// `[batch, seq] -> [batch, count]`.
+    /// Texts that go on after these prompts, each by at most `max_new` tokens.
     ///
     /// # Panics
-    /// If an id is outside the vocabulary, or `count` is 0.
-    pub fn greedy(&self, prompt: Tensor<2, Int>, count: usize) -> Tensor<2, Int> {
-        let [batch, seq] = prompt.dims();
-        let mut cache = self.cache(seq + count);
-        let mut new = prompt;
-        let mut tokens = Vec::with_capacity(count);
-        for _ in 0..count {
-            let [_, seq] = new.dims();
-            let states = self.decode(new, &mut cache).narrow(1, seq - 1, 1); // [batch, 1, d_model]
-            new = self.logits(states).argmax(2).reshape([batch, 1]);
-            tokens.push(new.clone());
-        }
-        Tensor::cat(tokens, 1)
+    /// If there is no prompt, one is empty, or an id is outside the vocabulary.
+    pub fn session(&self, prompts: &[impl AsRef<[u32]>], max_new: usize) -> LlamaSession<'_> {
+        let prompts = LeftPadded::new(prompts, &self.tokens.weight.device());
+        let cache = self.cache(prompts.longest() + max_new);
+        LlamaSession { model: self, prompts, cache }
     }
 
     fn rope(&self, positions: usize, device: &Device) -> Rope {
@@ -280,31 +274,38 @@ impl Llama {
     }
 }
 
-/// The mean cross-entropy of every real token but the first of each row given those before it, in nats, `[1]`;
-/// `None` where there is none.
-///
-/// - `logits`: `[batch, seq, vocab_size]`
-/// - `ids` and which of them are `real`: `[batch, seq]`; all when `None`.
-pub fn next_token_loss(
-    logits: Tensor<3>,
-    ids: Tensor<2, Int>,
-    real: Option<Tensor<2, Bool>>,
-) -> Option<Tensor<1>> {
-    let [batch, seq] = ids.dims();
-    if seq < 2 {
-        return None;
+/// Texts that a decoder is continuing.
+pub struct LlamaSession<'a> {
+    model: &'a Llama,
+    prompts: LeftPadded,
+    cache: LlamaCache,
+}
+
+impl LlamaSession<'_> {
+    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<2> {
+        let [_, new] = ids.dims();
+        let held = self.cache.len();
+        let positions = self.prompts.positions(held, new);
+        let input = LlamaInput { ids, positions, mask: self.prompts.mask(held + new) };
+        let states = self.model.decode(input, &mut self.cache); // [rows, new, d_model]
+        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
     }
-    let targets = ids.narrow(1, 1, seq - 1);
-    let chances = log_softmax(logits.narrow(1, 0, seq - 1).cast(DType::F32), 2); // [batch, seq - 1, vocab_size]
-    let chances = chances.gather(2, targets.unsqueeze_dim(2)).reshape([batch, seq - 1]);
-    match real {
-        None => Some(-chances.mean()),
-        Some(real) => {
-            let real = real.narrow(1, 1, seq - 1);
-            let count = real.clone().int().sum().into_scalar::<i64>();
-            let sum = chances.mask_fill(real.bool_not(), 0.0).sum();
-            (count > 0).then(|| -sum / count as f64)
-        }
+}
+
+impl Session for LlamaSession<'_> {
+    fn start(&mut self) -> Tensor<2> {
+        self.append(self.prompts.ids())
+    }
+
+    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
+        self.append(column(tokens, &self.model.tokens.weight.device()))
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.prompts.select(rows);
+        let rows = indices(rows, &self.model.tokens.weight.device());
+        self.cache.blocks.iter_mut().for_each(|cache| cache.select(&rows));
     }
 }
 
@@ -451,7 +452,7 @@ pub const SYSTEM: System = System {
     name: "llama",
     about: "causal text decoders: LLaMA, Llama 2 and 3, TinyLlama, Aquila",
     file: "models/llama.rs",
-    tasks: &["forward"],
+    tasks: &["generate", "forward"],
     proved: &["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"],
     presets: PRESETS,
     recognises: |_, config| {
@@ -465,22 +466,28 @@ pub const SYSTEM: System = System {
         let config = LlamaConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.head.keys())
     },
-    open: |folder, options, device| {
-        let config = LlamaConfig::of(folder)?;
-        let model = fill(folder, config.init(device), config.head.keys(), options)?;
-        Ok(Box::new(Runner { model, config }))
-    },
+    open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
+    generator: Some(|folder, options, device| {
+        let runner = Runner::load(folder, options, device)?;
+        match runner.config.head {
+            Head::Absent => Err(Error::Task { system: SYSTEM.name, task: "write without a head" }),
+            _ => Ok(Box::new(runner)),
+        }
+    }),
 };
-
-/// How many tokens the forward contract continues the first row of `input_ids` by.
-const CONTINUATION: usize = 8;
-/// How many it continues `greedy.prompt_ids` by.
-const GREEDY: usize = 12;
 
 /// A decoder behind the forward contract.
 struct Runner {
     model: Llama,
     config: LlamaConfig,
+}
+
+impl Runner {
+    fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
+        let config = LlamaConfig::of(folder)?;
+        let model = fill(folder, config.init(device), config.head.keys(), options)?;
+        Ok(Self { model, config })
+    }
 }
 
 impl Forward for Runner {
@@ -494,18 +501,12 @@ impl Forward for Runner {
         let ids = inputs.ids::<2>("input_ids", vocab_size);
         let real = inputs.mask("attention_mask");
         let positions = inputs.ids::<2>("position_ids", n_positions);
-        let prompt = inputs.ids::<2>("greedy.prompt_ids", vocab_size);
+        let prompt = causal::prompt(&mut inputs, vocab_size);
         inputs.missing("input_ids");
         let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
 
         inputs.like_ids("attention_mask", real.as_ref().map(Tensor::dims), ids.dims());
         inputs.row_or_like_ids("position_ids", positions.as_ref().map(Tensor::dims), ids.dims());
-        match prompt.as_ref().map(Tensor::dims) {
-            Some([rows, _]) if rows > 1 => {
-                inputs.problem(format!("`greedy.prompt_ids` has {rows} rows, expected 1"));
-            }
-            _ => {}
-        }
         if self.config.head == Head::Absent && prompt.is_some() {
             inputs.problem("`greedy.prompt_ids` needs a head, and this model has none".into());
         }
@@ -522,35 +523,25 @@ impl Forward for Runner {
         let logits = self.model.logits(states);
         let mut outputs = vec![output("logits", logits.clone())];
         outputs.extend(next_token_loss(logits, ids.clone(), real.clone()).map(|loss| output("loss", loss)));
-        match (prompt, first_row(ids, real)) {
-            (Some(prompt), _) => {
-                let tokens = self.model.greedy(prompt, GREEDY);
-                outputs.push(whole("greedy.tokens", tokens.reshape([GREEDY])));
-            }
-            (None, Some(row)) => outputs.push(whole("greedy_ids", self.model.greedy(row, CONTINUATION))),
-            (None, None) => {}
-        }
+        let session = |prompt: &[u32], count| self.model.session(&[prompt], count);
+        outputs.extend(causal::continuation(prompt, ids, real, session));
         Ok(outputs)
     }
 }
 
-/// The real tokens of the first of the rows `[batch, seq]`, `[1, real]`, if there are any.
-fn first_row(ids: Tensor<2, Int>, real: Option<Tensor<2, Bool>>) -> Option<Tensor<2, Int>> {
-    let row = ids.narrow(0, 0, 1);
-    let Some(real) = real else { return Some(row) };
-    let real = real.narrow(0, 0, 1).int().into_data().convert::<i64>();
-    let places: Vec<i64> =
-        (0..).zip(real.iter::<i64>()).filter(|(_, real)| *real != 0).map(|(at, _)| at).collect();
-    let count = places.len();
-    (count > 0).then(|| {
-        let places = Tensor::from_data(TensorData::new(places, [count]), &row.device());
-        row.select(1, places)
-    })
-}
+impl Generator for Runner {
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
 
-/// Tokens as whole numbers.
-fn whole<const D: usize>(name: &str, tokens: Tensor<D, Int>) -> (String, TensorData) {
-    (name.into(), tokens.into_data().convert::<i64>())
+    fn context(&self) -> Option<usize> {
+        Some(self.config.n_positions)
+    }
+
+    fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
+        check_prompts(self, prompts, max_new)?;
+        Ok(Box::new(self.model.session(prompts, max_new)))
+    }
 }
 
 /// Touvron et al. 2023, "Llama 2", table 1 and appendix A.2.1: 7B.
@@ -642,8 +633,9 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
-    use burn::tensor::Tolerance;
-    use volary_weights::{LoadOptions, parameters, save};
+    use burn::tensor::{TensorData, Tolerance};
+    use volary_text::generate::greedy;
+    use volary_weights::{parameters, save};
 
     use super::*;
 
@@ -706,14 +698,17 @@ mod tests {
             let mut cache = model.cache(7);
             let mut states = Vec::new();
             for piece in pieces {
-                states.push(model.decode(text.clone().narrow(1, cache.len(), piece), &mut cache));
+                let ids = text.clone().narrow(1, cache.len(), piece);
+                let input = LlamaInput { positions: Positions::From(cache.len()), ..ids.into() };
+                states.push(model.decode(input, &mut cache));
             }
             assert_eq!(cache.len(), 7);
             Tensor::cat(states, 1).into_data().assert_approx_eq::<f32>(&whole, Tolerance::default());
         }
     }
 
-    /// Of a trained reference too: the cache picks what the scores of the whole text so far pick.
+    /// Of a trained reference too: the cache picks what the scores of the whole text so far pick, and prompts of several
+    /// lengths in one batch go on as each does alone.
     #[test]
     fn greedy_tokens_are_those_of_the_whole_forward_pass() {
         for name in ["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"] {
@@ -721,15 +716,37 @@ mod tests {
             let config = LlamaConfig::of(&folder).unwrap();
             let untrained = config.init(&Device::flex());
             let model = fill(&folder, untrained, config.head.keys(), &LoadOptions::default()).unwrap();
-            let mut text = ids([[7, 28, 86, 5], [23, 64, 83, 66]]);
-            let continued = model.greedy(text.clone(), 6).into_data().convert::<i64>();
-            for _ in 0..6 {
-                let [batch, seq] = text.dims();
-                let last = model.forward(text.clone()).narrow(1, seq - 1, 1);
-                let next = model.logits(last).argmax(2).reshape([batch, 1]);
-                text = Tensor::cat(vec![text, next], 1);
+            let prompts = [vec![7, 28, 66, 5], vec![23], vec![64, 44, 66]];
+            let together = greedy(&mut model.session(&prompts, 6), 6);
+            for (prompt, together) in prompts.iter().zip(together) {
+                let mut text = prompt.clone();
+                for _ in 0..6 {
+                    let row = text.iter().map(|&id| i64::from(id)).collect();
+                    let ids = Tensor::from_data(TensorData::new(row, [1, text.len()]), &Device::flex());
+                    let last = model.forward(ids).narrow(1, text.len() - 1, 1);
+                    text.push(model.logits(last).argmax(2).into_scalar::<i64>() as u32);
+                }
+                assert_eq!(text[prompt.len()..], together, "{name}");
             }
-            assert_eq!(text.narrow(1, 4, 6).into_data().convert::<i64>(), continued, "{name}");
+        }
+    }
+
+    /// Rows that are chosen anew go on as if they had been so from the start.
+    #[test]
+    fn a_session_goes_on_from_selected_rows() {
+        let model = TINY.init(&Device::flex());
+        let mut session = model.session(&[vec![3, 4, 5], vec![6]], 3);
+        session.start();
+        session.read(&[7, 8]);
+        session.select(&[1, 0, 1]);
+        let chosen = session.read(&[9, 9, 10]);
+        for (row, text) in [vec![6, 8, 9], vec![3, 4, 5, 7, 9], vec![6, 8, 10]].into_iter().enumerate() {
+            let alone = model.session(&[text], 1).start().into_data();
+            chosen
+                .clone()
+                .narrow(0, row, 1)
+                .into_data()
+                .assert_approx_eq::<f32>(&alone, Tolerance::absolute(1e-4));
         }
     }
 
@@ -761,21 +778,6 @@ mod tests {
             let states = states.narrow(1, 2, 3).into_data();
             states.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-4));
         }
-    }
-
-    /// Scores 0 and ln 3 of two tokens are chances 1/4 and 3/4.
-    #[test]
-    fn the_loss_of_literal_scores() {
-        let scores =
-            || Tensor::<3>::from_data([[[0.0, 3f64.ln()], [0.0, 3f64.ln()], [9.0, 0.0]]], &Device::flex());
-        let loss = |real: Option<[[bool; 3]; 1]>| {
-            let real = real.map(|real| Tensor::from_data(real, &Device::flex()));
-            next_token_loss(scores(), ids([[0, 1, 0]]), real).map(|loss| loss.into_scalar::<f64>())
-        };
-        let (one, both) = ((4f64 / 3.0).ln(), ((4f64 / 3.0).ln() + 4f64.ln()) / 2.0);
-        assert!((loss(None).unwrap() - both).abs() < 1e-6);
-        assert!((loss(Some([[true, true, false]])).unwrap() - one).abs() < 1e-6);
-        assert!(loss(Some([[true, false, false]])).is_none());
     }
 
     #[test]

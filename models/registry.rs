@@ -9,6 +9,7 @@ use volary_weights::{KeyMap, LoadOptions, Parameter, Problem, check, load, param
 use crate::config::Config;
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::{bert, clip, llama, vit};
@@ -33,10 +34,15 @@ pub struct System {
     pub describe: fn(&Folder) -> Result<Description, Error>,
     /// Loads the folder for a forward pass.
     pub open: Open,
+    /// Loads the folder for writing text, if the system does.
+    pub generator: Option<OpenGenerator>,
 }
 
 /// Loads a folder's model onto a device.
 pub type Open = fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Forward>, Error>;
+
+/// Loads a folder's model onto a device for writing text.
+pub type OpenGenerator = fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Generator>, Error>;
 
 /// A loaded model behind the forward contract.
 pub trait Forward {

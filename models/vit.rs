@@ -806,6 +806,7 @@ pub const SYSTEM: System = System {
         let model = fill(folder, config.init(device), layout.keys(config.head), options)?;
         Ok(Box::new(Runner { model, config, layout }))
     },
+    generator: None,
 };
 
 /// A vision transformer behind the forward contract.

@@ -1,3 +1,4 @@
-//! Text: tokenizers.
+//! Text: tokenizers, and writing text token by token.
 
+pub mod generate;
 pub mod tokenizer;

@@ -1,6 +1,6 @@
 use burn::config::Config;
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::{Linear, LinearConfig};
 use crate::ops::{self, Mask};
@@ -133,6 +133,13 @@ impl KvCache {
     /// Forgets all tokens past the first `len`, keeping the buffer.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
+    }
+
+    /// Row `i` becomes what row `rows[i]` was.
+    pub fn select(&mut self, rows: &Tensor<1, Int>) {
+        for buffer in [&mut self.key, &mut self.value] {
+            *buffer = buffer.take().map(|held| held.select(0, rows.clone()));
+        }
     }
 
     /// Stores new keys and values, `[batch, kv_heads, new, d_head]`, and returns all held so far.

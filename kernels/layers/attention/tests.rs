@@ -102,3 +102,16 @@ fn a_full_cache_panics() {
     layer.cached(x.clone().narrow(1, 0, 3), &mut cache, &Mask::Causal);
     layer.cached(x.narrow(1, 3, 2), &mut cache, &Mask::Causal);
 }
+
+/// Rows that are taken twice, swapped or dropped go on as if they had always been so.
+#[test]
+fn a_cache_of_selected_rows_goes_on_from_them() {
+    let (layer, x) = (layer(), noise([3, 5, 12], 1, &Device::flex()));
+    let rows = Tensor::from_ints([2, 0, 2], &Device::flex());
+    let expected = layer.forward(x.clone().select(0, rows.clone()), &Mask::Causal).narrow(1, 4, 1);
+    let mut cache = KvCache::new(5);
+    layer.cached(x.clone().narrow(1, 0, 4), &mut cache, &Mask::Causal);
+    cache.select(&rows);
+    let last = layer.cached(x.narrow(1, 4, 1).select(0, rows), &mut cache, &Mask::Causal);
+    assert_close(last, &floats(expected), 1e-6);
+}

@@ -1,0 +1,71 @@
+//! What the commands that write text need of a system.
+
+use volary_text::generate::Session;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::folder::Folder;
+
+/// A loaded model that writes text.
+pub trait Generator {
+    /// How many tokens it knows.
+    fn vocab_size(&self) -> usize;
+
+    /// How many tokens a prompt and what follows it may have together, if there is a limit.
+    fn context(&self) -> Option<usize>;
+
+    /// Rows that go on after these prompts, each by at most `max_new` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] with everything that does not fit: see [`check_prompts`].
+    fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error>;
+}
+
+/// That there is a prompt, that none is empty, holds an unknown token, or leaves less room than `max_new` tokens in the
+/// context.
+///
+/// # Errors
+/// [`Error::Prompt`] with everything that is wrong.
+pub fn check_prompts(generator: &dyn Generator, prompts: &[Vec<u32>], max_new: usize) -> Result<(), Error> {
+    let mut problems = Vec::new();
+    if prompts.is_empty() {
+        problems.push("there is no prompt".to_owned());
+    }
+    for (row, prompt) in prompts.iter().enumerate() {
+        let tokens = prompt.len();
+        if prompt.is_empty() {
+            problems.push(format!("prompt {row} is empty"));
+        }
+        if let Some(id) = prompt.iter().find(|&&id| id as usize >= generator.vocab_size()) {
+            problems.push(format!("prompt {row} holds {id}, expected 0 to {}", generator.vocab_size() - 1));
+        }
+        if let Some(context) = generator.context().filter(|&context| tokens + max_new > context) {
+            problems.push(format!(
+                "prompt {row} has {tokens} tokens: with {max_new} more they do not fit into the context of {context}"
+            ));
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(Error::Prompt { problems }) }
+}
+
+/// The tokens that end a text: `eos_token_id` of `generation_config.json`, or else of `config.json`, one or a list. Those
+/// outside the vocabulary, which some uploads name, are left out.
+///
+/// # Errors
+/// If a file is malformed.
+pub fn end_tokens(folder: &Folder, vocab_size: usize) -> Result<Vec<u32>, Error> {
+    for name in ["generation_config.json", "config.json"] {
+        if !folder.has(name) {
+            continue;
+        }
+        let config: Config = folder.config(name)?;
+        if config.has("eos_token_id") {
+            let ids = match config.sizes("eos_token_id") {
+                Some(ids) => ids,
+                None => vec![config.integer_or("eos_token_id", 0)?.try_into().unwrap_or(usize::MAX)],
+            };
+            return Ok(ids.into_iter().filter(|&id| id < vocab_size).map(|id| id as u32).collect());
+        }
+    }
+    Ok(Vec::new())
+}
