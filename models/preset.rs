@@ -36,10 +36,27 @@ pub enum Shape {
 pub enum Weights {
     /// In a repository of the Hugging Face hub, of the preset's own name.
     Hub,
+    /// Posted in another place, which this says.
+    Elsewhere(&'static str),
+    /// Given by their authors to those who apply.
+    Application,
     /// Inside this program.
     Embedded,
     /// Nowhere in public.
     Unreleased,
+}
+
+impl Weights {
+    /// In a word or two, for lists.
+    pub const fn told(self) -> &'static str {
+        match self {
+            Weights::Hub => "hub",
+            Weights::Elsewhere(place) => place,
+            Weights::Application => "by application",
+            Weights::Embedded => "embedded",
+            Weights::Unreleased => "never released",
+        }
+    }
 }
 
 /// How many numbers are learned; running statistics of batch norms are not.

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use volary::preset::{Preset, Weights};
+use volary::preset::Preset;
 use volary::registry::{SYSTEMS, System};
 
 use super::{Shared, Usage, say, say_json};
@@ -53,7 +53,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         say(format!("{}: {}", system.system, system.about))?;
         say(format!("  tasks: {}; agrees with: {}", system.tasks.join(", "), system.proved.join(", ")))?;
         for Size { name, parameters, weights, license } in system.presets {
-            say(format!("  {name:<48} {:>9.1} M  {weights:<8} {license}", parameters as f64 / 1e6))?;
+            say(format!("  {name:<48} {:>9.1} M  {weights:<14} {license}", parameters as f64 / 1e6))?;
         }
     }
     Ok(())
@@ -63,11 +63,7 @@ fn listed(system: &System) -> Listed {
     let size = |preset: &Preset| Size {
         name: preset.name,
         parameters: preset.parameters,
-        weights: match preset.weights {
-            Weights::Hub => "hub",
-            Weights::Embedded => "embedded",
-            Weights::Unreleased => "none",
-        },
+        weights: preset.weights.told(),
         license: preset.license,
     };
     Listed {
