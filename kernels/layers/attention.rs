@@ -110,29 +110,49 @@ fn split_heads(x: Tensor<3>, n_heads: usize) -> Tensor<4> {
 pub struct KvCache {
     key: Option<Tensor<4>>,
     value: Option<Tensor<4>>,
-    len: usize,
+    /// How many tokens are in the buffer.
+    held: usize,
+    /// How many were, and are no longer seen.
+    gone: usize,
     capacity: usize,
+    window: Option<usize>,
 }
 
 impl KvCache {
     /// An empty cache for at most `capacity` tokens per row.
     pub fn new(capacity: usize) -> Self {
-        Self { key: None, value: None, len: 0, capacity }
+        Self { key: None, value: None, held: 0, gone: 0, capacity, window: None }
     }
 
-    /// How many tokens it holds.
+    /// An empty cache for any number of tokens, each of which sees `window`, itself among them, as [`Mask::Window`] has
+    /// it. The buffer holds twice as many, so that those in sight move only once per `window` tokens.
+    ///
+    /// # Panics
+    /// If the window is 0.
+    pub fn sliding(window: usize) -> Self {
+        assert!(window > 0, "a window of no token");
+        Self { window: Some(window), ..Self::new(2 * window) }
+    }
+
+    /// How many tokens it has read. A sliding cache may have let go of the first of them.
     pub fn len(&self) -> usize {
-        self.len
+        self.gone + self.held
     }
 
-    /// Whether it holds no token.
+    /// Whether it has read no token.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// Forgets all tokens past the first `len`, keeping the buffer.
+    ///
+    /// # Panics
+    /// If a sliding cache has let go of tokens that are in sight again.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        let len = self.len().min(len);
+        let first = self.window.map_or(0, |window| (len + 1).saturating_sub(window));
+        assert!(self.gone <= first, "tokens {first} to {} are gone", self.gone);
+        self.held = len - self.gone;
     }
 
     /// Row `i` becomes what row `rows[i]` was.
@@ -142,23 +162,45 @@ impl KvCache {
         }
     }
 
-    /// Stores new keys and values, `[batch, kv_heads, new, d_head]`, and returns all held so far.
+    /// Stores new keys and values, `[batch, kv_heads, new, d_head]`, and returns all held so far; a sliding cache those
+    /// that some new token sees, the new ones last.
     ///
     /// # Panics
     /// If they do not fit into the capacity.
     pub fn append(&mut self, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let new = key.dims()[2];
-        let end = self.len + new;
-        assert!(end <= self.capacity, "cache of {} tokens cannot hold {end}", self.capacity);
-        let held = (
-            store(&mut self.key, key, self.len, self.capacity),
-            store(&mut self.value, value, self.len, self.capacity),
-        );
-        self.len = end;
-        held
+        let (at, new, capacity) = (self.held, key.dims()[2], self.capacity);
+        let end = at + new;
+        let seen = self.window.map_or(at, |window| at.min(window - 1));
+        let unseen = at - seen;
+        if end <= capacity {
+            self.held = end;
+            let append = |buffer: &mut Option<Tensor<4>>, new: Tensor<4>| {
+                store(buffer, new, at, capacity).narrow(2, unseen, end - unseen)
+            };
+            return (append(&mut self.key, key), append(&mut self.value, value));
+        }
+        let Some(window) = self.window else {
+            panic!("cache of {capacity} tokens cannot hold {end}");
+        };
+        // what is in sight moves to the front; of more than fits, only what the next token sees is kept
+        let kept = if seen + new <= capacity { seen + new } else { window - 1 };
+        self.gone += end - kept;
+        self.held = kept;
+        let slide = |buffer: &mut Option<Tensor<4>>, new: Tensor<4>| {
+            let sight = match buffer.as_ref() {
+                Some(old) if seen > 0 => Tensor::cat(vec![old.clone().narrow(2, unseen, seen), new], 2),
+                _ => new,
+            };
+            if kept > 0 {
+                store(buffer, sight.clone().narrow(2, sight.dims()[2] - kept, kept), 0, capacity);
+            }
+            sight
+        };
+        (slide(&mut self.key, key), slide(&mut self.value, value))
     }
 }
 
+/// Writes `new` into the buffer, which is made if there is none, and gives all of it.
 fn store(buffer: &mut Option<Tensor<4>>, new: Tensor<4>, at: usize, capacity: usize) -> Tensor<4> {
     let [batch, heads, seq, d_head] = new.dims();
     let held = buffer
@@ -166,7 +208,7 @@ fn store(buffer: &mut Option<Tensor<4>>, new: Tensor<4>, at: usize, capacity: us
         .unwrap_or_else(|| Tensor::zeros([batch, heads, capacity, d_head], (&new.device(), new.dtype())));
     let held = held.slice_assign([0..batch, 0..heads, at..at + seq, 0..d_head], new);
     *buffer = Some(held.clone());
-    held.narrow(2, 0, at + seq)
+    held
 }
 
 #[cfg(test)]

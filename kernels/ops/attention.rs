@@ -11,6 +11,8 @@ pub enum Mask {
     Full,
     /// The keys up to the query's own position.
     Causal,
+    /// So many keys up to the query's own position, itself among them.
+    Window(usize),
     /// Causal, and besides every query of row `b` sees the first `prefix[b]` keys; one length per row.
     Prefix(Vec<usize>),
     /// Keys that are real tokens (`true`); `[batch, keys]`.
@@ -95,6 +97,17 @@ impl Resolved {
         match mask {
             Mask::Full => {}
             Mask::Causal => self.causal = true,
+            Mask::Window(window) => {
+                self.causal = true;
+                if *window < keys {
+                    let key = Tensor::<1, Int>::arange(0..keys as i64, device).reshape([1, 1, 1, keys]);
+                    let first = (keys as i64 - queries as i64 + 1)..(keys as i64 + 1);
+                    let first = Tensor::<1, Int>::arange(first, device) - *window as i64; // that a query sees
+                    let first = first.reshape([1, 1, queries, 1]);
+                    let gone = key.expand([1, 1, queries, keys]).lower(first.expand([1, 1, queries, keys]));
+                    self.hide(gone, shape);
+                }
+            }
             Mask::Prefix(prefix) => {
                 assert_eq!(prefix.len(), batch, "a prefix mask has one length (left) per row of the batch");
                 let lengths: Vec<i64> = prefix.iter().map(|&length| length as i64).collect();

@@ -115,3 +115,48 @@ fn a_cache_of_selected_rows_goes_on_from_them() {
     let last = layer.cached(x.narrow(1, 4, 1).select(0, rows), &mut cache, &Mask::Causal);
     assert_close(last, &floats(expected), 1e-6);
 }
+
+/// In steps of any sizes, shorter and longer than the window.
+#[test]
+fn a_sliding_cache_gives_what_a_banded_mask_gives() {
+    let (layer, x) = (layer(), noise([2, 23, 12], 1, &Device::flex()));
+    for window in [1, 2, 3, 5, 30] {
+        let expected = floats(layer.forward(x.clone(), &Mask::Window(window)));
+        for steps in [&[1; 23][..], &[4, 1, 1, 1, 9, 1, 2, 1, 3], &[12, 1, 1, 1, 1, 1, 6], &[23]] {
+            let mut cache = KvCache::sliding(window);
+            let mut outputs = Vec::new();
+            for &step in steps {
+                let new = x.clone().narrow(1, cache.len(), step);
+                outputs.push(layer.cached(new, &mut cache, &Mask::Window(window)));
+                assert_eq!(cache.key.as_ref().map_or(2 * window, |key| key.dims()[2]), 2 * window);
+            }
+            assert_eq!(cache.len(), 23);
+            assert_close(Tensor::cat(outputs, 1), &expected, 1e-6);
+        }
+    }
+}
+
+/// One token at a time gets exactly the window, without a mask.
+#[test]
+fn a_sliding_cache_keeps_the_window() {
+    let mut cache = KvCache::sliding(3);
+    for token in 0i32..20 {
+        let key = Tensor::<4>::full([1, 1, 1, 1], token, &Device::flex());
+        let (key, value) = cache.append(key.clone(), -key);
+        let seen: Vec<f64> = ((token - 2).max(0)..=token).map(f64::from).collect();
+        assert_eq!(floats(key), seen);
+        assert_eq!(floats(-value), seen);
+    }
+    cache.truncate(19); // 17 and 18 are held
+    let key = Tensor::<4>::full([1, 1, 1, 1], 50.0, &Device::flex());
+    assert_eq!(floats(cache.append(key.clone(), key).0), [17.0, 18.0, 50.0]);
+}
+
+#[test]
+#[should_panic(expected = "tokens 3 to 15 are gone")]
+fn what_slid_away_does_not_come_back() {
+    let mut cache = KvCache::sliding(3);
+    let key = Tensor::<4>::zeros([1, 1, 17, 1], &Device::flex());
+    cache.append(key.clone(), key);
+    cache.truncate(5);
+}

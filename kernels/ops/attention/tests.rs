@@ -23,6 +23,12 @@ fn term(mask: &Mask, queries: usize, keys: usize) -> Box<dyn Fn([usize; 4]) -> f
     match mask {
         Mask::Full => Box::new(|_| 0.0),
         Mask::Causal => Box::new(move |[_, _, query, key]| shown(past(query, key))),
+        Mask::Window(window) => {
+            let window = *window;
+            Box::new(move |[_, _, query, key]| {
+                shown(past(query, key) && query + keys < key + queries + window)
+            })
+        }
         Mask::Prefix(prefix) => {
             let prefix = prefix.clone();
             Box::new(move |[row, _, query, key]| shown(past(query, key) || key < prefix[row]))
@@ -89,6 +95,9 @@ fn masks([batch, heads, _, queries, keys, _]: Shape, rng: &mut fastrand::Rng, de
     vec![
         Mask::Full,
         Mask::Causal,
+        Mask::Window(1),
+        Mask::Window(3),
+        Mask::All(vec![Mask::Window(4), padding.clone()]),
         prefix.clone(),
         padding.clone(),
         full_bias.clone(),
