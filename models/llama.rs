@@ -18,7 +18,7 @@ use volary_kernels::layers::{
 use volary_kernels::ops::{
     self, Activation, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
 };
-use volary_text::generate::{LeftPadded, Session, column, indices};
+use volary_text::generate::{LeftPadded, Session, column, indices, matrix};
 use volary_weights::{KeyMap, LoadOptions, Rule};
 
 use Rule::{Ignore, Rename, Under};
@@ -282,24 +282,36 @@ pub struct LlamaSession<'a> {
 }
 
 impl LlamaSession<'_> {
-    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
-    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<2> {
+    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [_, new] = ids.dims();
         let held = self.cache.len();
         let positions = self.prompts.positions(held, new);
         let input = LlamaInput { ids, positions, mask: self.prompts.mask(held + new) };
-        let states = self.model.decode(input, &mut self.cache); // [rows, new, d_model]
+        self.model.decode(input, &mut self.cache)
+    }
+
+    /// Scores of what follows the last of them: `[rows, vocab_size]`.
+    fn last(&self, states: Tensor<3>) -> Tensor<2> {
+        let [_, new, _] = states.dims();
         self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
     }
 }
 
 impl Session for LlamaSession<'_> {
     fn start(&mut self) -> Tensor<2> {
-        self.append(self.prompts.ids())
+        let states = self.append(self.prompts.ids());
+        self.last(states)
     }
 
     fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        self.append(column(tokens, &self.model.tokens.weight.device()))
+        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
+        self.last(states)
+    }
+
+    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
+        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+        self.model.logits(states)
     }
 
     fn select(&mut self, rows: &[usize]) {
@@ -631,10 +643,13 @@ pub const PRESETS: &[Preset] = &[
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::ops::ControlFlow;
     use std::path::Path;
 
     use burn::tensor::{TensorData, Tolerance};
-    use volary_text::generate::greedy;
+    use volary_text::generate::{
+        Beams, Method, Patience, Settings, Silent, Stop, greedy, log_likelihoods, write,
+    };
     use volary_weights::{parameters, save};
 
     use super::*;
@@ -747,6 +762,124 @@ mod tests {
                 .narrow(0, row, 1)
                 .into_data()
                 .assert_approx_eq::<f32>(&alone, Tolerance::absolute(1e-4));
+        }
+    }
+
+    /// Tokens read at once are scored as if they came one by one, in rows of unequal prompts.
+    #[test]
+    fn a_session_reads_several_tokens_at_once() {
+        let model = TINY.init(&Device::flex());
+        let prompts = [vec![3, 4, 5], vec![6]];
+        let continuations = [vec![7, 8, 9, 10], vec![20, 21]];
+        let found = log_likelihoods(&mut model.session(&prompts, 4), &continuations).unwrap();
+        for ((prompt, continuation), found) in prompts.iter().zip(&continuations).zip(found) {
+            let text: Vec<i64> = prompt.iter().chain(continuation).map(|&id| i64::from(id)).collect();
+            let length = text.len();
+            let ids = Tensor::from_data(TensorData::new(text, [1, length]), &Device::flex());
+            let scores = burn::tensor::activation::log_softmax(model.logits(model.forward(ids)), 2);
+            for (at, (&token, found)) in continuation.iter().zip(found).enumerate() {
+                let place =
+                    [0..1, prompt.len() - 1 + at..prompt.len() + at, token as usize..token as usize + 1];
+                let expected: f64 = scores.clone().slice(place).into_scalar();
+                assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+            }
+        }
+    }
+
+    /// Literals of transformers 5: three beams after [7, 28, 66, 5], with stop tokens, length penalty and patience.
+    #[test]
+    fn beams_are_those_of_transformers() {
+        use Patience::{Certain, Estimate, First};
+        let folder = fixture("llama");
+        let config = LlamaConfig::of(&folder).unwrap();
+        let untrained = config.init(&Device::flex());
+        let model = fill(&folder, untrained, config.head.keys(), &LoadOptions::default()).unwrap();
+        type Case<'a> = (&'a [u32], f64, &'a [Patience], [(&'a [u32], f64); 3]);
+        let cases: &[Case] = &[
+            (
+                &[13, 63],
+                1.0,
+                &[First],
+                [(&[6, 70, 13], -2.195_383), (&[6, 50, 78, 70, 13], -2.316_197), (&[63], -2.841_789)],
+            ),
+            (
+                &[13, 63],
+                1.0,
+                &[Estimate],
+                [
+                    (&[6, 70, 13], -2.195_383),
+                    (&[6, 50, 78, 70, 13], -2.316_197),
+                    (&[6, 2, 0, 74, 70, 13], -2.318_559),
+                ],
+            ),
+            (
+                &[13, 63],
+                1.0,
+                &[Certain],
+                [
+                    (&[6, 70, 13], -2.195_383),
+                    (&[6, 2, 0, 74, 70, 47, 38, 87, 2, 22], -2.301_412),
+                    (&[6, 50, 78, 70, 13], -2.316_197),
+                ],
+            ),
+            (
+                &[13, 63],
+                0.0,
+                &[First, Estimate, Certain],
+                [(&[63], -2.841_789), (&[6, 70, 13], -6.586_150), (&[6, 50, 78, 70, 13], -11.580_985)],
+            ),
+            (
+                &[13, 63],
+                2.0,
+                &[First],
+                [(&[6, 50, 78, 70, 13], -0.463_239), (&[6, 70, 13], -0.731_794), (&[63], -2.841_789)],
+            ),
+            (
+                &[13, 63],
+                2.0,
+                &[Estimate, Certain],
+                [
+                    (&[6, 2, 0, 74, 70, 47, 38, 87, 2, 22], -0.230_141),
+                    (&[6, 2, 0, 74, 70, 47, 38, 87, 2, 76], -0.232_071),
+                    (&[6, 2, 0, 74, 70, 47, 38, 87, 2, 61], -0.233_510),
+                ],
+            ),
+            (
+                &[0],
+                1.0,
+                &[Estimate, Certain],
+                [
+                    (&[6, 70, 0], -2.319_269),
+                    (&[6, 2, 0], -2.329_067),
+                    (&[6, 70, 13, 37, 70, 22, 1, 30, 77, 6], -2.342_696),
+                ],
+            ),
+        ];
+        for (stop_tokens, length_penalty, patience, expected) in cases {
+            for &patience in *patience {
+                let settings = Settings {
+                    max_new: 10,
+                    stop_tokens: stop_tokens.to_vec(),
+                    count: 3,
+                    method: Method::Beams(Beams { width: 3, length_penalty: *length_penalty, patience }),
+                    ..Settings::default()
+                };
+                let prompts = [vec![7, 28, 66, 5]];
+                let mut session = model.session(&prompts, settings.max_new);
+                let silent = &|| Box::new(Silent) as Box<_>;
+                let written =
+                    write(&mut session, &prompts, &settings, silent, &mut |_| ControlFlow::Continue(()));
+                for (found, (tokens, score)) in written.unwrap()[0].iter().zip(expected) {
+                    let mut text = found.tokens.clone();
+                    text.extend(match found.stop {
+                        Stop::Token(token) => Some(token),
+                        _ => None,
+                    });
+                    assert_eq!(text, *tokens, "{stop_tokens:?} {length_penalty} {patience:?}");
+                    let own = found.log_likelihood / (text.len() as f64).powf(*length_penalty);
+                    assert!((own - score).abs() < 1e-4, "{own} {score}");
+                }
+            }
         }
     }
 

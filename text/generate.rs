@@ -1,10 +1,32 @@
 //! Writing text token by token: what a model offers for it, and what is the same for all of them.
+//!
+//! A model offers a [`Session`]; [`write`] writes texts with it as the [`Settings`] say: greedily, drawn, or by beam
+//! search, changed by [`Processor`]s, until a stop token, a stop text or a length. [`rank`] chooses among several, and
+//! [`log_likelihoods`] scores given ones.
 
 use burn::tensor::Tensor;
 
+mod beams;
+mod error;
+mod likelihood;
 mod padded;
+mod processor;
+mod rank;
+mod scores;
+mod settings;
+mod spelling;
+#[cfg(test)]
+mod tests;
+mod write;
 
-pub use padded::{LeftPadded, column, indices};
+pub use error::GenerateError;
+pub use likelihood::{Window, log_likelihoods, windows};
+pub use padded::{LeftPadded, column, indices, matrix};
+pub use processor::{Processor, Text};
+pub use rank::{Rank, rank};
+pub use settings::{Beams, Method, Patience, Sampling, Settings};
+pub use spelling::{Silent, Spelling};
+pub use write::{Piece, Stop, Written, write};
 
 /// Rows of text that a model is continuing: what they were prompted with, and the caches of what was read since.
 ///
@@ -24,6 +46,17 @@ pub trait Session {
     /// # Panics
     /// If there is no such row.
     fn select(&mut self, rows: &[usize]);
+
+    /// Reads several more tokens per row, as many of each: the scores after every one, `[rows, new, vocab_size]`.
+    /// [`Session::read`] one by one, unless a model can read them at once.
+    ///
+    /// # Panics
+    /// As [`Session::read`], and if there is no token.
+    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
+        let new = tokens.first().map_or(0, Vec::len);
+        let column = |at: usize| tokens.iter().map(|row| row[at]).collect::<Vec<_>>();
+        Tensor::stack((0..new).map(|at| self.read(&column(at))).collect(), 1)
+    }
 }
 
 /// The `count` likeliest tokens, one after the other, of every row.

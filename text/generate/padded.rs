@@ -99,6 +99,17 @@ pub fn column(tokens: &[u32], device: &Device) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(tokens, [rows, 1]), device)
 }
 
+/// As many tokens of each row, `[rows, new]`.
+///
+/// # Panics
+/// If rows differ in length.
+pub fn matrix(tokens: &[Vec<u32>], device: &Device) -> Tensor<2, Int> {
+    let new = tokens.first().map_or(0, Vec::len);
+    assert!(tokens.iter().all(|row| row.len() == new), "rows of unequal length");
+    let data = tokens.iter().flatten().map(|&token| i64::from(token)).collect();
+    Tensor::from_data(TensorData::new(data, [tokens.len(), new]), device)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
