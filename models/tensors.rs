@@ -11,7 +11,9 @@ use crate::error::Error;
 pub struct Inputs<'a> {
     system: &'static str,
     tensors: &'a BTreeMap<String, TensorData>,
-    asked: Vec<&'static str>,
+    /// What stands before the names of the case that is being asked for, with a dot at the end; or nothing.
+    case: String,
+    asked: Vec<String>,
     problems: Vec<String>,
     device: Device,
 }
@@ -22,14 +24,28 @@ pub type Outputs = Vec<(String, TensorData)>;
 impl<'a> Inputs<'a> {
     /// The tensors for `system`, to be placed on `device`.
     pub fn new(system: &'static str, tensors: &'a BTreeMap<String, TensorData>, device: &Device) -> Self {
-        Self { system, tensors, asked: Vec::new(), problems: Vec::new(), device: device.clone() }
+        let case = String::new();
+        Self { system, tensors, case, asked: Vec::new(), problems: Vec::new(), device: device.clone() }
+    }
+
+    /// The cases that have an input `name`, in order: `packed.` where there is `packed.input_ids`, nothing where there is
+    /// `input_ids`. Each is another run of the same weights.
+    pub fn cases(&self, name: &str) -> Vec<String> {
+        let case = |key: &String| key.strip_suffix(name).map(str::to_owned);
+        self.tensors.keys().filter_map(case).filter(|case| case.is_empty() || case.ends_with('.')).collect()
+    }
+
+    /// Asks for the inputs of another case from here on, as [`Inputs::cases`] names it.
+    pub fn enter(&mut self, case: &str) {
+        self.case = case.to_owned();
     }
 
     /// A float input of rank `D`, if there is one.
     pub fn float<const D: usize>(&mut self, name: &'static str) -> Option<Tensor<D>> {
         let data = self.ranked::<D>(name)?;
         if !data.dtype().is_float() {
-            self.problems.push(format!("`{name}` holds {:?}, expected floating-point numbers", data.dtype()));
+            let found = data.dtype();
+            self.problem(format!("`{}` holds {found:?}, expected floating-point numbers", self.full(name)));
             return None;
         }
         Some(Tensor::from_data(data.convert::<f32>(), &self.device))
@@ -38,16 +54,33 @@ impl<'a> Inputs<'a> {
     /// A whole-number input of rank `D`, if there is one, each at least 0 and below `limit`.
     pub fn ids<const D: usize>(&mut self, name: &'static str, limit: usize) -> Option<Tensor<D, Int>> {
         let data = self.ranked::<D>(name)?;
+        Some(Tensor::from_data(self.whole(name, data, limit)?, &self.device))
+    }
+
+    /// Whole numbers in a list or a single one, if there are any, each at least 0 and below `limit`.
+    pub fn list(&mut self, name: &'static str, limit: usize) -> Option<Vec<usize>> {
+        let data = self.find(name)?;
+        let dims: Vec<usize> = data.shape().iter().copied().collect();
+        if dims.len() > 1 || dims.contains(&0) {
+            self.problem(format!("`{}` is {dims:?}, expected one number or a list", self.full(name)));
+            return None;
+        }
+        let data = self.whole(name, data, limit)?;
+        Some(data.iter::<i64>().map(|number| number as usize).collect())
+    }
+
+    fn whole(&mut self, name: &str, data: TensorData, limit: usize) -> Option<TensorData> {
         if data.dtype().is_float() {
-            self.problems.push(format!("`{name}` holds {:?}, expected whole numbers", data.dtype()));
+            let found = data.dtype();
+            self.problem(format!("`{}` holds {found:?}, expected whole numbers", self.full(name)));
             return None;
         }
         let data = data.convert::<i64>();
         if let Some(wrong) = data.iter::<i64>().find(|&id| id < 0 || id >= limit as i64) {
-            self.problems.push(format!("`{name}` holds {wrong}, expected 0 to {}", limit - 1));
+            self.problem(format!("`{}` holds {wrong}, expected 0 to {}", self.full(name), limit - 1));
             return None;
         }
-        Some(Tensor::from_data(data, &self.device))
+        Some(data)
     }
 
     /// A mask of rank 2, if there is one: `true` where it is not zero.
@@ -61,7 +94,7 @@ impl<'a> Inputs<'a> {
     /// That the input `name`, if it is there, has the shape of `input_ids`.
     pub fn like_ids(&mut self, name: &str, found: Option<[usize; 2]>, ids: [usize; 2]) {
         if let Some(found) = found.filter(|found| *found != ids) {
-            self.problem(format!("`{name}` is {found:?}, `input_ids` {ids:?}"));
+            self.problem(format!("`{}` is {found:?}, `{}` {ids:?}", self.full(name), self.full("input_ids")));
         }
     }
 
@@ -77,7 +110,8 @@ impl<'a> Inputs<'a> {
 
     /// That the input `name` was needed.
     pub fn missing(&mut self, name: &'static str) {
-        if !self.tensors.contains_key(name) {
+        let name = self.full(name);
+        if !self.tensors.contains_key(&name) {
             self.problems.push(format!("the input `{name}` is missing"));
         }
     }
@@ -87,7 +121,7 @@ impl<'a> Inputs<'a> {
     /// # Errors
     /// Everything that is wrong.
     pub fn finish(mut self) -> Result<(), Error> {
-        for name in self.tensors.keys().filter(|name| !self.asked.contains(&name.as_str())) {
+        for name in self.tensors.keys().filter(|name| !self.asked.contains(name)) {
             self.problems.push(format!("the input `{name}` is not one of {}", self.asked.join(", ")));
         }
         if self.problems.is_empty() {
@@ -97,15 +131,28 @@ impl<'a> Inputs<'a> {
         }
     }
 
-    fn ranked<const D: usize>(&mut self, name: &'static str) -> Option<TensorData> {
-        self.asked.push(name);
-        let data = self.tensors.get(name)?;
+    fn ranked<const D: usize>(&mut self, name: &str) -> Option<TensorData> {
+        let data = self.find(name)?;
         let dims: Vec<usize> = data.shape().iter().copied().collect();
         if dims.len() != D || dims.contains(&0) {
-            self.problems.push(format!("`{name}` is {dims:?}, expected {D} dimensions, none of them 0"));
+            self.problem(format!("`{}` is {dims:?}, expected {D} dimensions, none of them 0", self.full(name)));
             return None;
         }
-        Some(data.clone())
+        Some(data)
+    }
+
+    fn find(&mut self, name: &str) -> Option<TensorData> {
+        let name = self.full(name);
+        let data = self.tensors.get(&name).cloned();
+        if !self.asked.contains(&name) {
+            self.asked.push(name);
+        }
+        data
+    }
+
+    /// An input's name in the case that is being asked for.
+    pub fn full(&self, name: &str) -> String {
+        format!("{}{name}", self.case)
     }
 }
 
