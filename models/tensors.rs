@@ -135,7 +135,10 @@ impl<'a> Inputs<'a> {
         let data = self.find(name)?;
         let dims: Vec<usize> = data.shape().iter().copied().collect();
         if dims.len() != D || dims.contains(&0) {
-            self.problem(format!("`{}` is {dims:?}, expected {D} dimensions, none of them 0", self.full(name)));
+            self.problem(format!(
+                "`{}` is {dims:?}, expected {D} dimensions, none of them 0",
+                self.full(name)
+            ));
             return None;
         }
         Some(data)

@@ -1,4 +1,5 @@
-//! Text: tokenizers, and writing text token by token.
+//! Text: tokenizers, writing text token by token, and filling blanks.
 
 pub mod generate;
+pub mod infill;
 pub mod tokenizer;
