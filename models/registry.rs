@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::module::Module;
 use burn::tensor::{Device, TensorData};
-use volary_weights::{KeyMap, LoadOptions, Parameter, Problem, check, load, parameters};
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Parameter, Problem, check, load, parameters};
 
 use crate::config::Config;
 use crate::error::Error;
@@ -114,8 +114,19 @@ pub fn first_config(folder: &Folder) -> Result<Option<Config>, Error> {
 /// # Errors
 /// If the weights cannot be opened.
 pub fn describe<M: Module>(folder: &Folder, model: &M, keys: &KeyMap) -> Result<Description, Error> {
-    let checkpoint = folder.checkpoint()?;
-    let problems = check(model, checkpoint.as_ref(), keys, &LoadOptions::default())?;
+    describe_with(folder.checkpoint()?.as_ref(), model, keys)
+}
+
+/// What `model` and a checkpoint have to do with each other.
+///
+/// # Errors
+/// If a rule of the key map cannot be followed.
+pub fn describe_with<M: Module>(
+    checkpoint: &dyn Checkpoint,
+    model: &M,
+    keys: &KeyMap,
+) -> Result<Description, Error> {
+    let problems = check(model, checkpoint, keys, &LoadOptions::default())?;
     Ok(Description { parameters: parameters(model), problems })
 }
 
