@@ -1,6 +1,7 @@
 //! What the commands that write text need of a system.
 
 use volary_text::generate::Session;
+use volary_text::infill::{Blanks, Commands};
 
 use crate::config::Config;
 use crate::error::Error;
@@ -19,6 +20,24 @@ pub trait Generator {
     /// # Errors
     /// [`Error::Prompt`] with everything that does not fit: see [`check_prompts`].
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error>;
+
+    /// The same model as one that fills blanks, if it does.
+    fn infill(&self) -> Option<&dyn Infill> {
+        None
+    }
+}
+
+/// A loaded model that fills blanks.
+pub trait Infill {
+    /// Its command tokens.
+    fn commands(&self) -> &Commands;
+
+    /// Rows that fill the next blanks of these texts, each by at most `max_new` tokens. What fills a blank ends with one of
+    /// [`Commands::ends`].
+    ///
+    /// # Errors
+    /// [`Error::Prompt`] with everything that does not fit: see [`check_prompts`].
+    fn session<'a>(&'a self, texts: &[Blanks], max_new: usize) -> Result<Box<dyn Session + 'a>, Error>;
 }
 
 /// That there is a prompt, that none is empty, holds an unknown token, or leaves less room than `max_new` tokens in the

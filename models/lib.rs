@@ -1,5 +1,6 @@
 //! Volary: a multimodal model zoo on Burn.
 
+pub mod alm;
 pub mod bert;
 pub mod causal;
 pub mod clip;
@@ -9,6 +10,7 @@ mod error;
 pub mod export;
 pub mod folder;
 pub mod generator;
+pub mod glm;
 pub mod index;
 pub mod llama;
 pub mod preset;

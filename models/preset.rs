@@ -29,6 +29,8 @@ pub enum Shape {
     Vit(crate::vit::VitConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
+    /// [`crate::glm`], [`crate::alm`]
+    Glm(crate::glm::GlmConfig),
 }
 
 /// Where weights are.
@@ -75,6 +77,7 @@ impl Shape {
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
+            Shape::Glm(config) => parameters(&config.init(&device)),
         })
     }
 }
