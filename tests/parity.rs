@@ -7,7 +7,7 @@ use assert_cmd::Command;
 use volary::registry::SYSTEMS;
 use volary_weights::read_tensors;
 
-use crate::support::{differences, fixture, json};
+use crate::support::{copy_folder, differences, fixture, json};
 
 /// Runs the program with these arguments and an `--output`, and compares what it writes with the fixture's
 /// reference.
@@ -62,26 +62,35 @@ fn preprocessing_agrees() {
     }
 }
 
+/// What `volary tokenize` prints for a fixture's texts, from the tokenizer in another folder.
+fn compare_tokens(name: &str, folder: &Path) {
+    let cases = json(&fixture(name).join("cases.json"));
+    let cases = cases["encode"].as_array().unwrap();
+    let texts: Vec<&str> = cases.iter().map(|case| case["text"].as_str().unwrap()).collect();
+    let output = Command::cargo_bin("volary")
+        .unwrap()
+        .arg("tokenize")
+        .arg(folder)
+        .args(["--json", "--"])
+        .args(&texts)
+        .output()
+        .unwrap();
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    for (found, case) in found.as_array().unwrap().iter().zip(cases) {
+        assert_eq!(found["ids"], case["ids"], "{name}: {}", case["text"]);
+        assert_eq!(found["tokens"], case["tokens"], "{name}: {}", case["text"]);
+    }
+    assert_eq!(found.as_array().unwrap().len(), cases.len());
+}
+
 #[test]
 fn tokenizing_agrees() {
-    for name in ["tok_clip", "tok_bert"] {
+    for name in ["tok_bert", "tok_clip", "tok_gpt2", "tok_t5", "tok_xlmr"] {
         let folder = fixture(name);
-        let cases = json(&folder.join("cases.json"));
-        let cases = cases["encode"].as_array().unwrap();
-        let texts: Vec<&str> = cases.iter().map(|case| case["text"].as_str().unwrap()).collect();
-        let output = Command::cargo_bin("volary")
-            .unwrap()
-            .arg("tokenize")
-            .arg(&folder)
-            .args(["--json", "--"])
-            .args(&texts)
-            .output()
-            .unwrap();
-        let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-        for (found, case) in found.as_array().unwrap().iter().zip(cases) {
-            assert_eq!(found["ids"], case["ids"], "{name}: {}", case["text"]);
-            assert_eq!(found["tokens"], case["tokens"], "{name}: {}", case["text"]);
-        }
-        assert_eq!(found.as_array().unwrap().len(), cases.len());
+        compare_tokens(name, &folder);
+        let raw = tempfile::tempdir().unwrap();
+        copy_folder(&folder, raw.path());
+        std::fs::remove_file(raw.path().join("tokenizer.json")).unwrap();
+        compare_tokens(name, raw.path());
     }
 }

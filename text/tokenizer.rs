@@ -6,8 +6,13 @@
 //! | files | family |
 //! | --- | --- |
 //! | `tokenizer.json` | any that the `tokenizers` library knows: BPE, WordPiece, Unigram |
-//! | `vocab.json` + `merges.txt` | CLIP, GPT-2 |
-//! | `vocab.txt` | BERT |
+//! | `vocab.json` + `merges.txt` | CLIP, GPT-2, RoBERTa, GLM in English |
+//! | `spiece.model`, `tokenizer.model`, ... | SentencePiece: T5, XLM-R, LLaMA, CPM-1, PanGu-alpha, Chinese GLM, GLM-130B |
+//! | `spm.model` + `vocab.txt` | PLATO |
+//! | `vocab.txt` | BERT, ERNIE, PLUG; CPM-2 and Yuan 1.0 if it has `<eod>` |
+//!
+//! Whose files they are, [`TokenizerKind`], is said by `tokenizer_class`, else by `config.json`'s `model_type`,
+//! else by the files' names.
 //!
 //! `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` say which tokens are special,
 //! which one pads, on which side, and how long a text may be.
@@ -23,10 +28,19 @@
 //! ```
 
 mod batch;
+mod charsmap;
 mod check;
+mod chinese;
 mod config;
+mod engine;
 mod error;
 mod files;
+mod icetk;
+mod kind;
+mod proto;
+mod raw;
+mod sentencepiece;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod train;
@@ -37,16 +51,19 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokenizers::normalizers::BertNormalizer;
-use tokenizers::utils::padding::PaddingDirection;
+use tokenizers::utils::padding::{PaddingDirection, PaddingParams};
 use tokenizers::utils::truncation::TruncationDirection;
 use tokenizers::{DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessor};
 
 pub use batch::{Batch, BatchOptions, PadTo};
 pub use error::TokenizerError;
+pub use kind::TokenizerKind;
+pub use stream::DecodeStream;
 pub use train::train_wordpiece;
 
 use check::{Ids, added_tokens, check};
-use config::{Config, Family, Role};
+use config::{Config, Role};
+use engine::{Decoder, Engine, Model, Normalizer, Step};
 
 /// An end of a row of tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +95,8 @@ pub struct Encoding {
 /// A vocabulary, and the rules that cut text into its tokens.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Engine,
+    kind: TokenizerKind,
     file: PathBuf,
     named: [Option<u32>; Role::ALL.len()],
     model_max_length: Option<usize>,
@@ -94,6 +112,18 @@ impl Tokenizer {
     /// # Errors
     /// [`TokenizerError`] names the file, the field, what was expected and what was found.
     pub fn from_folder(dir: &Path) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::read(dir, None)
+    }
+
+    /// Reads the tokenizer of a checkpoint folder whose kind is known, whatever its files say of it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_folder`].
+    pub fn from_folder_as(dir: &Path, kind: TokenizerKind) -> Result<Tokenizer, TokenizerError> {
+        Tokenizer::read(dir, Some(kind))
+    }
+
+    fn read(dir: &Path, kind: Option<TokenizerKind>) -> Result<Tokenizer, TokenizerError> {
         let json = |name: &str| -> Result<Option<(PathBuf, Value)>, TokenizerError> {
             let file = dir.join(name);
             match read(&file)? {
@@ -109,51 +139,72 @@ impl Tokenizer {
             special_map.as_ref().map(by_ref),
             added.as_ref().map(by_ref),
         )?;
+        let named = Named::find(dir, &config, kind)?;
 
         let file = dir.join("tokenizer.json");
         if let Some(bytes) = read(&file)? {
             let root = files::read_json(&file, &bytes)?;
-            return assemble(file, &bytes, &root, Ids::Contiguous, &config);
+            return assemble(file, &bytes, &root, Ids::Contiguous, &config, named.kind);
         }
-
         let (vocab_file, merges_file) = (dir.join("vocab.json"), dir.join("merges.txt"));
         if let (Some(vocab), Some(merges)) = (read(&vocab_file)?, read(&merges_file)?) {
             let vocab = files::read_vocab_json(&vocab_file, &vocab, &config)?;
             let merges = files::read_merges(&merges_file, &merges, &vocab)?;
-            let (named_in, class) = match &config.class {
-                Some(class) => (dir.join("tokenizer_config.json"), Some(class.clone())),
-                None => (dir.join("config.json"), model_type(dir)?),
+            let kind = match named.kind {
+                Some(kind) => kind,
+                None if vocab.keys().any(|token| token.ends_with("</w>")) => TokenizerKind::Clip,
+                None => TokenizerKind::Gpt2,
             };
-            let family = match &class {
-                Some(class) => Family::of_name(class),
-                None if vocab.keys().any(|token| token.ends_with("</w>")) => Family::Clip,
-                None => Family::Gpt2,
-            };
-            let root = match family {
-                Family::Clip => files::clip(vocab, merges, &config),
-                Family::Gpt2 => files::gpt2(vocab, merges, &config),
-                Family::Bert | Family::Other => {
-                    return Err(TokenizerError::UnknownClass {
-                        file: named_in,
-                        class: class.unwrap_or_default(),
-                        files: "vocab.json + merges.txt",
-                        known: vec!["CLIPTokenizer", "GPT2Tokenizer"],
-                    });
+            let root = match kind {
+                TokenizerKind::Clip => files::clip(vocab, merges, &config),
+                TokenizerKind::Gpt2
+                | TokenizerKind::Roberta
+                | TokenizerKind::GlmGpt2
+                | TokenizerKind::GlmRoberta => files::byte_level(vocab, merges, &config, kind),
+                _ => {
+                    let known = vec!["CLIPTokenizer", "GPT2Tokenizer", "RobertaTokenizer"];
+                    return Err(named.unknown("vocab.json + merges.txt", known));
                 }
             };
             let bytes = root.to_string().into_bytes();
-            return assemble(vocab_file, &bytes, &root, Ids::Contiguous, &config);
+            return assemble(vocab_file, &bytes, &root, Ids::Contiguous, &config, Some(kind));
         }
 
-        let file = dir.join("vocab.txt");
-        if let Some(bytes) = read(&file)? {
-            let root = files::bert(files::read_vocab_txt(&file, &bytes)?, &config);
-            let bytes = root.to_string().into_bytes();
-            return assemble(file, &bytes, &root, Ids::Lines, &config);
+        let vocab_file = dir.join("vocab.txt");
+        let vocab = read(&vocab_file)?;
+        for name in MODEL_FILES {
+            let file = dir.join(name);
+            let Some(bytes) = read(&file)? else {
+                continue;
+            };
+            let words = vocab.as_ref().map(|vocab| files::lines(&vocab_file, vocab)).transpose()?;
+            let kind = match named.kind {
+                None if name == "spm.model" && words.is_some() => TokenizerKind::Plato,
+                None => TokenizerKind::of_model_file(name),
+                Some(TokenizerKind::GlmChinese) if config.fix_command_token == Some(false) => {
+                    TokenizerKind::GlmChineseUnfixed
+                }
+                Some(kind) => kind,
+            };
+            let inner = raw::sentencepiece(&file, &bytes, words, kind, &config)?;
+            return finish(file, inner, None, &config, kind);
         }
+        if let Some(bytes) = vocab {
+            let tokens = files::lines(&vocab_file, &bytes)?;
+            let words = TokenizerKind::of_words(tokens.iter().map(String::as_str));
+            let kind = named.kind.filter(|kind| *kind != TokenizerKind::Library).unwrap_or(words);
+            if kind == TokenizerKind::Cpm2 {
+                let inner = raw::word_pieces(&vocab_file, tokens)?;
+                return finish(vocab_file, inner, None, &config, kind);
+            }
+            let root = files::bert(files::read_vocab_txt(&vocab_file, &bytes)?, &config, kind);
+            let bytes = root.to_string().into_bytes();
+            return assemble(vocab_file, &bytes, &root, Ids::Lines, &config, Some(kind));
+        }
+        let others = ["tokenizer.json", "vocab.json + merges.txt", "vocab.txt"];
         Err(TokenizerError::NotFound {
             folder: dir.into(),
-            looked_for: vec!["tokenizer.json", "vocab.json + merges.txt", "vocab.txt"],
+            looked_for: others.into_iter().chain(MODEL_FILES).collect(),
         })
     }
 
@@ -171,7 +222,8 @@ impl Tokenizer {
         let config = Config::read(settings.as_ref().map(by_ref), None, None)?;
         let file = PathBuf::from("tokenizer.json");
         let root = files::read_json(&file, tokenizer_json)?;
-        assemble(file, tokenizer_json, &root, Ids::Contiguous, &config)
+        let kind = config.class.as_deref().map(TokenizerKind::of_name);
+        assemble(file, tokenizer_json, &root, Ids::Contiguous, &config, kind)
     }
 
     /// The tokens of a text, between the special tokens that its family puts around it.
@@ -269,6 +321,50 @@ impl Tokenizer {
         self.named(Role::Mask)
     }
 
+    /// The token that ends a document in CPM's vocabularies, where generation stops.
+    pub fn eod_id(&self) -> Option<u32> {
+        self.token_to_id("<eod>")
+    }
+
+    /// GLM's token before a piece to be generated.
+    pub fn sop_id(&self) -> Option<u32> {
+        self.first_of(&["<|startofpiece|>", "<sop>"])
+    }
+
+    /// GLM's token after a generated piece.
+    pub fn eop_id(&self) -> Option<u32> {
+        self.first_of(&["<|endofpiece|>", "<eop>"])
+    }
+
+    /// GLM's token for a sentence to be generated.
+    pub fn smask_id(&self) -> Option<u32> {
+        self.token_to_id("[sMASK]")
+    }
+
+    /// GLM's token for the rest of a document.
+    pub fn gmask_id(&self) -> Option<u32> {
+        self.token_to_id("[gMASK]")
+    }
+
+    /// Whether a token is left out where special ones are skipped.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        self.id_to_token(id).is_some_and(|token| added.is_special_token(&token))
+    }
+
+    /// The ids of all special tokens, ascending.
+    pub fn special_ids(&self) -> Vec<u32> {
+        let added = self.inner.get_added_tokens_decoder();
+        let mut ids: Vec<u32> = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// Whose conventions this tokenizer follows.
+    pub fn kind(&self) -> TokenizerKind {
+        self.kind
+    }
+
     /// The most tokens the model takes, special ones included; `None` where the files set no limit.
     pub fn model_max_length(&self) -> Option<usize> {
         self.model_max_length
@@ -282,6 +378,10 @@ impl Tokenizer {
     /// Where long texts are cut.
     pub fn truncation_side(&self) -> Side {
         self.truncation_side
+    }
+
+    fn first_of(&self, tokens: &[&str]) -> Option<u32> {
+        tokens.iter().find_map(|token| self.token_to_id(token))
     }
 
     fn named(&self, role: Role) -> Option<u32> {
@@ -335,10 +435,7 @@ impl Tokenizer {
         ids.iter().filter_map(|id| self.id_to_token(*id)).collect()
     }
 
-    fn guard<T>(
-        &self,
-        call: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>,
-    ) -> Result<T, TokenizerError> {
+    fn guard<T>(&self, call: impl FnOnce(&Engine) -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
         guard(&self.file, || call(&self.inner))
     }
 }
@@ -357,6 +454,40 @@ const CLEAN_UP: [(&str, &str); 10] = [
     (" 're", "'re"),
 ];
 
+/// The names under which SentencePiece models are posted.
+const MODEL_FILES: [&str; 8] = [
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "spm.model",
+    "cog-pretrain.model",
+    "ice_text.model",
+    "chinese_vocab.model",
+    "vocab.model",
+];
+
+/// Which kind a folder's files name, and where.
+struct Named {
+    file: PathBuf,
+    name: String,
+    kind: Option<TokenizerKind>,
+}
+
+impl Named {
+    fn find(dir: &Path, config: &Config, kind: Option<TokenizerKind>) -> Result<Named, TokenizerError> {
+        let (file, name) = match &config.class {
+            Some(class) => (dir.join("tokenizer_config.json"), Some(class.clone())),
+            None => (dir.join("config.json"), model_type(dir)?),
+        };
+        let kind = kind.or_else(|| name.as_deref().map(TokenizerKind::of_name));
+        Ok(Named { file, name: name.unwrap_or_default(), kind })
+    }
+
+    fn unknown(self, files: &'static str, known: Vec<&'static str>) -> TokenizerError {
+        TokenizerError::UnknownClass { file: self.file, class: self.name, files, known }
+    }
+}
+
 /// Reads a `tokenizer.json`, checked, and refines it by the configuration.
 fn assemble(
     file: PathBuf,
@@ -364,9 +495,10 @@ fn assemble(
     root: &Value,
     ids: Ids,
     config: &Config,
+    kind: Option<TokenizerKind>,
 ) -> Result<Tokenizer, TokenizerError> {
     check(&file, root, ids)?;
-    let mut inner = guard(&file, || tokenizers::Tokenizer::from_bytes(bytes))?;
+    let mut inner = guard(&file, || Engine::from_bytes(bytes))?;
     for (declared, token) in root.as_object().map_or(Ok(Vec::new()), |root| added_tokens(&file, root))? {
         check_added_id(&file, &inner, &token, declared)?;
     }
@@ -375,7 +507,21 @@ fn assemble(
     inner.with_padding(None);
     guard(&file, || inner.with_truncation(None).map(|_| ()))?;
     guard(&file, || refine_normalizer(&mut inner, config))?;
+    let kind = kind.unwrap_or_else(|| TokenizerKind::of_model(&inner));
+    if matches!(kind, TokenizerKind::Cpm | TokenizerKind::PanguAlpha) {
+        guard(&file, || raw::cut_words_first(&mut inner))?;
+    }
+    finish(file, inner, padding, config, kind)
+}
 
+/// Adds the tokens that the configuration names, and finds the special ones.
+fn finish(
+    file: PathBuf,
+    mut inner: Engine,
+    padding: Option<PaddingParams>,
+    config: &Config,
+    kind: TokenizerKind,
+) -> Result<Tokenizer, TokenizerError> {
     for (declared, token) in &config.added {
         guard(&file, || inner.add_tokens([token.clone()]))?;
         check_added_id(&file, &inner, &token.content, *declared)?;
@@ -388,16 +534,12 @@ fn assemble(
         }
     }
 
-    let family = match &config.class {
-        Some(class) => Family::of_name(class),
-        None => Family::of_model(&inner),
-    };
     let named = Role::ALL.map(|role| match config.token(role) {
         Some(token) => inner.token_to_id(&token.content),
         None => {
             let padding = padding.as_ref().filter(|_| role == Role::Pad);
             let padding = padding.map(|padding| padding.pad_token.as_str());
-            let spellings = padding.into_iter().chain(family.spellings(role).iter().copied());
+            let spellings = padding.into_iter().chain(kind.spellings(role).iter().copied());
             spellings.into_iter().find_map(|token| inner.token_to_id(token))
         }
     });
@@ -407,30 +549,34 @@ fn assemble(
     });
     Ok(Tokenizer {
         named,
+        kind,
         model_max_length: config.model_max_length,
         padding_side: config.padding_side.or(side).unwrap_or(Side::Right),
         truncation_side: config.truncation_side.unwrap_or(Side::Right),
-        clean_up: config.clean_up && !matches!(inner.get_model(), ModelWrapper::BPE(_)),
+        clean_up: config.clean_up && !matches!(inner.get_model(), Model::Library(ModelWrapper::BPE(_))),
         word_end: word_end(&inner),
         inner,
         file,
     })
 }
 
-impl Family {
+impl TokenizerKind {
     /// From the tokenizer itself, where no file names its class.
-    fn of_model(inner: &tokenizers::Tokenizer) -> Family {
+    fn of_model(inner: &Engine) -> TokenizerKind {
         match inner.get_model() {
-            ModelWrapper::WordPiece(_) => Family::Bert,
-            ModelWrapper::BPE(_) if inner.token_to_id("<|startoftext|>").is_some() => Family::Clip,
-            _ => Family::Other,
+            Model::Library(ModelWrapper::WordPiece(_)) => TokenizerKind::Bert,
+            Model::Library(ModelWrapper::BPE(_)) if inner.token_to_id("<|startoftext|>").is_some() => {
+                TokenizerKind::Clip
+            }
+            _ => TokenizerKind::Library,
         }
     }
 }
 
 /// BERT's own settings outrank the normalizer of its `tokenizer.json`, as in transformers.
-fn refine_normalizer(inner: &mut tokenizers::Tokenizer, config: &Config) -> tokenizers::Result<()> {
-    let Some(NormalizerWrapper::BertNormalizer(bert)) = inner.get_normalizer() else {
+fn refine_normalizer(inner: &mut Engine, config: &Config) -> tokenizers::Result<()> {
+    let steps = inner.get_normalizer().map_or(&[][..], |normalizer| &normalizer.0);
+    let [Step::Library(NormalizerWrapper::BertNormalizer(bert))] = steps else {
         return Ok(());
     };
     let refined = BertNormalizer::new(
@@ -439,16 +585,12 @@ fn refine_normalizer(inner: &mut tokenizers::Tokenizer, config: &Config) -> toke
         config.strip_accents.unwrap_or(bert.strip_accents),
         config.lower_case.unwrap_or(bert.lowercase),
     );
-    inner.with_normalizer(Some(refined)).map(|_| ())
+    let refined = NormalizerWrapper::BertNormalizer(refined);
+    inner.with_normalizer(Some(Normalizer(vec![Step::Library(refined)]))).map(|_| ())
 }
 
 /// An added token has the id it declares, and no other token has it.
-fn check_added_id(
-    file: &Path,
-    inner: &tokenizers::Tokenizer,
-    token: &str,
-    declared: u32,
-) -> Result<(), TokenizerError> {
+fn check_added_id(file: &Path, inner: &Engine, token: &str, declared: u32) -> Result<(), TokenizerError> {
     match inner.token_to_id(token) {
         Some(found) if found != declared => {
             Err(TokenizerError::AddedTokenId { file: file.into(), token: token.into(), declared, found })
@@ -458,9 +600,9 @@ fn check_added_id(
 }
 
 /// CLIP marks the ends of words, and its byte-level decoder leaves the marks in.
-fn word_end(inner: &tokenizers::Tokenizer) -> Option<String> {
+fn word_end(inner: &Engine) -> Option<String> {
     match (inner.get_model(), inner.get_decoder()) {
-        (ModelWrapper::BPE(bpe), Some(DecoderWrapper::ByteLevel(_))) => {
+        (Model::Library(ModelWrapper::BPE(bpe)), Some(Decoder::Library(DecoderWrapper::ByteLevel(_)))) => {
             bpe.end_of_word_suffix.clone().filter(|suffix| !suffix.is_empty())
         }
         _ => None,

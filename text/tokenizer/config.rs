@@ -36,49 +36,6 @@ impl Role {
     }
 }
 
-/// Whose conventions hold where the files are silent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Family {
-    Bert,
-    Clip,
-    Gpt2,
-    Other,
-}
-
-impl Family {
-    /// From `tokenizer_class`, or a model's `model_type`.
-    pub fn of_name(name: &str) -> Family {
-        match name {
-            "BertTokenizer" | "BertTokenizerFast" | "bert" | "chinese_clip" => Family::Bert,
-            "CLIPTokenizer" | "CLIPTokenizerFast" | "clip" | "clip_text_model" => Family::Clip,
-            "GPT2Tokenizer" | "GPT2TokenizerFast" | "gpt2" => Family::Gpt2,
-            _ => Family::Other,
-        }
-    }
-
-    /// The spellings to try for a role, first the likeliest.
-    pub fn spellings(self, role: Role) -> &'static [&'static str] {
-        match (self, role) {
-            (Family::Bert, Role::Unk) => &["[UNK]"],
-            (Family::Bert, Role::Sep) => &["[SEP]"],
-            (Family::Bert, Role::Pad) => &["[PAD]"],
-            (Family::Bert, Role::Cls) => &["[CLS]"],
-            (Family::Bert, Role::Mask) => &["[MASK]"],
-            (Family::Clip, Role::Bos) => &["<|startoftext|>"],
-            (Family::Clip, Role::Eos | Role::Unk | Role::Pad) => &["<|endoftext|>"],
-            (Family::Gpt2, Role::Bos | Role::Eos | Role::Unk) => &["<|endoftext|>"],
-            (Family::Other, Role::Bos) => &["<s>", "<|startoftext|>"],
-            (Family::Other, Role::Eos) => &["</s>", "<|endoftext|>"],
-            (Family::Other, Role::Unk) => &["<unk>", "[UNK]"],
-            (Family::Other, Role::Sep) => &["[SEP]"],
-            (Family::Other, Role::Pad) => &["<pad>", "[PAD]"],
-            (Family::Other, Role::Cls) => &["[CLS]"],
-            (Family::Other, Role::Mask) => &["<mask>", "[MASK]"],
-            _ => &[],
-        }
-    }
-}
-
 /// What the two configuration files say; `None` where they are silent.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Config {
@@ -95,8 +52,15 @@ pub(super) struct Config {
     /// `Some(None)` is an explicit null: strip accents when lower-casing.
     pub strip_accents: Option<Option<bool>>,
     pub add_prefix_space: bool,
-    pub add_bos: bool,
-    pub add_eos: bool,
+    pub add_bos: Option<bool>,
+    pub add_eos: Option<bool>,
+    /// T5's sentinels.
+    pub extra_ids: Option<usize>,
+    /// Whether a text after a special token gets a space in front, as one at the beginning does.
+    pub legacy: Option<bool>,
+    pub fix_command_token: Option<bool>,
+    pub keep_accents: bool,
+    pub remove_space: Option<bool>,
 }
 
 impl Config {
@@ -168,8 +132,13 @@ impl Config {
             false => None,
         };
         self.add_prefix_space = fields.bool("add_prefix_space")?.unwrap_or(false);
-        self.add_bos = fields.bool("add_bos_token")?.unwrap_or(false);
-        self.add_eos = fields.bool("add_eos_token")?.unwrap_or(false);
+        self.add_bos = fields.bool("add_bos_token")?;
+        self.add_eos = fields.bool("add_eos_token")?;
+        self.extra_ids = fields.count("extra_ids")?;
+        self.legacy = fields.bool("legacy")?;
+        self.fix_command_token = fields.bool("fix_command_token")?;
+        self.keep_accents = fields.bool("keep_accents")?.unwrap_or(false);
+        self.remove_space = fields.bool("remove_space")?;
 
         let Some(decoder) = fields.present("added_tokens_decoder") else {
             return Ok(());
@@ -260,6 +229,13 @@ impl<'a> Fields<'a> {
             Some(length) if length >= 1.0 && length.fract() == 0.0 => Ok(Some(length as usize)),
             _ => Err(self.wrong(key, "a length", value)),
         }
+    }
+
+    /// How many tokens there are of a sort, at most a million.
+    fn count(&self, key: &str) -> Result<Option<usize>, TokenizerError> {
+        let count = |value: &Value| value.as_u64().filter(|count| *count <= 1_000_000);
+        let read = |value| count(value).ok_or_else(|| self.wrong(key, "a number of tokens", value));
+        Ok(self.present(key).map(read).transpose()?.map(|count| count as usize))
     }
 
     fn side(&self, key: &str) -> Result<Option<Side>, TokenizerError> {

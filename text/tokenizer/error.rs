@@ -96,6 +96,36 @@ pub enum TokenizerError {
         /// The token.
         token: String,
     },
+    /// A SentencePiece model that breaks off or holds what cannot be.
+    #[error("{}: byte {at} must be part of {expected}", .file.display())]
+    Protobuf {
+        /// The file.
+        file: PathBuf,
+        /// Where reading stopped.
+        at: usize,
+        /// What must stand there.
+        expected: &'static str,
+    },
+    /// A SentencePiece model whose table of characters is broken.
+    #[error("{}: precompiled_charsmap: {message}", .file.display())]
+    CharsMap {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        message: &'static str,
+    },
+    /// A token that is in a vocabulary twice.
+    #[error("{}: {token:?} is both token {first} and token {second}", .file.display())]
+    Twice {
+        /// The file.
+        file: PathBuf,
+        /// The token.
+        token: String,
+        /// Its first place.
+        first: usize,
+        /// Its second place.
+        second: usize,
+    },
     /// An added token whose declared id is not the one it would get.
     #[error("{}: added token {token:?} declares id {declared}, but its place in the vocabulary is {found}", .file.display())]
     AddedTokenId {

@@ -1,6 +1,7 @@
 //! Vocabulary files without a `tokenizer.json`: the `tokenizer.json` they stand for.
 //!
-//! Sources: transformers 5 `BertTokenizer`, `CLIPTokenizer`, `GPT2Tokenizer`, whose ids these match.
+//! Sources: transformers 5 `BertTokenizer`, `CLIPTokenizer`, `GPT2Tokenizer`, `RobertaTokenizer`, whose ids
+//! these match; THUDM/GLM's tokenizers for the command tokens after them.
 
 use std::path::Path;
 
@@ -8,8 +9,9 @@ use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
 use super::TokenizerError;
+use super::TokenizerKind;
 use super::check::{check_ids, check_merge};
-use super::config::{Config, Family, Role, wrong};
+use super::config::{Config, Role, wrong};
 
 /// CLIP splits text into contractions, letters, single digits and runs of anything else.
 const CLIP_WORDS: &str =
@@ -28,6 +30,15 @@ pub(super) fn read_vocab_txt(file: &Path, bytes: &[u8]) -> Result<Map<String, Va
     match vocab.is_empty() {
         true => Err(TokenizerError::EmptyVocab { file: file.into() }),
         false => Ok(vocab),
+    }
+}
+
+/// The lines of a file without the white space around them.
+pub(super) fn lines(file: &Path, bytes: &[u8]) -> Result<Vec<String>, TokenizerError> {
+    let lines: Vec<String> = utf8(file, bytes)?.lines().map(|line| line.trim().to_owned()).collect();
+    match lines.is_empty() {
+        true => Err(TokenizerError::EmptyVocab { file: file.into() }),
+        false => Ok(lines),
     }
 }
 
@@ -74,21 +85,42 @@ pub(super) fn pair(merge: &str) -> Option<(&str, &str)> {
         .filter(|(left, right)| !left.is_empty() && !right.is_empty() && !right.contains(' '))
 }
 
-/// BERT: clean, split Chinese, lower, split at spaces and punctuation, longest pieces first.
-pub(super) fn bert(vocab: Map<String, Value>, config: &Config) -> Value {
-    let [unk, cls, sep] = [Role::Unk, Role::Cls, Role::Sep].map(|role| spelled(config, Family::Bert, role));
-    let added = Added::of(&vocab, config, Family::Bert);
-    let special = |token: &str| json!({ "SpecialToken": { "id": token, "type_id": 0 } });
-    let special_b = |token: &str| json!({ "SpecialToken": { "id": token, "type_id": 1 } });
-    let a = json!({ "Sequence": { "id": "A", "type_id": 0 } });
-    let b = json!({ "Sequence": { "id": "B", "type_id": 1 } });
+/// One place of the row that a text, or a pair, becomes.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Place<'a> {
+    First,
+    Second(u32),
+    Mark(&'a str, u32),
+}
+
+/// The post-processor that puts marks around texts.
+pub(super) fn template(single: &[Place], pair: &[Place], id: impl Fn(&str) -> Option<u64>) -> Value {
+    let place = |place: &Place| match place {
+        Place::First => json!({ "Sequence": { "id": "A", "type_id": 0 } }),
+        Place::Second(type_id) => json!({ "Sequence": { "id": "B", "type_id": type_id } }),
+        Place::Mark(token, type_id) => json!({ "SpecialToken": { "id": token, "type_id": type_id } }),
+    };
     let mut tokens = Map::new();
-    for token in [&cls, &sep] {
-        tokens.insert(
-            token.clone(),
-            json!({ "id": token, "ids": [added.id(&vocab, token)], "tokens": [token] }),
-        );
+    for place in single.iter().chain(pair) {
+        if let Place::Mark(token, _) = place {
+            tokens.insert((*token).into(), json!({ "id": token, "ids": [id(token)], "tokens": [token] }));
+        }
     }
+    json!({
+        "type": "TemplateProcessing",
+        "single": single.iter().map(place).collect::<Vec<_>>(),
+        "pair": pair.iter().map(place).collect::<Vec<_>>(),
+        "special_tokens": tokens,
+    })
+}
+
+/// BERT: clean, split Chinese, lower, split at spaces and punctuation, longest pieces first.
+pub(super) fn bert(vocab: Map<String, Value>, config: &Config, kind: TokenizerKind) -> Value {
+    use Place::{First, Mark, Second};
+    let [unk, cls, sep] = [Role::Unk, Role::Cls, Role::Sep].map(|role| spelled(config, kind, role));
+    let added = Added::of(&vocab, config, kind);
+    let single = [Mark(&cls, 0), First, Mark(&sep, 0)];
+    let pair = [Mark(&cls, 0), First, Mark(&sep, 0), Second(1), Mark(&sep, 1)];
     json!({
         "version": "1.0",
         "added_tokens": added.json(),
@@ -100,12 +132,7 @@ pub(super) fn bert(vocab: Map<String, Value>, config: &Config) -> Value {
             "lowercase": config.lower_case.unwrap_or(true),
         },
         "pre_tokenizer": { "type": "BertPreTokenizer" },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [special(&cls), a, special(&sep)],
-            "pair": [special(&cls), a, special(&sep), b, special_b(&sep)],
-            "special_tokens": tokens,
-        },
+        "post_processor": template(&single, &pair, |token| added.id(&vocab, token)),
         "decoder": { "type": "WordPiece", "prefix": "##", "cleanup": true },
         "model": {
             "type": "WordPiece",
@@ -119,8 +146,9 @@ pub(super) fn bert(vocab: Map<String, Value>, config: &Config) -> Value {
 
 /// CLIP: NFC, lower, its own words, bytes, merges that know a word's end by `</w>`.
 pub(super) fn clip(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: &Config) -> Value {
-    let [unk, bos, eos] = [Role::Unk, Role::Bos, Role::Eos].map(|role| spelled(config, Family::Clip, role));
-    let added = Added::of(&vocab, config, Family::Clip);
+    let [unk, bos, eos] =
+        [Role::Unk, Role::Bos, Role::Eos].map(|role| spelled(config, TokenizerKind::Clip, role));
+    let added = Added::of(&vocab, config, TokenizerKind::Clip);
     json!({
         "version": "1.0",
         "added_tokens": added.json(),
@@ -152,35 +180,35 @@ pub(super) fn clip(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: 
     })
 }
 
-/// GPT-2: bytes, with the space before a word part of the word.
-pub(super) fn gpt2(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: &Config) -> Value {
-    let [bos, eos] = [Role::Bos, Role::Eos].map(|role| spelled(config, Family::Gpt2, role));
-    let added = Added::of(&vocab, config, Family::Gpt2);
-    let ends: Vec<&String> = [(config.add_bos, &bos), (config.add_eos, &eos)]
-        .into_iter()
-        .filter_map(|(add, token)| add.then_some(token))
-        .collect();
-    let sequence = |name: &str, type_id: u32| {
-        let special = |add: bool, token: &str| {
-            add.then(|| json!({ "SpecialToken": { "id": token, "type_id": type_id } }))
-        };
-        [
-            special(config.add_bos, &bos),
-            Some(json!({ "Sequence": { "id": name, "type_id": type_id } })),
-            special(config.add_eos, &eos),
-        ]
-        .into_iter()
-        .flatten()
-        .collect::<Vec<_>>()
+/// Bytes, with the space before a word part of the word: GPT-2, RoBERTa, and GLM's two that are built on them.
+pub(super) fn byte_level(
+    vocab: Map<String, Value>,
+    merges: Vec<[String; 2]>,
+    config: &Config,
+    kind: TokenizerKind,
+) -> Value {
+    use Place::{First, Mark, Second};
+    let [bos, eos, cls, sep] =
+        [Role::Bos, Role::Eos, Role::Cls, Role::Sep].map(|role| spelled(config, kind, role));
+    let added = Added::of(&vocab, config, kind);
+    let (single, pair) = match kind {
+        TokenizerKind::Roberta | TokenizerKind::GlmRoberta => {
+            let (cls, sep) = (Mark(&cls, 0), Mark(&sep, 0));
+            (vec![cls, First, sep], vec![cls, First, sep, sep, Second(0), sep])
+        }
+        TokenizerKind::GlmGpt2 => {
+            let (cls, eos) = (Mark(&cls, 0), Mark(&eos, 0));
+            (vec![cls, First, eos], vec![cls, First, eos, Second(0), eos])
+        }
+        _ => {
+            let wanted = |add: Option<bool>, token| add.unwrap_or(false).then_some(token);
+            let around = |text, type_id| {
+                let before = wanted(config.add_bos, Mark(&bos, type_id));
+                before.into_iter().chain([text]).chain(wanted(config.add_eos, Mark(&eos, type_id)))
+            };
+            (around(First, 0).collect(), around(First, 0).chain(around(Second(1), 1)).collect())
+        }
     };
-    let tokens: Map<String, Value> = ends
-        .iter()
-        .map(|token| {
-            let entry = json!({ "id": token, "ids": [added.id(&vocab, token)], "tokens": [token] });
-            ((*token).clone(), entry)
-        })
-        .collect();
-    let pair = [sequence("A", 0), sequence("B", 1)].concat();
     json!({
         "version": "1.0",
         "added_tokens": added.json(),
@@ -190,12 +218,7 @@ pub(super) fn gpt2(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: 
             "trim_offsets": true,
             "use_regex": true,
         },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": sequence("A", 0),
-            "pair": pair,
-            "special_tokens": tokens,
-        },
+        "post_processor": template(&single, &pair, |token| added.id(&vocab, token)),
         "decoder": { "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true },
         "model": {
             "type": "BPE",
@@ -211,9 +234,9 @@ pub(super) fn gpt2(vocab: Map<String, Value>, merges: Vec<[String; 2]>, config: 
 struct Added(Vec<(u64, AddedToken)>);
 
 impl Added {
-    /// First those with a declared id, then the named ones, then the rest; those that the vocabulary
+    /// First those with a declared id, then GLM's commands, the named ones, and the rest; those that the vocabulary
     /// lacks follow its last token in this order. Of two spellings of a token's options the later counts.
-    fn of(vocab: &Map<String, Value>, config: &Config, family: Family) -> Added {
+    fn of(vocab: &Map<String, Value>, config: &Config, kind: TokenizerKind) -> Added {
         let mut added = Added(Vec::new());
         for (id, token) in &config.added {
             added.0.push((u64::from(*id), token.clone()));
@@ -221,12 +244,13 @@ impl Added {
         let mut next =
             config.added.keys().map(|id| u64::from(*id) + 1).chain([vocab.len() as u64]).max().unwrap_or(0);
         let named = Role::ALL.into_iter().filter_map(|role| {
-            let default = || family.spellings(role).first();
+            let default = || kind.spellings(role).first();
             let token = config.token(role).cloned();
             token.or_else(|| default().map(|token| AddedToken::from(*token, true)))
         });
         let declared = added.0.len();
-        for token in named.chain(config.extra.iter().cloned()) {
+        let commands = kind.commands().iter().map(|token| command(token));
+        for token in commands.chain(named).chain(config.extra.iter().cloned()) {
             let same = |(_, known): &(u64, AddedToken)| known.content == token.content;
             match added.0.iter().position(same) {
                 Some(known) if known < declared => {}
@@ -263,9 +287,18 @@ impl Added {
     }
 }
 
-/// How a role's token is written: as the configuration says, or as the family does.
-fn spelled(config: &Config, family: Family, role: Role) -> String {
-    config.token(role).map_or_else(|| family.spellings(role).concat(), |token| token.content.clone())
+/// How a role's token is written: as the configuration says, or as the kind does.
+pub(super) fn spelled(config: &Config, kind: TokenizerKind, role: Role) -> String {
+    config.token(role).map_or_else(|| first_spelling(kind, role), |token| token.content.clone())
+}
+
+fn first_spelling(kind: TokenizerKind, role: Role) -> String {
+    kind.spellings(role).first().copied().unwrap_or_default().to_owned()
+}
+
+/// A command token of GLM; masks take the space before them.
+pub(super) fn command(token: &str) -> AddedToken {
+    AddedToken::from(token, true).lstrip(token.ends_with("MASK]"))
 }
 
 pub(super) fn read_json(file: &Path, bytes: &[u8]) -> Result<Value, TokenizerError> {

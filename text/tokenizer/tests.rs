@@ -137,6 +137,8 @@ fn vocabulary_files_give_the_ids_of_python() {
         ("tok_bert", &["vocab.txt"][..]),
         ("tok_clip", &["vocab.json", "merges.txt"]),
         ("tok_gpt2", &["vocab.json", "merges.txt"]),
+        ("tok_t5", &["spiece.model"]),
+        ("tok_xlmr", &["sentencepiece.bpe.model"]),
     ] {
         let folder = Folder::copy(name, name, &[files, &config].concat());
         assert_as_python(&folder.load().unwrap(), &fixture(name));
@@ -170,8 +172,8 @@ fn config_json_names_the_family_where_no_tokenizer_class_does() {
     folder.write("config.json", br#"{"model_type": "clip"}"#);
     let marked = ["<|startoftext|>", "a</w>", "<|endoftext|>"];
     assert_eq!(folder.load().unwrap().encode("a").unwrap().tokens, marked);
-    folder.write("config.json", br#"{"model_type": "roberta"}"#);
-    assert!(folder.error().contains(r#""roberta" needs a tokenizer.json"#), "{}", folder.error());
+    folder.write("config.json", br#"{"model_type": "albert"}"#);
+    assert!(folder.error().contains(r#""albert" needs a tokenizer.json"#), "{}", folder.error());
 }
 
 /// `[PAD] [UNK] [CLS] [SEP] [MASK]`, then these.
@@ -297,7 +299,9 @@ fn rows_that_nothing_can_pad_are_an_error() {
 #[test]
 fn an_empty_folder_says_what_was_looked_for() {
     let error = Folder::new("empty").error();
-    assert!(error.ends_with("looked for tokenizer.json, vocab.json + merges.txt, vocab.txt"), "{error}");
+    assert!(error.ends_with("looked for tokenizer.json, vocab.json + merges.txt, vocab.txt, \
+        spiece.model, sentencepiece.bpe.model, tokenizer.model, spm.model, cog-pretrain.model, ice_text.model, \
+        chinese_vocab.model, vocab.model"), "{error}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use tokenizers::{
 
 use super::config::Config;
 use super::files::{self, MAX_WORD_CHARS};
-use super::{TokenizerError, guard};
+use super::{TokenizerError, TokenizerKind, guard};
 
 /// The special tokens of a trained vocabulary, ids 0 to 4.
 const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
@@ -52,7 +52,7 @@ pub fn train_wordpiece(
 
     let tokens = vocab.tokens.into_iter().enumerate();
     let tokens: Map<String, Value> = tokens.map(|(id, token)| (token, json!(id))).collect();
-    Ok(files::bert(tokens, &Config::default()).to_string())
+    Ok(files::bert(tokens, &Config::default(), TokenizerKind::Bert).to_string())
 }
 
 #[derive(Default)]
