@@ -1,7 +1,7 @@
 //! Stored bytes -> values of the wanted type, in parallel chunks, and the few rearrangements that rules ask for.
 
 use burn::tensor::{BoolStore, DType, Element, FloatDType};
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -106,12 +106,43 @@ pub(crate) fn read_into<T: Value>(from: Dtype, bytes: &[u8], out: &mut [T]) -> O
         .enumerate()
         .filter_map(|(chunk, (out, bytes))| {
             T::read(from, bytes, out);
-            // while they are in the cache
-            let count = out.iter().filter(|value| !value.is_finite()).count();
-            let first = out.iter().position(|value| count > 0 && !value.is_finite())?;
+            let (count, first) = not_finite(out)?; // while they are in the cache
             Some((count, chunk * CHUNK + first))
         })
-        .reduce_with(|(a, first), (b, second)| (a + b, first.min(second)))
+        .reduce_with(sum)
+}
+
+/// How many of `values` are NaN or infinite and the place of the first; `None` when all are numbers.
+fn not_finite<T: Value>(values: &[T]) -> Option<(usize, usize)> {
+    // one bit and no early end: so it is done many at a time
+    if values.iter().fold(true, |all, value| all & value.is_finite()) {
+        return None;
+    }
+    let count = values.iter().filter(|value| !value.is_finite()).count();
+    Some((count, values.iter().position(|value| !value.is_finite())?))
+}
+
+fn sum((a, first): (usize, usize), (b, second): (usize, usize)) -> (usize, usize) {
+    (a + b, first.min(second))
+}
+
+/// What [`read_into`] says of `bytes` that are left where they are. They are aligned for their dtype.
+pub(crate) fn find_not_finite(dtype: Dtype, bytes: &[u8]) -> Option<(usize, usize)> {
+    fn of<T: Value + Pod>(bytes: &[u8]) -> Option<(usize, usize)> {
+        let chunks = bytemuck::cast_slice::<_, T>(bytes).par_chunks(CHUNK).enumerate();
+        let found = chunks.filter_map(|(chunk, values)| {
+            let (count, first) = not_finite(values)?;
+            Some((count, chunk * CHUNK + first))
+        });
+        found.reduce_with(sum)
+    }
+    match dtype {
+        Dtype::F64 => of::<f64>(bytes),
+        Dtype::F32 => of::<f32>(bytes),
+        Dtype::F16 => of::<f16>(bytes),
+        Dtype::BF16 => of::<bf16>(bytes),
+        _ => None,
+    }
 }
 
 /// `[.., rows, cols]` -> `[.., cols, rows]`

@@ -1,12 +1,16 @@
 //! Checkpoint -> module, strictly: every parameter is filled and every key is used, or the error lists all that is not.
+//!
+//! On the processor a parameter that the file has in its dtype and order, aligned, is not copied: the tensor is a view of
+//! the mapped file (on Unix), which stays mapped for as long as the tensor lives. It may be changed and trained as any
+//! other; the first change copies it. What must not happen to the file meanwhile is in [`mod@crate::format`].
 
 use std::collections::HashMap;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Bool, DType, FloatDType, Int, Shape, Tensor, TensorData};
+use burn::tensor::{Bool, BoolStore, Bytes, DType, Device, FloatDType, Int, Shape, Tensor, TensorData};
 use half::{bf16, f16};
 
-use crate::cast::{Value, as_stored, read_into, stored, transposed, zeros};
+use crate::cast::{Value, as_stored, find_not_finite, read_into, stored, transposed, zeros};
 use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype};
 use crate::plan::{Plan, Source};
@@ -30,7 +34,7 @@ pub enum NotFinite {
     /// They are an error.
     #[default]
     Refuse,
-    /// They are loaded.
+    /// They are loaded. Nobody looks for them: what is not copied is not read.
     Allow,
 }
 
@@ -198,12 +202,12 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     /// The values for the parameter at the current path; `None` when it is to stay as it is.
-    fn take(&mut self, shape: Shape, kind: Kind) -> Option<TensorData> {
+    fn take(&mut self, shape: Shape, kind: Kind, device: &Device) -> Option<TensorData> {
         if self.error.is_some() {
             return None;
         }
         let source = self.sources.remove(&self.path.joined())?;
-        match self.read(&source, shape, kind) {
+        match self.read(&source, shape, kind, device) {
             Ok(data) => Some(data),
             Err(error) => {
                 self.error = Some(error);
@@ -212,8 +216,26 @@ impl Loader<'_> {
         }
     }
 
-    fn read(&mut self, source: &Source, shape: Shape, kind: Kind) -> Result<TensorData, Error> {
-        Ok(match (kind, self.float_dtype(source)) {
+    fn read(
+        &mut self,
+        source: &Source,
+        shape: Shape,
+        kind: Kind,
+        device: &Device,
+    ) -> Result<TensorData, Error> {
+        let float = self.options.dtype.unwrap_or_else(|| as_stored(source.parts[0].dtype));
+        if *device == Device::flex() {
+            let dtype = match (kind, float) {
+                (Kind::Int, _) => DType::I64,
+                (Kind::Bool, _) => DType::Bool(BoolStore::Native),
+                (Kind::Float, FloatDType::Flex32) => DType::F32,
+                (Kind::Float, float) => float.into(),
+            };
+            if let Some(view) = self.view(source, dtype) {
+                return Ok(TensorData::from_bytes(view, shape, dtype));
+            }
+        }
+        Ok(match (kind, float) {
             (Kind::Int, _) => TensorData::new(self.assemble::<i64>(source)?, shape),
             (Kind::Bool, _) => TensorData::new(self.assemble::<bool>(source)?, shape),
             (Kind::Float, FloatDType::F64) => TensorData::new(self.assemble::<f64>(source)?, shape),
@@ -225,8 +247,25 @@ impl Loader<'_> {
         })
     }
 
-    fn float_dtype(&self, source: &Source) -> FloatDType {
-        self.options.dtype.unwrap_or_else(|| as_stored(source.parts[0].dtype))
+    /// The source's part of the file, when it has the values as the parameter wants them.
+    fn view(&mut self, source: &Source, dtype: DType) -> Option<Bytes> {
+        let [part] = &source.parts[..] else { return None };
+        // a truth value is any byte but 0 in a file, and 1 in a tensor
+        if source.transpose.is_some() || part.dtype == Dtype::Bool || stored(dtype) != Some(part.dtype) {
+            return None;
+        }
+        let size = part.dtype.size();
+        let whole = self.checkpoint.shared(&part.key)?;
+        let view = whole.view(part.elements.start * size, part.elements.end * size).ok()?;
+        if !view.as_ptr().addr().is_multiple_of(size) {
+            return None;
+        }
+        if self.options.not_finite == NotFinite::Refuse
+            && let Some((count, first)) = find_not_finite(part.dtype, &view)
+        {
+            self.report(&part.key, part.dtype, count, part.elements.start + first);
+        }
+        Some(view)
     }
 
     /// The values of a source in the order of the parameter.
@@ -283,7 +322,7 @@ impl Loader<'_> {
         for (_, source) in sources {
             let elements: usize = source.parts.iter().map(|part| part.elements.len()).sum();
             if source.parts[0].dtype.is_float()
-                && let Err(error) = self.read(&source, Shape::new([elements]), Kind::Float)
+                && let Err(error) = self.read(&source, Shape::new([elements]), Kind::Float, &Device::flex())
             {
                 self.error = Some(error);
                 return;
@@ -294,26 +333,29 @@ impl Loader<'_> {
 
 impl ModuleMapper for Loader<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(data) = self.take(stored_shape!(param), Kind::Float) else { return param };
+        let device = param.lazy_device();
+        let Some(data) = self.take(stored_shape!(param), Kind::Float, &device) else { return param };
         let dtype = match self.options.dtype {
             Some(FloatDType::Flex32) => DType::Flex32,
             _ => data.dtype(),
         };
-        let tensor = Tensor::from_data(data, (&param.lazy_device(), dtype));
+        let tensor = Tensor::from_data(data, (&device, dtype));
         let id = param.id;
         param.transform_for_load(tensor, id)
     }
 
     fn map_int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>) -> Param<Tensor<D, Int>> {
-        let Some(data) = self.take(stored_shape!(param), Kind::Int) else { return param };
-        let tensor = Tensor::from_data(data, &param.lazy_device());
+        let device = param.lazy_device();
+        let Some(data) = self.take(stored_shape!(param), Kind::Int, &device) else { return param };
+        let tensor = Tensor::from_data(data, &device);
         let id = param.id;
         param.transform_for_load(tensor, id)
     }
 
     fn map_bool<const D: usize>(&mut self, param: Param<Tensor<D, Bool>>) -> Param<Tensor<D, Bool>> {
-        let Some(data) = self.take(stored_shape!(param), Kind::Bool) else { return param };
-        let tensor = Tensor::from_data(data, &param.lazy_device());
+        let device = param.lazy_device();
+        let Some(data) = self.take(stored_shape!(param), Kind::Bool, &device) else { return param };
+        let tensor = Tensor::from_data(data, &device);
         let id = param.id;
         param.transform_for_load(tensor, id)
     }

@@ -285,6 +285,13 @@ impl<B: Backing> Checkpoint for Quantized<B> {
         Ok(Cow::Owned(out))
     }
 
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        if self.packed.contains_key(name) || self.contents.find(name).is_none() {
+            return None;
+        }
+        self.file.shared(name)
+    }
+
     fn quantization(&self) -> Option<Quantization> {
         Some(self.quantization)
     }

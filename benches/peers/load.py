@@ -1,9 +1,10 @@
 """The peer of benches/load.rs: safetensors and torch.
 
-usage: load.py load|map FILE_OR_FOLDER f16|f32    prints seconds and peak MiB
-       load.py shard FILE FOLDER                  writes FILE as a sharded pytorch_model.bin
+usage: load.py load FILE_OR_FOLDER f16|f32 none|pages|all    prints seconds and peak MiB
+       load.py shard FILE FOLDER                             writes FILE as a sharded pytorch_model.bin
 
-`load` reads every value once, `map` leaves the tensors as the library hands them out (mapped, where they are f16).
+`none` leaves the tensors as the library hands them out (mapped, where they are f16), `pages` reads one value of every
+page, `all` finds out whether all values are finite.
 """
 import json
 import pathlib
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 SHARD_BYTES = 500_000_000
+PAGE = 4096
 
 
 def state_dict(path):
@@ -27,15 +29,16 @@ def state_dict(path):
     return state
 
 
-def load(path, dtype, touch):
+def load(path, dtype, read):
     start = time.perf_counter()
     state = state_dict(path)
     for key in list(state):
         if state[key].is_floating_point():
             state[key] = state[key].to(dtype)
-        if touch:
-            # one value of every page
-            state[key].reshape(-1).view(torch.uint8)[::4096].sum()
+        if read == "pages":
+            state[key].reshape(-1)[:: PAGE // state[key].itemsize].sum()
+        elif read == "all" and not torch.isfinite(state[key]).all():
+            sys.exit(f"{key} is not finite")
     seconds = time.perf_counter() - start
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
@@ -57,8 +60,8 @@ def shard(source, folder):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-what, first, second = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3]
-if what == "shard":
-    shard(first, pathlib.Path(second))
-else:
-    load(first, torch.float16 if second == "f16" else torch.float32, touch=what == "load")
+match sys.argv[1:]:
+    case ["shard", file, folder]:
+        shard(pathlib.Path(file), pathlib.Path(folder))
+    case ["load", path, dtype, read]:
+        load(pathlib.Path(path), torch.float16 if dtype == "f16" else torch.float32, read)

@@ -6,8 +6,10 @@
 //! - [`pipeline`] lists the parts of a diffusers folder.
 //!
 //! All readers are lazy: opening reads the names, a tensor's bytes are touched when they are asked for. Files are
-//! memory-mapped; one that is cut short by another program while it is mapped ends this one (SIGBUS), as with every
-//! mapping.
+//! memory-mapped, and stay so for as long as the checkpoint or a tensor that views the file lives (see
+//! [`mod@crate::load`]). A mapped file may be deleted or replaced by another of its name: the mapping keeps what it
+//! was. It must not be changed in place: what is overwritten changes in the tensors as well, and a file that is cut
+//! short ends this program (SIGBUS), as with every mapping.
 
 pub mod gguf;
 pub mod megatron;
@@ -24,7 +26,9 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use burn::tensor::{AllocationProperty, Bytes};
 use memmap2::Mmap;
 
 use crate::error::{Error, Lookalike, nearest};
@@ -80,6 +84,12 @@ pub trait Checkpoint: Send + Sync {
     /// [`Error::NoTensor`] for a name that is not among the entries.
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error>;
 
+    /// What [`Checkpoint::bytes`] gives, without a copy and for as long as it is held, where it lies so in the file:
+    /// of any alignment. Whoever writes to it gets a copy first; the file never changes.
+    fn shared(&self, _name: &str) -> Option<Bytes> {
+        None
+    }
+
     /// How values are packed, if they are.
     fn quantization(&self) -> Option<Quantization> {
         None
@@ -91,19 +101,56 @@ pub trait Checkpoint: Send + Sync {
 
 /// Where the bytes of a checkpoint lie.
 pub(crate) trait Backing: AsRef<[u8]> + Send + Sync {
+    /// A range that keeps what it lies in alive; `None` where that cannot be.
+    fn shared(&self, range: Range<usize>) -> Option<Bytes>;
+
     /// Says that a range has been read, and need not be kept in memory.
     fn release(&self, _range: Range<usize>) {}
 }
 
-impl Backing for Cow<'static, [u8]> {}
+impl Backing for Cow<'static, [u8]> {
+    fn shared(&self, range: Range<usize>) -> Option<Bytes> {
+        match *self {
+            Cow::Borrowed(bytes) => {
+                Some(Bytes::from_shared(bytes::Bytes::from_static(&bytes[range]), AllocationProperty::Other))
+            }
+            Cow::Owned(_) => None,
+        }
+    }
+}
 
-impl Backing for Mmap {
+/// A file that is mapped into memory, for as long as this value or a tensor that views it lives.
+#[derive(Debug, Clone)]
+pub struct Mapped(Arc<Mmap>);
+
+impl From<Mmap> for Mapped {
+    fn from(file: Mmap) -> Self {
+        Self(Arc::new(file))
+    }
+}
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Backing for Mapped {
+    /// Not on Windows, where a file cannot be replaced while it is mapped: a loaded model must not stand in the way of
+    /// saving it under its old name.
+    fn shared(&self, range: Range<usize>) -> Option<Bytes> {
+        cfg!(unix).then(|| {
+            let bytes = bytes::Bytes::from_owner(self.clone()).slice(range);
+            Bytes::from_shared(bytes, AllocationProperty::File)
+        })
+    }
+
     fn release(&self, range: Range<usize>) {
         // Only the mapped copy of the page goes: the file stays, and in the system's cache as well.
         // SAFETY: nothing can be lost, for the mapping is read-only; later reads come from the file again.
         #[cfg(unix)]
         let _ = unsafe {
-            self.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+            self.0.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
         };
     }
 }
@@ -268,7 +315,7 @@ fn file_names(folder: &Path) -> Result<Vec<String>, Error> {
 fn open_named(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
     let file = map(path)?;
     let is_json = path.extension().is_some_and(|extension| extension == "json");
-    match is_json && Format::of(path, &file).is_none() {
+    match is_json && Format::of(path, file.as_ref()).is_none() {
         true => Ok(Box::new(Sharded::open(path)?)),
         false => open_mapped(path, file),
     }
@@ -279,27 +326,29 @@ fn open_file(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
     open_mapped(path, map(path)?)
 }
 
-fn open_mapped(path: &Path, file: Mmap) -> Result<Box<dyn Checkpoint>, Error> {
+fn open_mapped(path: &Path, file: Mapped) -> Result<Box<dyn Checkpoint>, Error> {
     let path = path.to_owned();
-    match Format::of(&path, &file) {
+    match Format::of(&path, file.as_ref()) {
         Some(Format::Safetensors) => unpacked(SafetensorsFile::parse(path, file)?),
         Some(Format::Torch) => Ok(Box::new(TorchFile::parse(path, file)?)),
         Some(Format::Gguf) => Ok(Box::new(GgufFile::parse(path, file)?)),
-        None => Err(Error::NotWeights { path, found: lookalike(&file).unwrap_or(Lookalike::Unknown) }),
+        None => {
+            Err(Error::NotWeights { path, found: lookalike(file.as_ref()).unwrap_or(Lookalike::Unknown) })
+        }
     }
 }
 
 /// Maps a file into memory.
-fn map(path: &Path) -> Result<Mmap, Error> {
+fn map(path: &Path) -> Result<Mapped, Error> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let metadata = std::fs::metadata(path).map_err(io)?;
     if !metadata.is_file() {
         return Err(Error::NotWeights { path: path.to_owned(), found: Lookalike::NotAFile });
     }
     let file = File::open(path).map_err(io)?;
-    // SAFETY: the mapping is read-only and private to this value. That no other program changes the file while it is
+    // SAFETY: the mapping is read-only. That no other program changes the file while it is
     // mapped is the caller's part, as said in the module's documentation; the bytes are only ever read as numbers.
-    unsafe { Mmap::map(&file) }.map_err(io)
+    unsafe { Mmap::map(&file) }.map(Mapped::from).map_err(io)
 }
 
 enum Format {

@@ -9,11 +9,11 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use burn::tensor::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 
-use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, Mapped, lookalike, map};
 use crate::error::{Error, HeaderError};
 
 /// The bytes before the header: its length.
@@ -32,7 +32,7 @@ pub struct Safetensors<B> {
 }
 
 /// A memory-mapped safetensors file.
-pub type SafetensorsFile = Safetensors<Mmap>;
+pub type SafetensorsFile = Safetensors<Mapped>;
 
 /// A safetensors checkpoint in memory, e.g. one that is embedded in the program.
 pub type Memory = Safetensors<Cow<'static, [u8]>>;
@@ -94,6 +94,10 @@ impl<B: Backing> Checkpoint for Safetensors<B> {
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
         let i = self.contents.position(name)?;
         Ok(Cow::Borrowed(&self.bytes.as_ref()[self.ranges[i].clone()]))
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        self.bytes.shared(self.ranges[self.contents.find(name)?].clone())
     }
 
     fn release(&self, name: &str) {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use burn::tensor::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
@@ -127,12 +128,13 @@ impl Sharded {
     /// is wrong between the index and the shards.
     pub fn open(index: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = index.into();
-        let bytes = map(&path)?;
+        let file = map(&path)?;
+        let bytes = file.as_ref();
         let mut problems = Vec::new();
-        let listed = match read_index(&bytes, &mut problems) {
+        let listed = match read_index(bytes, &mut problems) {
             Ok(listed) => listed,
             Err(problem) => {
-                return Err(match lookalike(&bytes) {
+                return Err(match lookalike(bytes) {
                     Some(found) if found != Lookalike::Text => Error::NotWeights { path, found },
                     _ => Error::Shards { path, problems: vec![problem] },
                 });
@@ -216,6 +218,10 @@ impl Checkpoint for Sharded {
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
         let i = self.contents.position(name)?;
         self.shards[self.homes[i]].bytes(name)
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        self.shards[self.homes[self.contents.find(name)?]].shared(name)
     }
 
     fn quantization(&self) -> Option<Quantization> {

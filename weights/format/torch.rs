@@ -15,10 +15,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use burn::tensor::Bytes;
 
 use super::pickle::{Array, Id, Node, Pickle, Storage, Tensor};
-use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map, zip};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, Mapped, lookalike, map, zip};
 use crate::error::{Error, Lookalike, TorchError};
 
 /// The classes of storages with their dtype.
@@ -101,7 +101,7 @@ pub struct Torch<B> {
 }
 
 /// A memory-mapped torch.save file (`.bin`, `.pt`, `.pth`) or Paddle file (`.pdparams`).
-pub type TorchFile = Torch<Mmap>;
+pub type TorchFile = Torch<Mapped>;
 
 /// Where an entry's values are.
 #[derive(Debug)]
@@ -184,6 +184,18 @@ impl<B: Backing> Checkpoint for Torch<B> {
             return Ok(Cow::Borrowed(&storage[start..start + length]));
         }
         Ok(Cow::Owned(gathered(storage, *offset, shape, strides, dtype.size(), length)))
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        let i = self.contents.find(name)?;
+        let Entry { shape, dtype, .. } = &self.contents.entries[i];
+        let View { storage, is_text, offset, strides } = &self.views[i];
+        if *is_text || shape.contains(&0) || !is_contiguous(shape, strides) {
+            return None;
+        }
+        let start = storage.start + offset * dtype.size();
+        let length = shape.iter().product::<usize>() * dtype.size();
+        self.bytes.shared(start..start + length)
     }
 
     fn release(&self, name: &str) {

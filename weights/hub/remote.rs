@@ -6,7 +6,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapMut, MmapOptions};
+use memmap2::{MmapMut, MmapOptions};
 use ureq::http::StatusCode;
 
 use super::cache::{Known, Look};
@@ -15,7 +15,7 @@ use super::error::HubError;
 use super::select::{self, Choice};
 use super::{Cached, Fetch, Hub, MOST_NAMES, Network, Outset, RepoId, Snapshot, Trouble, at_once};
 use crate::Error;
-use crate::format::{Checkpoint, Entry, SafetensorsFile, TorchFile, zip};
+use crate::format::{Checkpoint, Entry, Mapped, SafetensorsFile, TorchFile, zip};
 
 /// The longest header that is fetched.
 const LONGEST_HEADER: u64 = 100_000_000;
@@ -255,7 +255,7 @@ impl Sparse {
         &self.0
     }
 
-    fn finish(self, broken: impl Fn(String) -> HubError) -> Result<Mmap, HubError> {
-        self.0.make_read_only().map_err(|error| broken(error.to_string()))
+    fn finish(self, broken: impl Fn(String) -> HubError) -> Result<Mapped, HubError> {
+        self.0.make_read_only().map(Mapped::from).map_err(|error| broken(error.to_string()))
     }
 }

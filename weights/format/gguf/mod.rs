@@ -11,9 +11,9 @@ use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use burn::tensor::Bytes;
 
-use super::{Backing, Checkpoint, Contents, Dtype, Entry, lookalike, map};
+use super::{Backing, Checkpoint, Contents, Dtype, Entry, Mapped, lookalike, map};
 use crate::error::Error;
 use blocks::Blocks;
 
@@ -79,7 +79,7 @@ pub struct Gguf<B> {
 }
 
 /// A memory-mapped GGUF file.
-pub type GgufFile = Gguf<Mmap>;
+pub type GgufFile = Gguf<Mapped>;
 
 /// How an entry's values are stored.
 #[derive(Debug)]
@@ -174,6 +174,14 @@ impl<B: Backing> Checkpoint for Gguf<B> {
             Kind::Plain(_) => Cow::Borrowed(stored),
             Kind::Blocks(blocks) => Cow::Owned(blocks.dequantize(stored)),
         })
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        let Stored { kind, range } = &self.stored[self.contents.find(name)?];
+        match kind {
+            Kind::Plain(_) => self.bytes.shared(range.clone()),
+            Kind::Blocks(_) => None,
+        }
     }
 
     fn release(&self, name: &str) {
