@@ -48,6 +48,33 @@ fn the_reference_implementation_reads_the_same() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn what_is_shared_is_the_file_itself_in_every_format() {
+    let shared = |path: &str| {
+        let checkpoint = open(&fixture(path)).unwrap();
+        assert!(checkpoint.shared("no such tensor").is_none());
+        let is_shared = |Entry { name, shape, dtype }: &&Entry| {
+            let Some(shared) = checkpoint.shared(name) else { return false };
+            assert_eq!(shared.len(), dtype.bytes_of(shape).unwrap(), "{path} {name}");
+            assert_eq!(shared.as_ptr(), checkpoint.bytes(name).unwrap().as_ptr(), "{path} {name}");
+            true
+        };
+        (checkpoint.entries().iter().filter(is_shared).count(), checkpoint.entries().len())
+    };
+    // not: the transposed, the expanded and the empty tensor of `torch_small`, nor GGUF's blocks
+    for (path, expected) in [
+        ("vit_f16", (56, 56)),
+        ("llama_sharded", (30, 30)),
+        ("bert_legacy_bin", (65, 65)),
+        ("torch_small/zip.pt", (7, 10)),
+        ("torch_small/legacy.pt", (7, 10)),
+        ("gguf/small.gguf", (8, 18)),
+    ] {
+        assert_eq!(shared(path), expected, "{path}");
+    }
+}
+
 #[test]
 fn the_content_decides_and_not_the_name() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,10 +1,15 @@
+use std::borrow::Cow;
+use std::fs;
+
 use burn::module::{Module, Param, ParamId};
 use burn::nn::{Linear, LinearConfig, LinearLayout};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 
 use super::*;
+use crate::format::{Memory, SafetensorsFile};
 use crate::rule::Rule;
-use crate::testing::{KEYS, Tiny, checkpoint, count, floats, ints, tiny};
+use crate::save::save;
+use crate::testing::{KEYS, Stored, Tiny, checkpoint, count, floats, ints, safetensors_bytes, tiny};
 
 fn load_tiny(tensors: &[crate::testing::Stored]) -> Result<Tiny, Error> {
     load(Tiny::new(&Device::flex()), &checkpoint(tensors), &KEYS, &LoadOptions::default())
@@ -259,4 +264,187 @@ fn a_loaded_module_keeps_its_ids_and_can_be_trained() {
         &LoadOptions::default(),
     );
     assert!(plain.unwrap().train().weight.val().is_require_grad());
+}
+
+/// A file whose values start `padding` bytes later than they have to.
+fn padded(tensors: &[Stored], padding: usize) -> Vec<u8> {
+    let file = safetensors_bytes(tensors);
+    let (length, rest) = file.split_first_chunk().unwrap();
+    let length = u64::from_le_bytes(*length);
+    let (header, values) = rest.split_at(length as usize);
+    let padding = vec![b' '; padding];
+    [&(length + padding.len() as u64).to_le_bytes(), header, &padding, values].concat()
+}
+
+/// A folder with one file in it.
+fn folder(file: &[u8]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    folder
+}
+
+fn open(folder: &tempfile::TempDir) -> SafetensorsFile {
+    SafetensorsFile::open(folder.path().join("model.safetensors")).unwrap()
+}
+
+const WEIGHT: KeyMap = KeyMap::new(&[Rule::Rename("w", "weight")]);
+
+fn load_weight(checkpoint: &dyn Checkpoint, dtype: Option<FloatDType>) -> Param<Tensor<2>> {
+    let [d_out, d_in] = checkpoint.entries()[0].shape[..] else { panic!("a matrix") };
+    let linear = LinearConfig::new(d_out, d_in).with_bias(false).init(&Device::flex());
+    let options = LoadOptions { dtype, ..LoadOptions::default() };
+    load(linear, checkpoint, &WEIGHT, &options).unwrap().weight
+}
+
+/// Where the values of a tensor are, which nothing else holds.
+fn address(param: Param<Tensor<2>>) -> usize {
+    param.into_value().into_data().bytes().as_ptr().addr()
+}
+
+#[test]
+fn a_file_loads_as_memory_does_wherever_its_values_start() {
+    let copied = load_tiny(&tiny()).unwrap();
+    let written = tempfile::tempdir().unwrap();
+    let bytes = |module: &Tiny| {
+        let path = written.path().join("written.safetensors");
+        save(module, &KEYS, None, &path, None).unwrap();
+        fs::read(path).unwrap()
+    };
+    for padding in 0..9 {
+        let folder = folder(&padded(&tiny(), padding));
+        let loaded =
+            load(Tiny::new(&Device::flex()), &open(&folder), &KEYS, &LoadOptions::default()).unwrap();
+        assert!(bytes(&loaded) == bytes(&copied), "{padding} bytes of padding");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_parameter_is_a_view_of_the_file_when_nothing_has_to_change() {
+    let half =
+        Stored { key: "w".into(), dtype: safetensors::Dtype::F16, shape: vec![1, 2], bytes: vec![0; 4] };
+    let single = count("w", &[1, 2], 1);
+    let (f16, f32) = (Some(FloatDType::F16), Some(FloatDType::F32));
+    for (tensor, dtype, padding, is_view) in [
+        (&half, f16, 0, true),
+        (&half, None, 0, true),
+        (&half, None, 2, true), // aligned enough for 2 bytes
+        (&half, None, 1, false),
+        (&half, f32, 0, false),
+        (&single, f32, 0, true),
+        (&single, None, 4, true),
+        (&single, f32, 2, false),
+        (&single, f16, 0, false),
+    ] {
+        let file = open(&folder(&padded(std::slice::from_ref(tensor), padding)));
+        let place = file.bytes("w").unwrap().as_ptr().addr();
+        let found = address(load_weight(&file, dtype)) == place;
+        assert_eq!(found, is_view, "{:?} as {dtype:?} after {padding} bytes", tensor.dtype);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_part_of_a_fused_tensor_is_a_view_and_what_is_rearranged_is_not() {
+    let file = open(&folder(&padded(&tiny(), 0)));
+    let place = |key: &str| file.bytes(key).unwrap().as_ptr().addr();
+    let tiny = load(Tiny::new(&Device::flex()), &file, &KEYS, &LoadOptions::default()).unwrap();
+    let [block, _] = <[_; 2]>::try_from(tiny.blocks).unwrap();
+    // Burn holds [d_in, d_out], which is swapped without a copy; 4 rows of 4 values are the query's
+    let as_stored = |linear: Linear| linear.weight.transform_for_save();
+    assert_eq!(address(as_stored(block.key)), place("h.0.qkv.weight") + 4 * 4 * 4);
+    assert_eq!(address(tiny.pos), place("pos_embed"), "dimensions of 1 are no rearrangement");
+    assert_ne!(address(block.conv), place("h.0.conv"), "transposed");
+    assert_ne!(address(tiny.stacked), place("upper"), "stacked");
+}
+
+#[test]
+fn a_change_of_a_loaded_tensor_stays_out_of_the_file() {
+    let bytes = padded(&[count("w", &[2, 3], 1)], 0);
+    let folder = folder(&bytes);
+    let file = open(&folder);
+    let loaded = load_weight(&file, None);
+    // whoever holds a tensor alone may change it in place
+    let changed = loaded.into_value().mul_scalar(-1.0).add_scalar(1.0);
+    assert_eq!(changed.into_data().iter::<f32>().collect::<Vec<_>>(), [0.0, -1.0, -2.0, -3.0, -4.0, -5.0]);
+    let mut data = load_weight(&file, None).into_value().into_data();
+    data.as_mut_slice::<f32>().unwrap().fill(7.0);
+
+    assert_eq!(numbers(&load_weight(&file, None)), range(1, 7));
+    assert_eq!(fs::read(folder.path().join("model.safetensors")).unwrap(), bytes);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_loaded_model_outlives_its_file() {
+    let folder = folder(&padded(&[count("w", &[2, 3], 1)], 0));
+    let loaded = load_weight(&open(&folder), None);
+    drop(folder);
+    assert_eq!(numbers(&loaded), range(1, 7));
+}
+
+#[test]
+fn a_loaded_model_is_saved_over_its_own_file() {
+    let folder = folder(&padded(&[count("w", &[2, 3], 1)], 3));
+    let path = folder.path().join("model.safetensors");
+    let linear = |weight| Linear { weight, bias: None };
+    let loaded = linear(load_weight(&open(&folder), None));
+    save(&loaded, &WEIGHT, None, &path, None).unwrap();
+    let aligned = linear(load_weight(&open(&folder), None)); // a view now
+    save(&aligned.clone().map(&mut Negated), &WEIGHT, None, &path, None).unwrap();
+    assert_eq!(numbers(&aligned.weight), range(1, 7));
+    let negated: Vec<f32> = range(1, 7).into_iter().map(|x| -x).collect();
+    assert_eq!(numbers(&load_weight(&open(&folder), None)), negated);
+}
+
+struct Negated;
+
+impl ModuleMapper for Negated {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| -tensor)
+    }
+}
+
+#[test]
+fn a_view_is_searched_for_values_that_are_no_numbers_unless_they_are_allowed() {
+    use half::{bf16, f16};
+    type Bytes = fn(f32) -> Vec<u8>;
+    let types: [(safetensors::Dtype, Dtype, Bytes); 4] = [
+        (safetensors::Dtype::F64, Dtype::F64, |x| f64::from(x).to_le_bytes().to_vec()),
+        (safetensors::Dtype::F32, Dtype::F32, |x| x.to_le_bytes().to_vec()),
+        (safetensors::Dtype::F16, Dtype::F16, |x| f16::from_f32(x).to_le_bytes().to_vec()),
+        (safetensors::Dtype::BF16, Dtype::BF16, |x| bf16::from_f32(x).to_le_bytes().to_vec()),
+    ];
+    // more than one piece of what is searched at a time
+    let mut values = vec![0.5f32; 1 << 16];
+    (values[40_000], values[50_000]) = (f32::NEG_INFINITY, f32::NAN);
+    for (stored, dtype, bytes) in types {
+        let bytes = values.iter().flat_map(|&x| bytes(x)).collect();
+        let tensor = Stored { key: "w".into(), dtype: stored, shape: vec![1 << 8, 1 << 8], bytes };
+        let file = open(&folder(&padded(&[tensor], 0)));
+        let linear = || LinearConfig::new(1 << 8, 1 << 8).with_bias(false).init(&Device::flex());
+        let options = |not_finite| LoadOptions { dtype: None, not_finite, ..LoadOptions::default() };
+        let refused = load(linear(), &file, &WEIGHT, &options(NotFinite::Refuse)).unwrap_err();
+        let Error::Mismatch { problems, .. } = refused else { panic!("{refused:?}") };
+        let key = "w".to_owned();
+        assert_eq!(problems, [Problem::NotFinite { key, dtype, count: 2, first_index: 40_000 }]);
+        let allowed = load(linear(), &file, &WEIGHT, &options(NotFinite::Allow)).unwrap();
+        assert_eq!(numbers(&allowed.weight)[40_000], f32::NEG_INFINITY);
+    }
+}
+
+#[test]
+fn a_tensor_without_values_is_loaded() {
+    let file = open(&folder(&padded(&[floats("w", &[0, 2], [])], 0)));
+    assert_eq!(load_weight(&file, None).val().dims(), [0, 2]);
+}
+
+#[test]
+fn weights_inside_the_program_are_views_as_well() {
+    let bytes: &'static [u8] = padded(&[count("w", &[2, 3], 1)], 0).leak();
+    let memory = Memory::new("m", Cow::Borrowed(bytes)).unwrap();
+    let place = memory.bytes("w").unwrap().as_ptr().addr();
+    let loaded = load_weight(&memory, None);
+    assert_eq!(numbers(&loaded), range(1, 7));
+    assert_eq!(address(loaded) == place, place % 4 == 0);
 }
