@@ -24,6 +24,8 @@ pub struct AttentionConfig {
     /// Whether the output projection has a bias.
     #[config(default = true)]
     pub output_bias: bool,
+    /// Factor on the scores; `None` is `1 / √d_head`.
+    pub scale: Option<f64>,
 }
 
 /// Multi-head attention with separate projections for query, key, value and output.
@@ -39,6 +41,8 @@ pub struct Attention {
     pub output: Linear,
     n_heads: usize,
     n_kv_heads: usize,
+    #[module(skip)]
+    scale: Option<f64>,
 }
 
 impl AttentionConfig {
@@ -55,6 +59,7 @@ impl AttentionConfig {
             output: linear(self.n_heads * d_head, self.d_model, self.output_bias),
             n_heads: self.n_heads,
             n_kv_heads,
+            scale: self.scale,
         }
     }
 }
@@ -69,7 +74,7 @@ impl Attention {
     pub fn cross(&self, x: Tensor<3>, context: Tensor<3>, mask: &Mask) -> Tensor<3> {
         let query = self.queries(x);
         let (key, value) = self.keys_values(context);
-        self.merge(ops::attention(query, key, value, mask, None))
+        self.attend(query, key, value, mask)
     }
 
     /// Self-attention over the cached past and `x`; the cache grows by `x`'s length.
@@ -77,7 +82,13 @@ impl Attention {
         let query = self.queries(x.clone());
         let (key, value) = self.keys_values(x);
         let (key, value) = cache.append(key, value);
-        self.merge(ops::attention(query, key, value, mask, None))
+        self.attend(query, key, value, mask)
+    }
+
+    /// What is between the projections: of [`Attention::queries`] and [`Attention::keys_values`], which may have been
+    /// kept or turned, to `[batch, queries, d_model]`.
+    pub fn attend(&self, query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, mask: &Mask) -> Tensor<3> {
+        self.merge(ops::attention(query, key, value, mask, self.scale))
     }
 
     /// `[batch, seq, d_model] -> [batch, n_heads, seq, d_head]`.

@@ -12,4 +12,4 @@ pub use embedding::Embedding;
 pub use linear::{Linear, LinearConfig};
 pub use mlp::{GatedMlp, GatedMlpConfig, Mlp, MlpConfig};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
-pub use position::LearnedPositions;
+pub use position::{LearnedPositions, Reach, RelativeBias};

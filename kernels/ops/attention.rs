@@ -17,6 +17,8 @@ pub enum Mask {
     Prefix(Vec<usize>),
     /// Keys that are real tokens (`true`); `[batch, keys]`.
     Padding(Tensor<2, Bool>),
+    /// Keys that each query may attend to (`true`); `[batch, heads, queries, keys]`, where any axis may be 1.
+    Visible(Tensor<4, Bool>),
     /// Added to the scores before the softmax, in their dtype; `[batch, heads, queries, keys]`, where any axis
     /// may be 1.
     Bias(Tensor<4>),
@@ -36,7 +38,7 @@ pub enum Mask {
 /// # Panics
 /// - If `key` or `value` does not fit `query`, or `heads` is not a multiple of `kv_heads`.
 /// - If [`Mask::Prefix`] has not one length per row, [`Mask::Padding`] is not `[batch, keys]`, or an axis of
-///   [`Mask::Bias`] is neither 1 nor that of the scores.
+///   [`Mask::Visible`] or [`Mask::Bias`] is neither 1 nor that of the scores.
 pub fn attention(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -80,6 +82,14 @@ fn repeat_heads(x: Tensor<4>, times: usize) -> Tensor<4> {
     let [batch, heads, seq, d_head] = x.dims();
     let x = x.unsqueeze_dim::<5>(2).expand([batch, heads, times, seq, d_head]);
     x.reshape([batch, heads * times, seq, d_head])
+}
+
+/// That every axis is 1 or that of the scores.
+fn assert_fits(what: &str, dims: [usize; 4], scores: [usize; 4]) {
+    assert!(
+        dims.iter().zip(scores).all(|(&axis, wanted)| axis == 1 || axis == wanted),
+        "a {what} of {dims:?} does not fit scores [batch, heads, queries, keys] of {scores:?}"
+    );
 }
 
 /// A mask in the three forms that the kernel takes.
@@ -135,12 +145,12 @@ impl Resolved {
                 assert_eq!(real.dims(), [batch, keys], "a padding mask (left) is [batch, keys]");
                 self.hide(real.clone().bool_not().reshape([batch, 1, 1, keys]), shape);
             }
+            Mask::Visible(visible) => {
+                assert_fits("mask", visible.dims(), shape);
+                self.hide(visible.clone().bool_not(), shape);
+            }
             Mask::Bias(bias) => {
-                assert!(
-                    bias.dims().iter().zip(shape).all(|(&axis, wanted)| axis == 1 || axis == wanted),
-                    "a bias of {:?} does not fit scores [batch, heads, queries, keys] of {shape:?}",
-                    bias.dims()
-                );
+                assert_fits("bias", bias.dims(), shape);
                 let bias = bias.clone().expand(shape);
                 self.bias = Some(match self.bias.take() {
                     Some(sum) => sum + bias,

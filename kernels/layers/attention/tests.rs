@@ -20,6 +20,18 @@ fn full_attention_does_not_know_the_order() {
     assert_close(layer.forward(x, &Mask::Full), &floats(turned), 1e-6);
 }
 
+/// A scale that is given takes the place of the usual one, with a cache and without.
+#[test]
+fn the_scale_is_a_factor_on_the_queries() {
+    let config = AttentionConfig::new(12, 4).with_bias(false).with_scale(Some(1.0));
+    let (layer, x) = (config.init(&Device::flex()), noise([2, 5, 12], 1, &Device::flex()));
+    let mut usual = Attention { scale: None, ..layer.clone() };
+    usual.query.weight = usual.query.weight.map(|weight| weight * 3f64.sqrt()); // heads of 3 channels
+    let expected = floats(usual.forward(x.clone(), &Mask::Causal));
+    assert_close(layer.forward(x.clone(), &Mask::Causal), &expected, 1e-5);
+    assert_close(layer.cached(x, &mut KvCache::new(5), &Mask::Causal), &expected, 1e-5);
+}
+
 /// One token attends to itself alone: what remains are the value and output projections.
 #[test]
 fn one_token_keeps_its_value() {

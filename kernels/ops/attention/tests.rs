@@ -37,18 +37,26 @@ fn term(mask: &Mask, queries: usize, keys: usize) -> Box<dyn Fn([usize; 4]) -> f
             let real: Vec<bool> = real.clone().into_data().iter::<bool>().collect();
             Box::new(move |[row, _, _, key]| shown(real[row * keys + key]))
         }
+        Mask::Visible(visible) => {
+            let dims = visible.dims();
+            let visible: Vec<bool> = visible.clone().into_data().iter::<bool>().collect();
+            Box::new(move |place| shown(visible[index(place, dims)]))
+        }
         Mask::Bias(bias) => {
             let dims = bias.dims();
             let bias = floats(bias.clone());
-            Box::new(move |place| {
-                bias[place.iter().zip(dims).fold(0, |at, (&i, dim)| at * dim + i.min(dim - 1))]
-            })
+            Box::new(move |place| bias[index(place, dims)])
         }
         Mask::All(masks) => {
             let terms: Vec<_> = masks.iter().map(|mask| term(mask, queries, keys)).collect();
             Box::new(move |place| terms.iter().map(|term| term(place)).sum())
         }
     }
+}
+
+/// Where a place of the scores lies in something of `dims`, some of which are 1.
+fn index(place: [usize; 4], dims: [usize; 4]) -> usize {
+    place.iter().zip(dims).fold(0, |at, (&i, dim)| at * dim + i.min(dim - 1))
 }
 
 /// The formula in f64, loop by loop.
@@ -85,6 +93,12 @@ fn masks([batch, heads, _, queries, keys, _]: Shape, rng: &mut fastrand::Rng, de
     let real = Tensor::<1, Bool>::from_data(real.as_slice(), device).reshape([batch, keys]);
     let padding = Mask::Padding(real);
     let prefix = Mask::Prefix((0..batch).map(|_| rng.usize(0..=keys)).collect());
+    let mut visible = |shape: [usize; 4]| {
+        let visible: Vec<bool> = (0..shape.iter().product()).map(|_| rng.bool()).collect();
+        Mask::Visible(Tensor::<1, Bool>::from_data(visible.as_slice(), device).reshape(shape))
+    };
+    let each_visible = visible([batch, heads, queries, keys]);
+    let row_visible = visible([batch, 1, queries, keys]);
     let mut bias = |shape: [usize; 4]| {
         let values = random(shape.iter().product(), rng);
         Mask::Bias(tensor(shape, &values, device))
@@ -100,6 +114,9 @@ fn masks([batch, heads, _, queries, keys, _]: Shape, rng: &mut fastrand::Rng, de
         Mask::All(vec![Mask::Window(4), padding.clone()]),
         prefix.clone(),
         padding.clone(),
+        each_visible,
+        row_visible.clone(),
+        Mask::All(vec![row_visible, Mask::Causal, head_bias.clone()]),
         full_bias.clone(),
         head_bias.clone(),
         key_bias.clone(),
