@@ -230,13 +230,13 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Opens the ranks in a folder, or in the subfolder that its `latest` (DeepSpeed) or
-    /// `latest_checkpointed_iteration.txt` (Megatron-LM) names.
+    /// Opens the ranks in a folder, in the subfolder that its `latest` (DeepSpeed) or
+    /// `latest_checkpointed_iteration.txt` (Megatron-LM) names, or in the only one with ranks, at most two folders deep.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::NoWeights`] for a folder without ranks; [`Error::Ranks`] with all that is wrong.
     pub fn open(folder: &Path, options: &RankOptions) -> Result<Self, Error> {
-        match find(folder)? {
+        match find(folder, DEPTH)? {
             Some((path, files)) => Self::merge(path, files, options),
             None => Err(Error::NoWeights {
                 folder: folder.to_owned(),
@@ -458,7 +458,7 @@ pub(super) fn open(
     folder: &Path,
     options: Option<&RankOptions>,
 ) -> Result<Option<Box<dyn Checkpoint>>, Error> {
-    let Some((path, files)) = find(folder)? else { return Ok(None) };
+    let Some((path, files)) = find(folder, DEPTH)? else { return Ok(None) };
     match (options, files.first_key_value()) {
         (Some(options), _) => Ok(Some(Box::new(Ranks::merge(path, files, options)?))),
         (None, Some((0, file))) if files.len() == 1 => {
@@ -478,11 +478,17 @@ pub(super) fn open(
 /// The files that name the subfolder of the newest checkpoint.
 const TRACKERS: [&str; 2] = ["latest", "latest_checkpointed_iteration.txt"];
 
+/// How deep inside a folder the ranks may be: the authors' name of the model, and the iteration.
+const DEPTH: usize = 2;
+
 /// Where the ranks are: in the folder, in the subfolder that a tracker names, or in its only subfolder with ranks.
-fn find(folder: &Path) -> Result<Option<(PathBuf, Files)>, Error> {
+fn find(folder: &Path, depth: usize) -> Result<Option<(PathBuf, Files)>, Error> {
     let here = ranks_in(folder)?;
     if !here.is_empty() {
         return Ok(Some((folder.to_owned(), here)));
+    }
+    if depth == 0 {
+        return Ok(None);
     }
     let wrong = |problem| Error::Ranks { path: folder.to_owned(), problems: vec![problem] };
     for file in TRACKERS {
@@ -507,17 +513,16 @@ fn find(folder: &Path) -> Result<Option<(PathBuf, Files)>, Error> {
     let mut found = Vec::new();
     for name in file_names(folder)? {
         let path = folder.join(&name);
-        if path.is_dir() {
-            let ranks = ranks_in(&path)?;
-            if !ranks.is_empty() {
-                found.push((name, path, ranks));
-            }
+        if path.is_dir()
+            && let Some(ranks) = find(&path, depth - 1)?
+        {
+            found.push((name, ranks));
         }
     }
     match found.len() {
-        0 | 1 => Ok(found.pop().map(|(_, path, ranks)| (path, ranks))),
+        0 | 1 => Ok(found.pop().map(|(_, ranks)| ranks)),
         _ => {
-            let folders = found.into_iter().map(|(name, ..)| name).collect();
+            let folders = found.into_iter().map(|(name, _)| name).collect();
             Err(wrong(RankProblem::SeveralFolders { folders }))
         }
     }

@@ -295,3 +295,19 @@ fn without_a_layout_one_rank_is_a_checkpoint_and_several_are_an_error() {
     let error = open_folder(two.path()).err().unwrap().to_string();
     assert!(error.ends_with("rank 0 was written as one of 2 ranks, expected 1"), "{error}");
 }
+
+/// As the archives of GLM unpack: the model's name, the iteration, the ranks.
+#[test]
+fn ranks_may_lie_two_folders_deep() {
+    let folder = tempfile::tempdir().unwrap();
+    let inside = folder.path().join("blocklm/250000");
+    fs::create_dir_all(&inside).unwrap();
+    let part = torch_bytes(&[count("h.0.norm", &[2], 0)], Some("module"), &[]);
+    fs::write(inside.join("mp_rank_00_model_states.pt"), &part).unwrap();
+    assert_eq!(Ranks::open(folder.path(), &options()).unwrap().path(), inside);
+
+    let deeper = tempfile::tempdir().unwrap();
+    fs::create_dir_all(deeper.path().join("a/b/c")).unwrap();
+    fs::write(deeper.path().join("a/b/c/mp_rank_00_model_states.pt"), part).unwrap();
+    assert!(matches!(Ranks::open(deeper.path(), &options()), Err(Error::NoWeights { .. })));
+}
