@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::preprocess::Preprocessor;
-use volary_weights::format::{Checkpoint, Memory, OpenOptions, open_with};
+use volary_weights::format::{Checkpoint, Memory, OpenOptions, RowScaled, open_with};
 use volary_weights::hub::Headers;
 
 use crate::config::Config;
@@ -101,15 +101,15 @@ impl Folder {
         self.checkpoint_with(&OpenOptions::default())
     }
 
-    /// The weights, with a say in what is taken and how ranks are merged. The options are for folders on disk, which alone
-    /// come in several forms.
+    /// The weights, with a say in what is taken and how ranks are merged. What is inside the
+    /// program comes in one form.
     ///
     /// # Errors
     /// As [`Folder::checkpoint`]; if ranks do not fit together.
     pub fn checkpoint_with(&self, options: &OpenOptions) -> Result<Box<dyn Checkpoint>, Error> {
         match self {
             Folder::Disk(path) => Ok(open_with(path, options)?),
-            Folder::Headers { weights, .. } => Ok(Box::new(weights.clone())),
+            Folder::Headers { weights, .. } => Ok(Box::new(RowScaled::new(weights.clone(), options.scaled)?)),
             Folder::Embedded { name, files } => {
                 let found = volary_weights::format::FILES
                     .iter()

@@ -11,8 +11,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::shards::is_file_name;
-use super::{Checkpoint, Contents, Entry, TorchFile, file_names};
+use super::{Checkpoint, Contents, Entry, RowScaled, TorchFile, file_names};
 use crate::error::Error;
+use crate::quantized::Bits;
 use crate::rule::{Pattern, RuleError};
 
 /// How the parts of a tensor make it whole. `d_out` is the first dimension.
@@ -223,7 +224,7 @@ pub enum RankProblem {
 #[derive(Debug)]
 pub struct Ranks {
     contents: Contents,
-    ranks: Vec<TorchFile>,
+    ranks: Vec<RowScaled<TorchFile>>,
     /// How each entry is merged.
     merges: Vec<Merge>,
     n_heads: Option<usize>,
@@ -237,7 +238,7 @@ impl Ranks {
     /// [`Error::Io`]; [`Error::NoWeights`] for a folder without ranks; [`Error::Ranks`] with all that is wrong.
     pub fn open(folder: &Path, options: &RankOptions) -> Result<Self, Error> {
         match find(folder, DEPTH)? {
-            Some((path, files)) => Self::merge(path, files, options),
+            Some((path, files)) => Self::merge(path, files, options, None),
             None => Err(Error::NoWeights {
                 folder: folder.to_owned(),
                 looked_for: &["mp_rank_00_model_states.pt", "mp_rank_00/model_optim_rng.pt"],
@@ -245,7 +246,12 @@ impl Ranks {
         }
     }
 
-    fn merge(path: PathBuf, files: Files, options: &RankOptions) -> Result<Self, Error> {
+    fn merge(
+        path: PathBuf,
+        files: Files,
+        options: &RankOptions,
+        scaled: Option<Bits>,
+    ) -> Result<Self, Error> {
         let mut problems = Vec::new();
         let wrong = |problems| Error::Ranks { path: path.clone(), problems };
         let mut ranks = Vec::new();
@@ -282,7 +288,8 @@ impl Ranks {
             return Err(wrong(problems));
         }
 
-        let ranks: Vec<TorchFile> = ranks.into_iter().map(|(_, file)| file).collect();
+        let ranks: Vec<RowScaled<TorchFile>> =
+            ranks.into_iter().map(|(_, file)| RowScaled::new(file, scaled)).collect::<Result<_, _>>()?;
         let merger = Merger { options, patterns, ranks: ranks.len() };
         let tables: Vec<HashMap<&str, &Entry>> = ranks
             .iter()
@@ -457,10 +464,11 @@ type Files = BTreeMap<usize, PathBuf>;
 pub(super) fn open(
     folder: &Path,
     options: Option<&RankOptions>,
+    scaled: Option<Bits>,
 ) -> Result<Option<Box<dyn Checkpoint>>, Error> {
     let Some((path, files)) = find(folder, DEPTH)? else { return Ok(None) };
     match (options, files.first_key_value()) {
-        (Some(options), _) => Ok(Some(Box::new(Ranks::merge(path, files, options)?))),
+        (Some(options), _) => Ok(Some(Box::new(Ranks::merge(path, files, options, scaled)?))),
         (None, Some((0, file))) if files.len() == 1 => {
             let file = TorchFile::open(file)?;
             match file.numbers().get("mp_world_size") {

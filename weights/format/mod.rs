@@ -3,6 +3,7 @@
 //! - [`mod@safetensors`], [`torch`] (also TorchScript and Paddle) and [`gguf`] read single files;
 //! - [`shards`] reads a checkpoint in several files as one;
 //! - [`megatron`] merges the files of tensor-parallel ranks;
+//! - [`row_scaled`] reads weight-only quantized ones as if they were not;
 //! - [`pipeline`] lists the parts of a diffusers folder.
 //!
 //! All readers are lazy: opening reads the names, a tensor's bytes are touched when they are asked for. Files are
@@ -15,6 +16,7 @@ pub mod gguf;
 pub mod megatron;
 mod pickle;
 pub mod pipeline;
+pub mod row_scaled;
 pub mod safetensors;
 pub mod shards;
 pub mod torch;
@@ -32,11 +34,12 @@ use burn::tensor::{AllocationProperty, Bytes};
 use memmap2::Mmap;
 
 use crate::error::{Error, Lookalike, nearest};
-use crate::quantized::{Quantization, unpacked};
+use crate::quantized::{Bits, Quantization, unpacked};
 
 pub use gguf::GgufFile;
 pub use megatron::{MegatronLayout, Merge, RankOptions, Ranks};
 pub use pipeline::Pipeline;
+pub use row_scaled::RowScaled;
 pub use safetensors::{Memory, SafetensorsFile};
 pub use shards::Sharded;
 pub use torch::TorchFile;
@@ -68,6 +71,9 @@ pub struct OpenOptions<'a> {
     pub variant: Option<&'a str>,
     /// How the tensors of tensor-parallel ranks are put together, for a folder that has nothing else.
     pub ranks: Option<&'a RankOptions>,
+    /// How many bits the numbers have in matrices beside which scales of their rows stand, as [`row_scaled`] says.
+    /// Without it, they are what is stored.
+    pub scaled: Option<Bits>,
 }
 
 /// Named tensors, read when asked for.
@@ -97,6 +103,28 @@ pub trait Checkpoint: Send + Sync {
 
     /// Says that a tensor has been read: what of its file is kept in memory may go. Reading it again still works.
     fn release(&self, _name: &str) {}
+}
+
+impl<C: Checkpoint + ?Sized> Checkpoint for Box<C> {
+    fn path(&self) -> &Path {
+        (**self).path()
+    }
+
+    fn entries(&self) -> &[Entry] {
+        (**self).entries()
+    }
+
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
+        (**self).bytes(name)
+    }
+
+    fn quantization(&self) -> Option<Quantization> {
+        (**self).quantization()
+    }
+
+    fn release(&self, name: &str) {
+        (**self).release(name);
+    }
 }
 
 /// Where the bytes of a checkpoint lie.
@@ -256,8 +284,17 @@ pub fn open(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
 ///
 /// # Errors
 /// As [`open`]; [`Error::NoVariant`] when a variant is not there; [`Error::Ranks`] for tensor-parallel ranks that do
-/// not fit together.
+/// not fit together; [`Error::Quantized`] for scales that do not fit their matrices.
 pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>, Error> {
+    let stored = open_stored(path, options)?;
+    match options.scaled {
+        Some(_) => Ok(Box::new(RowScaled::new(stored, options.scaled)?)),
+        None => Ok(stored),
+    }
+}
+
+/// As [`open_with`], with whole numbers as they are stored; but ranks may each have scales of their own.
+fn open_stored(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>, Error> {
     if !path.is_dir() {
         return open_named(path);
     }
@@ -278,7 +315,7 @@ pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoin
     if let Some(variant) = options.variant {
         return Err(Error::NoVariant { folder, variant: variant.to_owned(), looked_for });
     }
-    match megatron::open(path, options.ranks)? {
+    match megatron::open(path, options.ranks, options.scaled)? {
         Some(ranks) => Ok(ranks),
         None => Err(Error::NoWeights { folder, looked_for: FILES }),
     }

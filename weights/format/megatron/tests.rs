@@ -311,3 +311,21 @@ fn ranks_may_lie_two_folders_deep() {
     fs::write(deeper.path().join("a/b/c/mp_rank_00_model_states.pt"), part).unwrap();
     assert!(matches!(Ranks::open(deeper.path(), &options()), Err(Error::NoWeights { .. })));
 }
+
+/// Where each rank has columns of a matrix, it has scales of its own for their rows: they are worked out before the merge.
+#[test]
+fn ranks_may_have_scales_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    for (rank, scale) in [2.0, 0.5].into_iter().enumerate() {
+        let tensors = [count("h.0.down", &[2, 2], 1), floats("h.0.down_scale", &[2], [scale, 10.0 * scale])];
+        let bytes = torch_bytes(&tensors, Some("module"), &[]);
+        fs::write(folder.path().join(format!("mp_rank_{rank:02}_model_states.pt")), bytes).unwrap();
+    }
+    let options =
+        OpenOptions { ranks: Some(&options()), scaled: Some(Bits::Eight), ..OpenOptions::default() };
+    let merged = crate::format::open_with(folder.path(), &options).unwrap();
+    assert_eq!(merged.entries()[0].shape, [2, 4]);
+    let expected = [2.0f32, 4.0, 0.5, 1.0, 60.0, 80.0, 15.0, 20.0];
+    let expected: Vec<u8> = expected.into_iter().flat_map(f32::to_le_bytes).collect();
+    assert_eq!(*merged.bytes("h.0.down").unwrap(), expected);
+}
