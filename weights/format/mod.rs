@@ -118,6 +118,10 @@ impl<C: Checkpoint + ?Sized> Checkpoint for Box<C> {
         (**self).bytes(name)
     }
 
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        (**self).shared(name)
+    }
+
     fn quantization(&self) -> Option<Quantization> {
         (**self).quantization()
     }

@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
+use burn::tensor::Bytes;
 use rayon::prelude::*;
 
 use super::{Checkpoint, Contents, Dtype, Entry};
@@ -89,6 +90,11 @@ impl<C: Checkpoint> Checkpoint for RowScaled<C> {
 
     fn entries(&self) -> &[Entry] {
         &self.contents.entries
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        let is_packed = self.bits.is_some() && self.packed.contains(name);
+        if is_packed { None } else { self.stored.shared(name) }
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
