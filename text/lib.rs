@@ -1,5 +1,6 @@
-//! Text: tokenizers, writing text token by token, and filling blanks.
+//! Text: tokenizers, chat templates, writing text token by token, and filling blanks.
 
+pub mod chat;
 pub mod generate;
 pub mod infill;
 pub mod tokenizer;

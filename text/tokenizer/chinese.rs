@@ -5,8 +5,10 @@
 //! one), PaddleNLP `UnifiedTransformerTokenizer`.
 
 use std::collections::HashMap;
+use std::io::BufReader;
 use std::sync::OnceLock;
 
+use flate2::read::ZlibDecoder;
 use jieba_rs::Jieba;
 use tokenizers::normalizers::StripAccents;
 use tokenizers::{NormalizedString, Normalizer, Result};
@@ -18,10 +20,17 @@ const BLOCK_SPACE: char = '\u{2582}';
 /// What a line's end becomes.
 const BLOCK_LINE: char = '\u{2583}';
 
-/// Cuts text into words by jieba's dictionary (read at the first use) and its model of unknown words.
+/// jieba's dictionary, words and how often they occur (fxsjy/jieba, MIT license), deflated.
+const DICTIONARY: &[u8] = include_bytes!("../data/jieba.txt.z");
+
+/// Cuts text into words by jieba's dictionary (unpacked at the first use) and its model of unknown words.
 fn words(text: &str) -> Vec<&str> {
     static JIEBA: OnceLock<Jieba> = OnceLock::new();
-    JIEBA.get_or_init(Jieba::new).cut(text, true)
+    let jieba = JIEBA.get_or_init(|| {
+        let mut dictionary = BufReader::new(ZlibDecoder::new(DICTIONARY));
+        Jieba::with_dict(&mut dictionary).expect("the embedded dictionary is whole")
+    });
+    jieba.cut(text, true).into_iter().map(|token| token.word).collect()
 }
 
 fn blocked(word: &str) -> String {

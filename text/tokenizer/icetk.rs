@@ -35,6 +35,7 @@ pub(super) fn extend(proto: &mut Proto) -> Layout {
     Layout {
         tokens: codes.chain(texts).collect(),
         ids: (0..proto.pieces.len() as u32).map(|piece| piece + IMAGE_CODES).collect(),
+        aliases: Vec::new(),
     }
 }
 

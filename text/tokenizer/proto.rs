@@ -70,17 +70,26 @@ impl Proto {
             escape_spaces: true,
         };
         let mut reader = Reader { file, bytes, at: 0, base: 0 };
+        let (mut trainer, mut normalizer) = (false, false);
         while let Some((field, value)) = reader.field()? {
             match (field, value) {
                 (1, Field::Bytes(message)) => proto.pieces.push(piece(message)?),
-                (2, Field::Bytes(message)) => proto.trainer(message)?,
-                (3, Field::Bytes(message)) => proto.normalizer(message)?,
+                (2, Field::Bytes(message)) => {
+                    proto.trainer(message)?;
+                    trainer = true;
+                }
+                (3, Field::Bytes(message)) => {
+                    proto.normalizer(message)?;
+                    normalizer = true;
+                }
                 _ => {}
             }
         }
-        match proto.pieces.is_empty() {
-            true => Err(TokenizerError::EmptyVocab { file: file.into() }),
-            false => Ok(proto),
+        match (proto.pieces.is_empty(), trainer && normalizer) {
+            (true, _) => Err(TokenizerError::EmptyVocab { file: file.into() }),
+            // They follow the pieces: a file without them has been cut.
+            (_, false) => Err(reader.wrong("a model with its trainer_spec and normalizer_spec")),
+            (_, true) => Ok(proto),
         }
     }
 

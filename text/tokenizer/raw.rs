@@ -35,8 +35,7 @@ pub(super) fn sentencepiece(
             let sentinels = (0..config.extra_ids.unwrap_or(T5_SENTINELS)).rev();
             Layout::in_order(&proto.pieces, sentinels.map(|i| format!("<extra_id_{i}>")))
         }
-        (Kind::GlmChinese, _) => glm_chinese(&proto.pieces, &["[sMASK]", "[gMASK]"]),
-        (Kind::GlmChineseUnfixed, _) => glm_chinese(&proto.pieces, &["[sMASK]"]),
+        (Kind::GlmChinese | Kind::GlmChineseUnfixed, _) => glm_chinese(&proto.pieces, kind),
         _ => Layout::in_order(&proto.pieces, []),
     };
     // What stands for no text: control pieces, and tokens that are no pieces.
@@ -47,6 +46,7 @@ pub(super) fn sentencepiece(
     let codes = if kind == Kind::Glm130b { icetk::IMAGE_CODES as usize } else { 0 };
     let special: Vec<AddedToken> = special
         .chain(layout.tokens.iter().skip(codes).filter(names))
+        .chain(layout.aliases.iter().map(|(token, _)| token))
         .map(|token| command(token).normalized(false))
         .collect();
 
@@ -138,6 +138,7 @@ fn fairseq(file: &Path, pieces: &[Piece]) -> Result<Layout, TokenizerError> {
     Ok(Layout {
         tokens: FIRST.map(String::from).into_iter().chain(text).chain(["<mask>".to_owned()]).collect(),
         ids: pieces.iter().enumerate().map(|(i, piece)| place(i, piece)).collect(),
+        aliases: Vec::new(),
     })
 }
 
@@ -154,22 +155,24 @@ fn by_vocabulary(file: &Path, pieces: &[Piece], vocab: Vec<String>) -> Result<La
         token: "[UNK]".into(),
     })?;
     let ids = pieces.iter().map(|piece| ids.get(piece.text.as_str()).copied().unwrap_or(unknown)).collect();
-    Ok(Layout { tokens, ids })
+    Ok(Layout { tokens, ids, aliases: Vec::new() })
 }
 
 /// GLM's commands after the pieces. Without the fix the masks begin at the id of `<|endofpiece|>`.
-fn glm_chinese(pieces: &[Piece], masks: &[&str]) -> Layout {
-    let commands = [
-        "<|endoftext|>",
-        "[SEP]",
-        "[CLS]",
-        "[MASK]",
-        "[UNK]",
-        "[UNUSED1]",
-        "<|startofpiece|>",
-        "<|endofpiece|>",
-    ];
-    Layout::in_order(pieces, commands.iter().chain(masks).map(|token| (*token).to_owned()))
+fn glm_chinese(pieces: &[Piece], kind: TokenizerKind) -> Layout {
+    const END: &str = "<|endofpiece|>";
+    let commands =
+        ["<|endoftext|>", "[SEP]", "[CLS]", "[MASK]", "[UNK]", "[UNUSED1]", "<|startofpiece|>", END];
+    let masks: &[&str] = match kind {
+        TokenizerKind::GlmChineseUnfixed => &["[sMASK]"],
+        _ => &["[sMASK]", "[gMASK]"],
+    };
+    let mut layout = Layout::in_order(pieces, commands.iter().chain(masks).map(|token| (*token).to_owned()));
+    if kind == TokenizerKind::GlmChineseUnfixed {
+        let end = (pieces.len() + commands.len() - 1) as u32;
+        layout.aliases.push(("[gMASK]".to_owned(), end));
+    }
+    layout
 }
 
 /// An id that no token of the text has.

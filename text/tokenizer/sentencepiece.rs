@@ -26,13 +26,15 @@ pub(super) struct Layout {
     pub tokens: Vec<String>,
     /// The id of each piece of the file.
     pub ids: Vec<u32>,
+    /// Further names of ids.
+    pub aliases: Vec<(String, u32)>,
 }
 
 impl Layout {
     /// Every piece in its place, then these tokens.
     pub fn in_order(pieces: &[Piece], more: impl IntoIterator<Item = String>) -> Layout {
         let tokens = pieces.iter().map(|piece| piece.text.clone()).chain(more).collect();
-        Layout { tokens, ids: (0..pieces.len() as u32).collect() }
+        Layout { tokens, ids: (0..pieces.len() as u32).collect(), aliases: Vec::new() }
     }
 }
 
@@ -119,7 +121,10 @@ impl SentencePiece {
         let charsmap =
             (!proto.charsmap.is_empty()).then(|| CharsMap::read(file, &proto.charsmap)).transpose()?;
         Ok(SentencePiece {
-            extra: extra.map(|(id, token)| (token.clone(), id as u32)).collect(),
+            extra: extra
+                .map(|(id, token)| (token.clone(), id as u32))
+                .chain(layout.aliases.iter().cloned())
+                .collect(),
             symbol_lengths: lengths(&|kind| kind == PieceKind::UserDefined),
             longest: lengths(&found_in_text).first().copied().unwrap_or(0),
             pieces: proto.pieces,
@@ -293,9 +298,9 @@ impl SentencePiece {
         let unknown_score = self.lowest_score - UNKNOWN_PENALTY;
         for (start, c) in text.char_indices() {
             let so_far = best[start].as_ref().map_or(0.0, |best| best.score);
-            let mut reach = |end: usize, piece: u32, score: f64| match &best[end] {
-                Some(known) if f64::from(known.score) >= score => {}
-                _ => best[end] = Some(Best { score: score as f32, piece, start }),
+            let mut reach = |end: usize, piece: u32, score: f32| match &best[end] {
+                Some(known) if known.score >= score => {}
+                _ => best[end] = Some(Best { score, piece, start }),
             };
             let mut single = false;
             let window = &text[start..text.floor_char_boundary(start + self.longest)];
@@ -306,14 +311,14 @@ impl SentencePiece {
                 let score = match self.pieces[piece as usize].kind {
                     PieceKind::Unused => continue,
                     // A symbol outweighs whatever else could be read in its place.
-                    PieceKind::UserDefined => f64::from(length as f32 * self.highest_score) - 0.1,
-                    _ => f64::from(self.pieces[piece as usize].score),
+                    PieceKind::UserDefined => length as f32 * self.highest_score - 0.1,
+                    _ => self.pieces[piece as usize].score,
                 };
-                reach(start + length, piece, score + f64::from(so_far));
+                reach(start + length, piece, score + so_far);
                 single |= length == c.len_utf8();
             }
             if !single {
-                reach(start + c.len_utf8(), self.unknown, f64::from(unknown_score + so_far));
+                reach(start + c.len_utf8(), self.unknown, unknown_score + so_far);
             }
         }
         let mut cuts = Vec::new();

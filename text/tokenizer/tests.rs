@@ -481,3 +481,352 @@ fn training_depends_on_neither_order_nor_chance() {
     let error = train_wordpiece(["abc"], 9).unwrap_err();
     assert!(matches!(error, TokenizerError::VocabTooSmall { needed: 10, .. }), "{error}");
 }
+
+#[derive(Deserialize)]
+struct PieceCases {
+    encode: Vec<PieceCase>,
+    decode: Vec<DecodeCase>,
+}
+
+#[derive(Deserialize)]
+struct PieceCase {
+    text: String,
+    ids: Vec<u32>,
+    decoded: String,
+}
+
+const MODELS: [&str; 6] = ["unigram", "unigram_bytes", "bpe", "bpe_bare", "char", "word"];
+
+#[test]
+fn models_give_the_ids_of_the_sentencepiece_library() {
+    for name in MODELS {
+        let folder = Folder::new(&format!("spm-{name}"));
+        folder.write("tokenizer.model", std::fs::read(fixture("spm").join(format!("{name}.model"))).unwrap());
+        let tokenizer = folder.load().unwrap();
+        assert_eq!(tokenizer.kind(), TokenizerKind::SentencePiece);
+        let cases = std::fs::read(fixture("spm").join(format!("{name}.json"))).unwrap();
+        let cases: PieceCases = serde_json::from_slice(&cases).unwrap();
+        let unknown = tokenizer.unk_id().unwrap();
+        for case in &cases.encode {
+            assert_eq!(tokenizer.encode(&case.text).unwrap().ids, case.ids, "{name}: {:?}", case.text);
+            // The library writes unknown pieces as " \u{2047} ".
+            if !case.ids.contains(&unknown) {
+                assert_eq!(tokenizer.decode(&case.ids, true), case.decoded, "{name}: {:?}", case.ids);
+            }
+        }
+        for case in &cases.decode {
+            assert_eq!(tokenizer.decode(&case.ids, true), case.text, "{name}: {:?}", case.ids);
+        }
+    }
+}
+
+#[test]
+fn a_broken_model_is_an_error_and_never_a_panic() {
+    let folder = Folder::new("spm-broken");
+    let whole = std::fs::read(fixture("spm").join("char.model")).unwrap();
+    let load = |bytes: &[u8]| folder.write("tokenizer.model", bytes).load();
+    for end in 0..whole.len() {
+        let error = load(&whole[..end]).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.model: "), "{error}");
+    }
+    let mut random = 1_u64;
+    for _ in 0..300 {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let mut bytes = whole.clone();
+        let at = (random >> 33) as usize % bytes.len();
+        bytes[at] = (random >> 20) as u8;
+        if let Ok(tokenizer) = load(&bytes) {
+            let ids = tokenizer.encode("a small  cat 猫\n<tool>").unwrap().ids;
+            tokenizer.decode(&ids, false);
+        }
+    }
+    assert!(load(&whole[..30]).unwrap_err().to_string().contains("byte "));
+    assert!(load(b"not a model at all").is_err());
+    assert!(load(b"").unwrap_err().to_string().contains("the vocabulary is empty"));
+    // A piece that says it is longer than the file: 2^60 bytes.
+    let long = [0x0a, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x10];
+    let error = load(&long).unwrap_err().to_string();
+    assert!(error.ends_with("byte 10 must be part of as many bytes as the field says"), "{error}");
+    let twice = [0x0a, 3, 0x0a, 1, b'a', 0x0a, 3, 0x0a, 1, b'a', 0x12, 0, 0x1a, 0];
+    assert!(load(&twice).unwrap_err().to_string().contains(r#""a" is both token 0 and token 1"#));
+    let error = load(&twice[5..]).unwrap_err().to_string();
+    assert!(error.contains("its piece of type UNKNOWN"), "{error}");
+}
+
+#[test]
+fn a_broken_table_of_characters_never_panics() {
+    let file = Path::new("x.model");
+    for bytes in [&[][..], &[1], &[4, 0, 0, 0], &[3, 0, 0, 0, 1, 2, 3], &[4, 0, 0, 0, 1, 2, 3, 4, 0xff]] {
+        assert!(charsmap::CharsMap::read(file, bytes).is_err(), "{bytes:?}");
+    }
+    let mut random = 9_u32;
+    for _ in 0..2000 {
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 17;
+            random ^= random << 5;
+            random
+        };
+        let mut bytes = 16_u32.to_le_bytes().to_vec();
+        bytes.extend((0..4).flat_map(|_| next().to_le_bytes()));
+        bytes.extend("猫 x\0é\0".bytes());
+        let map = charsmap::CharsMap::read(file, &bytes).unwrap();
+        for text in ["", "a", "猫", "\u{1}\u{2}\u{3}"] {
+            assert!(map.longest(text).is_none_or(|(_, length)| length <= text.len()));
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct CpmCase {
+    text: String,
+    words: String,
+    ids: Vec<u32>,
+    decoded: String,
+}
+
+/// Words from Python's jieba 0.42.1, ids from transformers' `CpmTokenizer`.
+#[test]
+fn cpm_cuts_words_and_then_pieces() {
+    let folder = Folder::new("cpm");
+    folder
+        .write("spiece.model", std::fs::read(fixture("spm").join("cpm.model")).unwrap())
+        .write("tokenizer_config.json", br#"{"tokenizer_class": "CpmTokenizer"}"#);
+    let cpm = folder.load().unwrap();
+    let pangu = Tokenizer::from_folder_as(&folder.0, TokenizerKind::PanguAlpha).unwrap();
+    let cases = std::fs::read(fixture("spm").join("cpm.json")).unwrap();
+    let cases: Vec<CpmCase> = serde_json::from_slice(&cases).unwrap();
+    for CpmCase { text, words, ids, decoded } in &cases {
+        assert_eq!(chinese::spaced_words(text), *words);
+        assert_eq!(cpm.encode(text).unwrap().ids, *ids, "{text:?}");
+        assert_eq!(cpm.decode(ids, true), *decoded, "{text:?}");
+    }
+    assert_eq!(cpm.encode("是").unwrap().type_ids, [0, 0, 2]);
+    assert_eq!(cpm.token_to_id("<eod>"), cpm.eod_id());
+    let text = "今天天气 很好\n我们是";
+    let encoding = pangu.encode(text).unwrap();
+    assert!(!encoding.ids.contains(&cpm.sep_id().unwrap()));
+    assert_eq!(pangu.decode(&encoding.ids, true), text);
+}
+
+/// Feeds every tokenizer of the fixtures token by token.
+#[test]
+fn a_stream_yields_what_decoding_all_at_once_does() {
+    let spm = |name: &str| {
+        let folder = Folder::new(&format!("stream-{name}"));
+        folder.write("tokenizer.model", std::fs::read(fixture("spm").join(format!("{name}.model"))).unwrap());
+        folder.load().unwrap()
+    };
+    let whole = |name: &str| Tokenizer::from_folder(&fixture(name)).unwrap();
+    let tokenizers = ["tok_bert", "tok_clip", "tok_gpt2", "tok_t5", "tok_xlmr"].map(whole);
+    for tokenizer in tokenizers.into_iter().chain(MODELS.map(spm)) {
+        for text in [
+            "a small cat  is 猫🦒 don't , sleeping ！\n\nΩ e\u{301} \u{fffd}x",
+            "  two  spaces ",
+            "一只小猫正睡在木桌上。",
+            "👩‍👩‍👧",
+            "",
+        ] {
+            let ids = tokenizer.encode(text).unwrap().ids;
+            for skip_special in [true, false] {
+                let mut stream = tokenizer.decode_stream(skip_special);
+                let parts: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
+                let all = parts.concat() + &stream.finish();
+                assert_eq!(all, tokenizer.decode(&ids, skip_special), "{:?} {text:?}", tokenizer.file);
+                // U+FFFD is only given out where the text has it.
+                let expected = text.matches('\u{fffd}').count();
+                assert!(all.matches('\u{fffd}').count() <= expected, "{all:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_holds_back_the_bytes_of_half_a_character() {
+    let tokenizer = Tokenizer::from_folder(&fixture("tok_gpt2")).unwrap();
+    let ids = tokenizer.encode("x🦒").unwrap().ids;
+    assert_eq!(ids.len(), 5, "one token for x, four bytes");
+    let mut stream = tokenizer.decode_stream(true);
+    let parts: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
+    assert_eq!(parts, ["x", "", "", "", "🦒"]);
+    assert_eq!(stream.finish(), "");
+
+    let mut stream = tokenizer.decode_stream(true);
+    let parts: Vec<String> = ids[..3].iter().map(|id| stream.push(*id)).collect();
+    assert_eq!(parts, ["x", "", ""]);
+    assert_eq!(stream.finish(), "\u{fffd}");
+
+    // Nothing is quadratic: a long stream keeps few tokens.
+    let mut stream = tokenizer.decode_stream(true);
+    let text: String =
+        (0..500).flat_map(|_| ids.iter().map(|id| stream.push(*id)).collect::<Vec<_>>()).collect();
+    assert_eq!(text, "x🦒".repeat(500));
+}
+
+#[test]
+fn glm_has_its_commands_after_the_pieces() {
+    let folder = Folder::new("glm-zh");
+    let model = std::fs::read(fixture("spm").join("bpe.model")).unwrap();
+    folder.write("cog-pretrain.model", &model);
+    let pieces = 700;
+    let glm = folder.load().unwrap();
+    assert_eq!(glm.kind(), TokenizerKind::GlmChinese);
+    let ids =
+        [glm.eos_id(), glm.sep_id(), glm.cls_id(), glm.mask_id(), glm.unk_id(), glm.sop_id(), glm.eop_id()];
+    assert_eq!(ids, [0, 1, 2, 3, 4, 6, 7].map(|i| Some(pieces + i)));
+    assert_eq!([glm.smask_id(), glm.gmask_id()], [Some(pieces + 8), Some(pieces + 9)]);
+    assert_eq!(glm.pad_id(), glm.eos_id());
+    let encoding = glm.encode("cat [gMASK]").unwrap();
+    assert_eq!((encoding.ids[0], encoding.ids[encoding.ids.len() - 1]), (pieces + 2, pieces));
+    assert_eq!(encoding.ids[encoding.ids.len() - 2], pieces + 9);
+    assert_eq!(glm.decode(&encoding.ids, true), "cat");
+
+    // Without the fix [gMASK] has the id of the end of a piece.
+    folder.write(
+        "tokenizer_config.json",
+        br#"{"tokenizer_class": "GLMChineseTokenizer", "fix_command_token": false}"#,
+    );
+    let glm = folder.load().unwrap();
+    assert_eq!(glm.kind(), TokenizerKind::GlmChineseUnfixed);
+    assert_eq!([glm.gmask_id(), glm.eop_id(), glm.smask_id()], [7, 7, 8].map(|i| Some(pieces + i)));
+    assert_eq!(glm.encode_without_special("[gMASK]").unwrap().ids, [pieces + 7]);
+
+    // The ids that a folder declares hold.
+    folder
+        .write("tokenizer_config.json", br#"{"tokenizer_class": "GLMChineseTokenizer"}"#)
+        .write("added_tokens.json", br#"{"[gMASK]": 709, "[sMASK]": 708}"#);
+    assert_eq!(folder.load().unwrap().gmask_id(), Some(709));
+    folder.write("added_tokens.json", br#"{"[gMASK]": 708, "[sMASK]": 709}"#);
+    assert!(folder.error().contains(r#"added token "[gMASK]" declares id 708"#), "{}", folder.error());
+}
+
+#[test]
+fn glm_in_english_has_its_commands_after_the_words() {
+    let folder = Folder::copy("glm-gpt2", "tok_gpt2", &["vocab.json", "merges.txt"]);
+    folder.write("tokenizer_config.json", br#"{"tokenizer_class": "GLMGPT2Tokenizer"}"#);
+    let glm = folder.load().unwrap();
+    let words = 420;
+    assert_eq!(
+        [glm.sop_id(), glm.eop_id(), glm.cls_id(), glm.mask_id()],
+        [0, 1, 2, 3].map(|i| Some(words + i))
+    );
+    assert_eq!(
+        [glm.sep_id(), glm.unk_id(), glm.gmask_id(), glm.smask_id()],
+        [4, 5, 6, 7].map(|i| Some(words + i))
+    );
+    assert_eq!(glm.eos_id(), Some(0));
+    let ids = glm.encode("x [MASK]").unwrap().ids;
+    assert_eq!((ids[0], ids[ids.len() - 2], ids[ids.len() - 1]), (words + 2, words + 3, 0));
+
+    let folder = tiny_bert("glm-bert", &["cat"], json!({"tokenizer_class": "GLMBertTokenizer"}));
+    let glm = folder.load().unwrap();
+    assert_eq!([glm.sop_id(), glm.eop_id(), glm.gmask_id()], [Some(6), Some(7), None]);
+    assert_eq!(glm.encode("cat [MASK]").unwrap().ids, [2, 5, 4, 3]);
+}
+
+#[test]
+fn roberta_has_two_marks_between_texts() {
+    let folder = Folder::new("roberta");
+    folder
+        .write("vocab.json", r#"{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "b": 5, "<mask>": 6}"#)
+        .write("merges.txt", "#version: 0.2\n")
+        .write("config.json", br#"{"model_type": "roberta"}"#);
+    let roberta = folder.load().unwrap();
+    assert_eq!(roberta.encode("a<mask>").unwrap().ids, [0, 4, 6, 2]);
+    let pair = roberta.encode_pair("a", "b").unwrap();
+    assert_eq!((pair.ids, pair.type_ids), (vec![0, 4, 2, 2, 5, 2], vec![0; 6]));
+    assert_eq!([roberta.cls_id(), roberta.pad_id(), roberta.mask_id()], [0, 1, 6].map(Some));
+}
+
+#[test]
+fn glm_130b_has_images_before_text_and_commands_after_it() {
+    let folder = Folder::new("glm130b");
+    folder.write("ice_text.model", std::fs::read(fixture("spm").join("unigram.model")).unwrap());
+    let ice = folder.load().unwrap();
+    assert_eq!(ice.kind(), TokenizerKind::Glm130b);
+    let after = 20_000 + 380;
+    assert_eq!([ice.mask_id(), ice.gmask_id(), ice.smask_id()], [0, 1, 2].map(|i| Some(after + i)));
+    assert_eq!([ice.sop_id(), ice.eop_id(), ice.eos_id()], [Some(after + 4), Some(after + 5), Some(20_002)]);
+    assert_eq!(ice.token_to_id("<image_19999>"), Some(19_999));
+    assert_eq!(ice.token_to_id("<|tab|>"), Some(after + 8));
+    assert_eq!(ice.token_to_id("<|blank_80|>"), Some(after + 87));
+    assert_eq!(ice.vocab_size() as u32, after + 88 + 256);
+    let text = "a small  cat\tis\n🦒   x[gMASK]";
+    let ids = ice.encode(text).unwrap().ids;
+    assert_eq!(ids[ids.len() - 1], after + 1);
+    for token in ["<|blank_2|>", "<|tab|>", "<|blank_3|>", "<0xF0>"] {
+        assert!(ids.contains(&ice.token_to_id(token).unwrap()), "{token}");
+    }
+    assert_eq!(ice.decode(&ids, true), "a small  cat\tis\n🦒   x");
+}
+
+/// `▂` is a token as in CPM-2's vocabularies.
+fn cpm2(test: &str, tokens: &[&str]) -> Tokenizer {
+    let folder = Folder::new(test);
+    folder.write(
+        "vocab.txt",
+        [&["<pad>", "<unk>", "<eod>", "<s_0>", "\u{2582}", "\u{2583}"], tokens].concat().join("\n"),
+    );
+    folder.load().unwrap()
+}
+
+#[test]
+fn cpm2_takes_the_longest_pieces_of_words() {
+    let tokenizer = cpm2("cpm2", &["今天", "天气", "很", "好", "，", "A", "BC", "1", "我们"]);
+    assert_eq!(tokenizer.kind(), TokenizerKind::Cpm2);
+    // Full-width letters are halved, Chinese punctuation stays.
+    let encoding = tokenizer.encode("今天天气很好，ＡＢＣ１ 我们\n不").unwrap();
+    let tokens = ["今天", "天气", "很", "好", "，", "A", "BC", "1", "\u{2582}", "我们", "\u{2583}", "<unk>"];
+    assert_eq!(encoding.tokens, tokens);
+    assert_eq!(tokenizer.decode(&encoding.ids, true), "今天天气很好，ABC1 我们\n");
+    assert_eq!([tokenizer.eod_id(), tokenizer.eos_id(), tokenizer.pad_id()], [Some(2), Some(2), Some(0)]);
+    assert_eq!(tokenizer.encode("好<s_0>").unwrap().ids, [9, 3]);
+    let long = "好".repeat(3);
+    assert_eq!(tokenizer.encode(&long).unwrap().ids, [9, 9, 9]);
+}
+
+#[test]
+fn bilingual_cpm2_leaves_out_spaces_between_english_words() {
+    let tokenizer = cpm2("cpm2-en", &["play", "##ing", "the", "game", "我们", "，", "Ａ"]);
+    let encoding = tokenizer.encode("playing the game 我们 the，Ａ").unwrap();
+    let tokens = ["play", "##ing", "the", "game", "\u{2582}", "我们", "\u{2582}", "the", "，", "Ａ"];
+    assert_eq!(encoding.tokens, tokens);
+    assert_eq!(tokenizer.decode(&encoding.ids[..8], true), "playing the game 我们 the");
+}
+
+#[test]
+fn plato_numbers_its_pieces_by_vocab_txt() {
+    let folder = Folder::new("plato");
+    folder
+        .write("spm.model", std::fs::read(fixture("spm").join("char.model")).unwrap())
+        .write("vocab.txt", "[PAD]\n[CLS]\n[SEP]\n[UNK]\na\n\u{2581}\nt\n[MASK]\n");
+    let plato = folder.load().unwrap();
+    assert_eq!(plato.kind(), TokenizerKind::Plato);
+    assert_eq!(plato.encode("a \u{201c}at").unwrap().ids, [1, 5, 4, 5, 3, 4, 6, 2]);
+    assert_eq!(plato.encode_pair("a", "t").unwrap().type_ids, [0, 0, 0, 0, 1, 1, 1]);
+    assert_eq!(plato.encode_without_special("[CLS]a[SEP]").unwrap().ids, [1, 5, 4, 2]);
+    assert_eq!([plato.cls_id(), plato.sep_id(), plato.pad_id(), plato.unk_id()], [1, 2, 0, 3].map(Some));
+    assert_eq!(plato.decode(&[1, 5, 4, 6, 5, 6, 2], true), "at t");
+    folder.write("vocab.txt", "a\nb\n");
+    assert!(
+        folder.error().ends_with(r#"vocab.txt: unk_token is "[UNK]", which the vocabulary lacks"#),
+        "{}",
+        folder.error()
+    );
+}
+
+#[test]
+fn a_kind_that_is_said_outranks_the_files() {
+    let folder = Folder::new("said");
+    folder
+        .write("spiece.model", std::fs::read(fixture("spm").join("bpe.model")).unwrap())
+        .write("tokenizer_config.json", br#"{"tokenizer_class": "T5Tokenizer", "extra_ids": 3}"#);
+    let t5 = folder.load().unwrap();
+    assert_eq!(t5.token_to_id("<extra_id_0>"), Some(702));
+    assert_eq!(t5.vocab_size(), 703);
+    let llama = Tokenizer::from_folder_as(&folder.0, TokenizerKind::Llama).unwrap();
+    let ids = llama.encode("cat").unwrap().ids;
+    assert_eq!(Some(ids[0]), llama.bos_id());
+    assert_eq!(ids[1..], llama.encode_without_special("cat").unwrap().ids);
+    assert_eq!(llama.special_ids(), [0, 1, 2]);
+}
