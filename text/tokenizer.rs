@@ -477,7 +477,7 @@ impl Named {
     fn find(dir: &Path, config: &Config, kind: Option<TokenizerKind>) -> Result<Named, TokenizerError> {
         let (file, name) = match &config.class {
             Some(class) => (dir.join("tokenizer_config.json"), Some(class.clone())),
-            None => (dir.join("config.json"), model_type(dir)?),
+            None => (dir.join("config.json"), class_of_model(dir)?),
         };
         let kind = kind.or_else(|| name.as_deref().map(TokenizerKind::of_name));
         Ok(Named { file, name: name.unwrap_or_default(), kind })
@@ -623,14 +623,15 @@ fn read(file: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
     }
 }
 
-/// `model_type` of the model beside the tokenizer.
-fn model_type(dir: &Path) -> Result<Option<String>, TokenizerError> {
+/// `tokenizer_class`, or else `model_type`, of the model beside the tokenizer.
+fn class_of_model(dir: &Path) -> Result<Option<String>, TokenizerError> {
     let file = dir.join("config.json");
     let Some(bytes) = read(&file)? else {
         return Ok(None);
     };
     let config = files::read_json(&file, &bytes)?;
-    Ok(config.get("model_type").and_then(Value::as_str).map(String::from))
+    let field = |name: &str| config.get(name).and_then(Value::as_str).map(String::from);
+    Ok(field("tokenizer_class").or_else(|| field("model_type")))
 }
 
 fn by_ref((file, value): &(PathBuf, Value)) -> (&Path, &Value) {

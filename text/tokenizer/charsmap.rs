@@ -23,7 +23,7 @@ impl CharsMap {
         let wrong = |message| TokenizerError::CharsMap { file: file.into(), message };
         let (length, rest) = bytes.split_first_chunk().ok_or_else(|| wrong("it has no trie"))?;
         let length = u32::from_le_bytes(*length) as usize;
-        if length == 0 || length % 4 != 0 || length > rest.len() {
+        if length == 0 || !length.is_multiple_of(4) || length > rest.len() {
             return Err(wrong("its trie is longer than itself or no list of 32-bit units"));
         }
         let (trie, replacements) = rest.split_at(length);

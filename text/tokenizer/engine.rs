@@ -21,6 +21,7 @@ pub(super) type Engine = TokenizerImpl<Model, Normalizer, PreTokenizerWrapper, P
 
 /// What cuts normalized text into tokens.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "there is one to a tokenizer")]
 pub(super) enum Model {
     Library(ModelWrapper),
     SentencePiece(Arc<SentencePiece>),

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken, PostProcessorWrapper};
 
 use super::chinese::{Cleaning, WordPieces};
@@ -66,6 +67,10 @@ pub(super) fn sentencepiece(
     let decoder = match kind {
         Kind::Cpm | Kind::PanguAlpha => Decoder::Blocks(Box::new(Decoder::SentencePiece(model.clone()))),
         Kind::Glm130b => Decoder::IceSpaces(model.clone()),
+        // transformers keeps a space that stands before what is left out.
+        Kind::T5 | Kind::XlmRoberta => {
+            Decoder::Library(Metaspace::new('\u{2581}', PrependScheme::Always, true).into())
+        }
         _ => Decoder::SentencePiece(model.clone()),
     };
     let mut engine = Engine::new(match kind {

@@ -172,6 +172,8 @@ fn config_json_names_the_family_where_no_tokenizer_class_does() {
     folder.write("config.json", br#"{"model_type": "clip"}"#);
     let marked = ["<|startoftext|>", "a</w>", "<|endoftext|>"];
     assert_eq!(folder.load().unwrap().encode("a").unwrap().tokens, marked);
+    folder.write("config.json", br#"{"model_type": "clip", "tokenizer_class": "GPT2Tokenizer"}"#);
+    assert_eq!(folder.load().unwrap().encode("a").unwrap().tokens, ["a"]);
     folder.write("config.json", br#"{"model_type": "albert"}"#);
     assert!(folder.error().contains(r#""albert" needs a tokenizer.json"#), "{}", folder.error());
 }
