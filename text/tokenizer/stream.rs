@@ -1,4 +1,5 @@
 use super::{CLEAN_UP, Tokenizer};
+use crate::generate::Spelling;
 
 /// Text from tokens as they come, [`Tokenizer::decode_stream`].
 ///
@@ -45,10 +46,22 @@ impl Tokenizer {
                 let starts = (1..apart.len()).rev().filter_map(|length| apart.get(..length));
                 starts.filter(|start| certain.ends_with(start)).map(str::len).max()
             };
-            let held = CLEAN_UP.iter().filter_map(|(apart, _)| begun(apart)).max();
+            // What becomes "n't" in two steps.
+            let apart = CLEAN_UP.iter().map(|(apart, _)| *apart).chain([" n ' t"]);
+            let held = apart.filter_map(begun).max();
             certain = &certain[..certain.len() - held.unwrap_or(0)];
         }
         certain.len()
+    }
+}
+
+impl Spelling for DecodeStream<'_> {
+    fn push(&mut self, token: u32) -> String {
+        DecodeStream::push(self, token)
+    }
+
+    fn finish(&mut self) -> String {
+        DecodeStream::finish(self)
     }
 }
 
@@ -67,24 +80,29 @@ impl DecodeStream<'_> {
         let part = part.to_owned();
         self.given = certain;
         if certain == text.len() {
-            self.forget();
+            self.forget(&text);
         }
         part
     }
 
-    /// The text that was held back.
-    pub fn finish(self) -> String {
+    /// The text that was held back; the next token begins another text.
+    pub fn finish(&mut self) -> String {
         let text = self.tokenizer.decode(&self.window, self.skip_special);
-        text.get(self.given..).unwrap_or_default().to_owned()
+        let rest = text.get(self.given..).unwrap_or_default().to_owned();
+        *self = self.tokenizer.decode_stream(self.skip_special);
+        rest
     }
 
     /// Drops the tokens that later ones no longer need. Whatever a decoder does at a text's beginning is
-    /// over once something is to be seen there.
-    fn forget(&mut self) {
+    /// over once something is to be seen there, and spaces are put right up to the next letter.
+    fn forget(&mut self, all: &str) {
         let rest = &self.window[self.settled..];
         let text = self.tokenizer.decode(rest, self.skip_special);
-        let visible = |c: char| !c.is_whitespace() && c != char::REPLACEMENT_CHARACTER;
-        if self.settled > 0 && text.contains(visible) && !text.ends_with(char::REPLACEMENT_CHARACTER) {
+        let visible = |c: char| match self.tokenizer.clean_up {
+            true => c.is_alphanumeric(),
+            false => !c.is_whitespace() && c != char::REPLACEMENT_CHARACTER,
+        };
+        if self.settled > 0 && text.contains(visible) && all.ends_with(&text) {
             self.window.drain(..self.settled);
             self.given = text.len();
         }

@@ -644,6 +644,37 @@ fn a_stream_yields_what_decoding_all_at_once_does() {
 }
 
 #[test]
+fn a_stream_of_any_tokens_ends_as_decoding_does() {
+    let spm = |name: &str| {
+        let folder = Folder::new(&format!("any-{name}"));
+        folder.write("tokenizer.model", std::fs::read(fixture("spm").join(format!("{name}.model"))).unwrap());
+        folder.load().unwrap()
+    };
+    let whole = |name: &str| Tokenizer::from_folder(&fixture(name)).unwrap();
+    let cleaning = tiny_bert(
+        "any-cleaning",
+        &["do", "n", "'", "t", "##n", "##'", "##t", ".", ",", "s", "ve", "##ve", "?"],
+        json!({"clean_up_tokenization_spaces": true}),
+    );
+    let tokenizers = ["tok_bert", "tok_clip", "tok_gpt2", "tok_t5", "tok_xlmr"].map(whole).into_iter();
+    let tokenizers = tokenizers.chain(MODELS.map(spm)).chain([cleaning.load().unwrap()]);
+    for tokenizer in tokenizers {
+        let mut random = fastrand::Rng::with_seed(3);
+        let size = tokenizer.vocab_size() as u32;
+        // Half of the tokens are bytes or short pieces, so that characters are cut everywhere.
+        for _ in 0..500 {
+            let skip_special = random.bool();
+            let few = if random.bool() { size } else { size.min(60) };
+            let ids: Vec<u32> = (0..random.usize(..14)).map(|_| random.u32(..few)).collect();
+            let mut stream = tokenizer.decode_stream(skip_special);
+            let parts: Vec<String> = ids.iter().map(|id| stream.push(*id)).collect();
+            let all = parts.concat() + &stream.finish();
+            assert_eq!(all, tokenizer.decode(&ids, skip_special), "{:?} {ids:?} {parts:?}", tokenizer.file);
+        }
+    }
+}
+
+#[test]
 fn a_stream_holds_back_the_bytes_of_half_a_character() {
     let tokenizer = Tokenizer::from_folder(&fixture("tok_gpt2")).unwrap();
     let ids = tokenizer.encode("x🦒").unwrap().ids;
