@@ -132,10 +132,10 @@ fn fill(
             Ok(checkpoint) => Some(checkpoint),
             // A component without weights, e.g. a tokenizer. Beside the index of a pipeline there may be the whole of
             // it as one file under any name, which is no component.
-            Err(Error::Weights(volary_weights::Error::NoWeights { .. }))
-                if is_pipeline
-                    && (prefix.is_empty()
-                        || !folder.files()?.iter().any(|file| has_ending(file, WEIGHTS))) =>
+            Err(Error::Weights(
+                volary_weights::Error::NoWeights { .. } | volary_weights::Error::NoVariant { .. },
+            )) if is_pipeline
+                && (prefix.is_empty() || !folder.files()?.iter().any(|file| has_ending(file, WEIGHTS))) =>
             {
                 None
             }
@@ -184,9 +184,13 @@ fn fill(
 /// The parts of a pipeline with their folders, if that is what the folder holds.
 fn components(source: &Folder) -> Result<Vec<(String, Folder)>, Error> {
     match source {
-        Folder::Disk(path) if source.has(pipeline::FILE) => {
-            let part = |part: Component| (part.name, Folder::Disk(part.folder));
-            Ok(Pipeline::open(path)?.components.into_iter().map(part).collect())
+        Folder::Disk(path) | Folder::Variant { path, .. } if source.has(pipeline::FILE) => {
+            let variant = match source {
+                Folder::Variant { variant, .. } => Some(variant.as_str()),
+                _ => None,
+            };
+            let part = |part: Component| Ok((part.name, Folder::Disk(part.folder).variant(variant)?));
+            Pipeline::open(path)?.components.into_iter().map(part).collect()
         }
         _ => Ok(Vec::new()),
     }
@@ -314,7 +318,7 @@ impl Staging {
             if !is_empty && !files.iter().any(|name| is_weights(name)) {
                 return refuse("this folder has no weights in it, and only a folder of weights is replaced");
             }
-            if let Folder::Disk(source) = source
+            if let Folder::Disk(source) | Folder::Variant { path: source, .. } = source
                 && let (Ok(source), Ok(out)) = (source.canonicalize(), out.canonicalize())
                 && source.starts_with(out)
             {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::preprocess::Preprocessor;
-use volary_weights::format::{Checkpoint, Memory, OpenOptions, RowScaled, open_with};
+use volary_weights::format::{Checkpoint, Memory, OpenOptions, RowScaled, looked_for, open_with};
 use volary_weights::hub::Headers;
 
 use crate::config::Config;
@@ -16,6 +16,13 @@ use crate::error::Error;
 pub enum Folder {
     /// On disk, in a public layout.
     Disk(PathBuf),
+    /// On disk, with another version of its weights.
+    Variant {
+        /// The folder.
+        path: PathBuf,
+        /// What the names of its files say, e.g. `fp16` in `model.fp16.safetensors`.
+        variant: String,
+    },
     /// On disk but for the weights, of which only the headers were fetched.
     Headers {
         /// The folder.
@@ -33,10 +40,27 @@ pub enum Folder {
 }
 
 impl Folder {
+    /// The same with the weights of that variant, if one is named: the others never take its place.
+    ///
+    /// # Errors
+    /// Inside the program there is none.
+    pub fn variant(self, variant: Option<&str>) -> Result<Folder, Error> {
+        Ok(match (self, variant.map(str::to_owned)) {
+            (Folder::Disk(path) | Folder::Variant { path, .. }, Some(variant)) => {
+                Folder::Variant { path, variant }
+            }
+            (Folder::Embedded { name, .. }, Some(variant)) => {
+                let (folder, looked_for) = (name.into(), looked_for(Some(&variant)));
+                return Err(volary_weights::Error::NoVariant { folder, variant, looked_for }.into());
+            }
+            (folder, _) => folder,
+        })
+    }
+
     /// The folder, or the name that stands for it.
     pub fn path(&self) -> &Path {
         match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => path,
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => path,
             Folder::Embedded { name, .. } => Path::new(name),
         }
     }
@@ -44,7 +68,9 @@ impl Folder {
     /// Whether it has a file of that name.
     pub fn has(&self, name: &str) -> bool {
         match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => path.join(name).is_file(),
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => {
+                path.join(name).is_file()
+            }
             Folder::Embedded { files, .. } => files.iter().any(|(file, _)| *file == name),
         }
     }
@@ -55,13 +81,15 @@ impl Folder {
     /// If it cannot be listed.
     pub fn files(&self) -> Result<Vec<String>, Error> {
         let mut names: Vec<String> = match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => std::fs::read_dir(path)
-                .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
-                .map_err(Error::io(path))?
-                .into_iter()
-                .filter(|entry| entry.path().is_file())
-                .filter_map(|entry| entry.file_name().into_string().ok())
-                .collect(),
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => {
+                std::fs::read_dir(path)
+                    .and_then(Iterator::collect::<std::io::Result<Vec<_>>>)
+                    .map_err(Error::io(path))?
+                    .into_iter()
+                    .filter(|entry| entry.path().is_file())
+                    .filter_map(|entry| entry.file_name().into_string().ok())
+                    .collect()
+            }
             Folder::Embedded { files, .. } => files.iter().map(|(name, _)| (*name).to_owned()).collect(),
         };
         names.sort();
@@ -74,7 +102,7 @@ impl Folder {
     /// If it is missing or unreadable.
     pub fn read(&self, name: &str) -> Result<Cow<'static, [u8]>, Error> {
         match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => {
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => {
                 let path = path.join(name);
                 std::fs::read(&path).map(Cow::Owned).map_err(Error::io(path))
             }
@@ -109,6 +137,9 @@ impl Folder {
     pub fn checkpoint_with(&self, options: &OpenOptions) -> Result<Box<dyn Checkpoint>, Error> {
         match self {
             Folder::Disk(path) => Ok(open_with(path, options)?),
+            Folder::Variant { path, variant } => {
+                Ok(open_with(path, &OpenOptions { variant: Some(variant), ..*options })?)
+            }
             Folder::Headers { weights, .. } => Ok(Box::new(RowScaled::new(weights.clone(), options.scaled)?)),
             Folder::Embedded { name, files } => {
                 let found = volary_weights::format::FILES
@@ -132,7 +163,9 @@ impl Folder {
     /// If there is none, or its files are broken.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => Ok(Tokenizer::from_folder(path)?),
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => {
+                Ok(Tokenizer::from_folder(path)?)
+            }
             Folder::Embedded { .. } => {
                 let config = self.read("tokenizer_config.json").ok();
                 Ok(Tokenizer::from_bytes(&self.read("tokenizer.json")?, config.as_deref())?)
@@ -161,7 +194,9 @@ impl Folder {
     /// If that is not described, or malformed.
     pub fn preprocessor(&self) -> Result<Preprocessor, Error> {
         match self {
-            Folder::Disk(path) | Folder::Headers { path, .. } => Ok(Preprocessor::from_folder(path)?),
+            Folder::Disk(path) | Folder::Variant { path, .. } | Folder::Headers { path, .. } => {
+                Ok(Preprocessor::from_folder(path)?)
+            }
             Folder::Embedded { .. } => {
                 let name = "preprocessor_config.json";
                 let text = String::from_utf8_lossy(&self.read(name)?).into_owned();

@@ -80,17 +80,37 @@ pub fn locate(name: &str) -> Result<Place, Error> {
     }
 }
 
-/// The folder of a model's name. What comes from the hub is downloaded unless it is in the cache.
+/// The folder of a model's name, with a variant of its weights if one is named. What comes from the hub is downloaded
+/// unless it is in the cache.
 ///
 /// `hub` is only asked for where it is needed.
 ///
 /// # Errors
 /// As [`locate`]; if the repository cannot be had.
-pub fn resolve(name: &str, hub: impl FnOnce() -> Result<Hub, Error>) -> Result<Folder, Error> {
-    match locate(name)? {
-        Place::Here(folder) => Ok(folder),
-        Place::Hub(repo) => Ok(Folder::Disk(hub()?.snapshot(&repo, &Choice::default(), Look::Quick)?.folder)),
-    }
+pub fn resolve(
+    name: &str,
+    variant: Option<&str>,
+    hub: impl FnOnce() -> Result<Hub, Error>,
+) -> Result<Folder, Error> {
+    bring(locate(name)?, variant, hub)
+}
+
+/// The folder at a place.
+fn bring(
+    place: Place,
+    variant: Option<&str>,
+    hub: impl FnOnce() -> Result<Hub, Error>,
+) -> Result<Folder, Error> {
+    let folder = match place {
+        Place::Here(folder) => folder,
+        Place::Hub(repo) => {
+            // the revision may come from the program
+            let repo: RepoId = repo.to_string().parse()?;
+            let choice = Choice { variant: variant.map(str::to_owned), ..Choice::default() };
+            Folder::Disk(hub()?.snapshot(&repo, &choice, Look::Quick)?.folder)
+        }
+    };
+    folder.variant(variant)
 }
 
 /// The hub and the cache that the environment variables of Python's huggingface_hub name.
@@ -129,6 +149,7 @@ pub struct Clip {
 /// A model that is about to be loaded.
 pub struct Pretrained {
     place: Place,
+    variant: Option<String>,
     hub: Option<Hub>,
     options: LoadOptions,
 }
@@ -139,6 +160,12 @@ impl Pretrained {
         if let Place::Hub(repo) = &mut self.place {
             repo.revision = Some(revision.into());
         }
+        self
+    }
+
+    /// The variant of its weights, e.g. `fp16` for `model.fp16.safetensors`.
+    pub fn variant(mut self, variant: &str) -> Self {
+        self.variant = Some(variant.into());
         self
     }
 
@@ -159,16 +186,8 @@ impl Pretrained {
     /// # Errors
     /// If a file is missing or broken, or weights, configuration and preprocessor do not fit together.
     pub fn load(self, device: &Device) -> Result<Clip, Error> {
-        let Self { place, hub, options } = self;
-        let folder = match place {
-            Place::Here(folder) => folder,
-            Place::Hub(repo) => {
-                // the revision may come from the program
-                let repo: RepoId = repo.to_string().parse()?;
-                let hub = hub.map_or_else(hub_of_environment, Ok)?;
-                Folder::Disk(hub.snapshot(&repo, &Choice::default(), Look::Quick)?.folder)
-            }
-        };
+        let Self { place, variant, hub, options } = self;
+        let folder = bring(place, variant.as_deref(), || hub.map_or_else(hub_of_environment, Ok))?;
         let (config, layout) = ClipConfig::of(&folder)?;
         let preprocessor = folder.preprocessor()?;
         let expected = config.image_size();
@@ -201,12 +220,12 @@ impl Clip {
     /// # Errors
     /// If the name is none of these.
     pub fn from_pretrained(name: &str) -> Result<Pretrained, Error> {
-        Ok(Pretrained { place: locate(name)?, hub: None, options: LoadOptions::default() })
+        Ok(Pretrained { place: locate(name)?, variant: None, hub: None, options: LoadOptions::default() })
     }
 
     /// The model in a folder.
     pub fn in_folder(folder: Folder) -> Pretrained {
-        Pretrained { place: Place::Here(folder), hub: None, options: LoadOptions::default() }
+        Pretrained { place: Place::Here(folder), variant: None, hub: None, options: LoadOptions::default() }
     }
 
     /// The model inside this program.

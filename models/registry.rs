@@ -74,7 +74,7 @@ impl System {
     /// # Errors
     /// If it has no configuration, or one of no system here.
     pub fn of(folder: &Folder) -> Result<&'static System, Error> {
-        if let Folder::Disk(path) = folder
+        if let Folder::Disk(path) | Folder::Variant { path, .. } = folder
             && !path.exists()
         {
             return Err(Error::io(path)(std::io::ErrorKind::NotFound.into()));

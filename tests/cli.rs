@@ -219,6 +219,43 @@ fn info_shows_what_a_folder_is() {
 }
 
 #[test]
+fn a_variant_takes_the_place_of_the_other_weights_in_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::copy(fixture("vit_f16").join("config.json"), at("config.json")).unwrap();
+    fs::copy(fixture("vit_f16").join("model.safetensors"), at("model.fp16.safetensors")).unwrap();
+    fs::write(at("model.safetensors"), "no weights at all").unwrap();
+    let input = fixture("vit_f16").join("inputs.safetensors");
+    let forward = |variant: &[&str]| {
+        let mut command = volary();
+        command.arg("forward").arg(folder.path()).arg("--input").arg(&input);
+        command.arg("--output").arg(at("outputs.safetensors")).args(variant);
+        command
+    };
+    forward(&[]).assert().code(1);
+    stdout(&mut forward(&["--variant", "fp16"]));
+    let info = |path: &Path| {
+        let told = stdout(volary().arg("info").arg(path).args(["--json", "--variant", "fp16"]));
+        serde_json::from_str::<Value>(&told).unwrap()["stored"]["dtypes"].clone()
+    };
+    assert_eq!(info(folder.path()), serde_json::json!({"F16": 56}));
+
+    let out = at("out");
+    stdout(volary().arg("convert").args([folder.path(), &out]).args(["--variant", "fp16"]));
+    let written = volary_weights::open(&out.join("model.safetensors")).unwrap();
+    assert_eq!(written.entries().len(), 56);
+
+    let mut embedded = volary();
+    embedded.args(["embed", "a cat", "--variant", "int3"]); // it has none
+    for mut command in [forward(&["--variant", "int3"]), embedded] {
+        let output = command.output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{told}");
+        assert!(told.contains("no weights of the variant `int3`"), "{told}");
+    }
+}
+
+#[test]
 fn eval_on_the_held_out_sample() {
     let told = stdout(volary().arg("eval").arg(fixture("emoji_sample")).arg("--json"));
     let scores: Value = serde_json::from_str(&told).unwrap();

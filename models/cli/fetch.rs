@@ -16,9 +16,6 @@ pub struct Arguments {
     /// Repositories: owner/name or owner/name@revision (a branch, a tag, a commit).
     #[arg(required = true, value_name = "OWNER/NAME[@REVISION]")]
     repositories: Vec<String>,
-    /// The variant of the weights, e.g. `fp16`.
-    #[arg(long)]
-    variant: Option<String>,
     /// Take these weights in place of those that would be chosen: names or patterns with `*` and `?`.
     #[arg(long, value_name = "PATTERN")]
     include: Vec<String>,
@@ -43,7 +40,7 @@ struct Fetched {
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let repositories =
         arguments.repositories.iter().map(|name| name.parse()).collect::<Result<Vec<RepoId>, _>>()?;
-    let choice = Choice { variant: arguments.variant, include: arguments.include };
+    let choice = Choice { variant: shared.variant.clone(), include: arguments.include };
     let freshness = if arguments.refresh { Freshness::Newest } else { Freshness::Cached };
     let hub = shared.hub()?;
     let fetch = |repo: &RepoId| -> Result<(Snapshot, Locked), HubError> {

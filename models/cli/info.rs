@@ -19,9 +19,6 @@ use super::{Shared, say, say_json};
 pub struct Arguments {
     /// A folder, a preset or owner/name[@revision]; without it the model inside this program.
     name: Option<String>,
-    /// The variant of the weights, e.g. `fp16`.
-    #[arg(long)]
-    variant: Option<String>,
     /// Also list every parameter with its shape.
     #[arg(long)]
     parameters: bool,
@@ -63,7 +60,7 @@ struct Stored {
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let name = arguments.name.as_deref().unwrap_or(EMBEDDED);
-    let choice = Choice { variant: arguments.variant, ..Choice::default() };
+    let choice = Choice { variant: shared.variant.clone(), ..Choice::default() };
     let mut info = match (find(name, &choice, shared), preset(name)) {
         (Ok((folder, download)), _) => Info { download, ..of_folder(name, &folder)? },
         // A preset is known without its weights; what else went wrong is told.
@@ -116,9 +113,11 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
 /// are left to download.
 fn find(name: &str, choice: &Choice, shared: &Shared) -> Result<(Folder, Option<u64>), Error> {
     match locate(name)? {
-        Place::Here(folder) => Ok((folder, None)),
+        Place::Here(folder) => Ok((folder.variant(choice.variant.as_deref())?, None)),
         Place::Hub(repo) => Ok(match shared.hub()?.outline(&repo, choice)? {
-            Outline::Here(snapshot) => (Folder::Disk(snapshot.folder), None),
+            Outline::Here(snapshot) => {
+                (Folder::Disk(snapshot.folder).variant(choice.variant.as_deref())?, None)
+            }
             Outline::There { snapshot, headers, bytes } => {
                 (Folder::Headers { path: snapshot.folder, weights: headers }, Some(bytes))
             }

@@ -52,6 +52,9 @@ pub struct Shared {
     /// written.
     #[arg(long, global = true, value_enum)]
     dtype: Option<Dtype>,
+    /// The variant of the weights, e.g. `fp16` for `model.fp16.safetensors`.
+    #[arg(long, global = true)]
+    pub variant: Option<String>,
     /// Print JSON.
     #[arg(long, global = true)]
     pub json: bool,
@@ -177,7 +180,7 @@ impl Shared {
 
     /// The folder of a model's name.
     pub fn folder(&self, name: &str) -> Result<Folder, Error> {
-        resolve(name, || self.hub())
+        resolve(name, self.variant.as_deref(), || self.hub())
     }
 
     /// The device that was asked for.

@@ -302,7 +302,7 @@ fn open_stored(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>
     if !path.is_dir() {
         return open_named(path);
     }
-    let looked_for = names(options.variant);
+    let looked_for = looked_for(options.variant);
     // a link to nothing is a file that is missing, not a reason to take another
     let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
     let taken = looked_for.iter().map(|name| path.join(name)).find(is_there);
@@ -325,8 +325,9 @@ fn open_stored(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>
     }
 }
 
-/// [`FILES`], or those of a variant, which may stand before the last part of a name or before `.json` of an index.
-fn names(variant: Option<&str>) -> Vec<String> {
+/// The file names that are taken from a folder: [`FILES`], or those of a variant, which may stand before the last part of
+/// a name or before `.json` of an index.
+pub fn looked_for(variant: Option<&str>) -> Vec<String> {
     let Some(variant) = variant else { return FILES.iter().map(|&name| name.to_owned()).collect() };
     let of_file = |name: &str| match name.rsplit_once('.') {
         Some((stem, extension)) => format!("{stem}.{variant}.{extension}"),
