@@ -184,6 +184,19 @@ impl Config {
         list.iter().map(|value| value.as_u64().map(|size| size as usize)).collect()
     }
 
+    /// A list of lists of whole numbers, if there is one.
+    pub fn size_lists(&self, field: &str) -> Option<Vec<Vec<usize>>> {
+        let whole = |value: &Value| value.as_u64().map(|size| size as usize);
+        let list = self.value.get(field)?.as_array()?;
+        list.iter().map(|list| list.as_array()?.iter().map(whole).collect()).collect()
+    }
+
+    /// A list of texts, if there is one.
+    pub fn texts(&self, field: &str) -> Option<Vec<String>> {
+        let list = self.value.get(field)?.as_array()?;
+        list.iter().map(|text| text.as_str().map(str::to_owned)).collect()
+    }
+
     /// How many entries the object under `field` has.
     pub fn count(&self, field: &str) -> Option<usize> {
         self.value.get(field).and_then(Value::as_object).map(|object| object.len())

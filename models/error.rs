@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use volary_text::generate::GenerateError;
 use volary_text::tokenizer::TokenizerError;
 use volary_vision::image::ImageError;
 use volary_vision::preprocess::PreprocessError;
@@ -77,6 +78,9 @@ pub enum Error {
         /// One sentence each.
         problems: Vec<String>,
     },
+    /// A text that cannot be written.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
     /// The preprocessor and the model disagree.
     #[error("{}: the preprocessor makes pictures of {found} pixels, the model sees {expected}", folder.display())]
     PictureSize {

@@ -9,6 +9,7 @@ pub mod device;
 mod error;
 pub mod export;
 pub mod folder;
+pub mod generation_config;
 pub mod generator;
 pub mod glm;
 pub mod index;
@@ -20,6 +21,7 @@ pub mod registry;
 pub mod tensors;
 pub mod vit;
 pub mod vocabulary;
+pub mod writer;
 
 pub use error::Error;
 pub use pretrained::Clip;

@@ -7,8 +7,10 @@ mod embed;
 mod eval;
 mod fetch;
 mod forward;
+mod generate;
 mod info;
 mod list;
+mod perplexity;
 mod preprocess;
 mod progress;
 mod quantize;
@@ -17,6 +19,7 @@ mod tokenize;
 #[cfg(feature = "train")]
 mod train;
 mod verify;
+mod writing;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -84,6 +87,10 @@ enum Command {
     Embed(embed::Arguments),
     /// Search a folder of pictures by text or by a picture.
     Search(search::Arguments),
+    /// Continue a text.
+    Generate(Box<generate::Arguments>),
+    /// Measure how well a model foretells a text.
+    Perplexity(perplexity::Arguments),
     /// Run a checkpoint folder on given tensors: to compare with another implementation.
     Forward(forward::Arguments),
     /// Write the pixel tensors that a folder's preprocessor makes of pictures.
@@ -118,6 +125,8 @@ pub fn run() -> ExitCode {
         Command::Classify(arguments) => classify::run(arguments, &shared),
         Command::Embed(arguments) => embed::run(arguments, &shared),
         Command::Search(arguments) => search::run(arguments, &shared),
+        Command::Generate(arguments) => generate::run(*arguments, &shared),
+        Command::Perplexity(arguments) => perplexity::run(arguments, &shared),
         Command::Forward(arguments) => forward::run(arguments, &shared),
         Command::Preprocess(arguments) => preprocess::run(arguments, &shared),
         Command::Tokenize(arguments) => tokenize::run(arguments, &shared),

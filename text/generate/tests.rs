@@ -181,7 +181,8 @@ fn draws_depend_on_the_seed_and_on_no_other_prompt() {
     assert_eq!(written(&prompts, noise(7, 30), &settings(5, 3)).unwrap(), together);
     assert_ne!(written(&prompts, noise(7, 30), &settings(6, 3)).unwrap(), together);
     for (prompt, together) in prompts.iter().zip(&together) {
-        assert_eq!(written(&[prompt.clone()], noise(7, 30), &settings(5, 3)).unwrap(), [together.clone()]);
+        let alone = written(std::slice::from_ref(prompt), noise(7, 30), &settings(5, 3)).unwrap();
+        assert_eq!(alone.concat(), *together);
         assert_ne!(together[0], together[1]);
     }
     let fewer = written(&prompts, noise(7, 30), &settings(5, 1)).unwrap();
@@ -315,7 +316,7 @@ proptest! {
         };
         let together = written(&prompts, noise(seed, 9), &settings).unwrap();
         for (prompt, together) in prompts.iter().zip(together) {
-            let alone = written(&[prompt.clone()], noise(seed, 9), &settings).unwrap();
+            let alone = written(std::slice::from_ref(prompt), noise(seed, 9), &settings).unwrap();
             prop_assert_eq!(alone, [together]);
         }
     }
@@ -378,7 +379,7 @@ fn given_texts_are_scored_as_the_model_would_write_them() {
     }
     // what is longer than is read at once
     let long: Vec<u32> = (0..150).map(|i| i % 9).collect();
-    let found = log_likelihoods(&mut Toy::new(&[vec![1]], &model), &[long.clone()]).unwrap();
+    let found = log_likelihoods(&mut Toy::new(&[vec![1]], &model), std::slice::from_ref(&long)).unwrap();
     for (at, found) in found[0].iter().enumerate() {
         let text = [&[1], &long[..at]].concat();
         assert!((found - log_softmax(&model(&text))[long[at] as usize]).abs() < 1e-6, "{at}");
