@@ -92,7 +92,7 @@ impl Writer {
     ) -> Result<Vec<Vec<Written>>, Error> {
         settings.check()?;
         let mut session = self.generator.session(prompts, settings.max_new)?;
-        let spell = || Box::new(Decoded::new(&self.tokenizer)) as Box<dyn Spelling>;
+        let spell = || Box::new(self.tokenizer.decode_stream(true)) as Box<dyn Spelling>;
         Ok(write(session.as_mut(), prompts, settings, &spell, watch)?)
     }
 
@@ -126,38 +126,5 @@ impl Writer {
             done(found.tokens);
         }
         Ok(found)
-    }
-}
-
-/// The text of tokens as they come, without special tokens.
-struct Decoded<'a> {
-    tokenizer: &'a Tokenizer,
-    tokens: Vec<u32>,
-    given: usize,
-}
-
-impl<'a> Decoded<'a> {
-    fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, tokens: Vec::new(), given: 0 }
-    }
-
-    /// What is new in the first `certain` bytes of the text.
-    fn rest(&mut self, certain: impl Fn(&str) -> usize) -> String {
-        let text = self.tokenizer.decode(&self.tokens, true);
-        let end = certain(&text);
-        let rest = text.get(self.given..end).unwrap_or_default().to_owned();
-        self.given = self.given.max(end);
-        rest
-    }
-}
-
-impl Spelling for Decoded<'_> {
-    fn push(&mut self, token: u32) -> String {
-        self.tokens.push(token);
-        self.rest(|text| text.trim_end_matches(char::REPLACEMENT_CHARACTER).trim_end().len())
-    }
-
-    fn finish(&mut self) -> String {
-        self.rest(str::len)
     }
 }

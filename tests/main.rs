@@ -12,3 +12,4 @@ mod readme;
 mod support;
 #[cfg(feature = "train")]
 mod training;
+mod writing;
