@@ -3,7 +3,8 @@
 //! (Conneau et al. 2019, <https://arxiv.org/abs/1911.02116>) and CamemBERT.
 //!
 //! The numbers match `transformers` (`BertModel`, `RobertaModel`, `XLMRobertaModel`). Uploads of Google, of
-//! HFL for Chinese and of Facebook AI are read, the first ones' `gamma` and `beta` too; heads are left aside.
+//! HFL for Chinese and of Facebook AI are read, the first ones' `gamma` and `beta` too. A masked-LM head is loaded
+//! where the weights have one (`BertForMaskedLM`, `RobertaForMaskedLM`); the heads of other classes are left aside.
 //!
 //! ```sh
 //! volary forward path/to/bert-base-chinese --input in.safetensors --output out.safetensors
@@ -12,7 +13,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{
-    Attention, AttentionConfig, Embedding, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig,
+    Attention, AttentionConfig, Embedding, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig, TiedHead,
 };
 use volary_kernels::ops::{Activation, Mask};
 use volary_weights::{KeyMap, Rule};
@@ -51,6 +52,8 @@ pub struct BertConfig {
     pub layer_norm_eps: f64,
     /// Whether there is a pooler.
     pub pooler: bool,
+    /// Whether there is a masked-LM head.
+    pub head: bool,
 }
 
 /// How the tokens of a text are numbered.
@@ -77,8 +80,12 @@ pub struct Bert {
     pub blocks: Vec<BertBlock>,
     /// `[d_model, d_model]`, on the first token.
     pub pooler: Option<Linear>,
+    /// Scores of tokens.
+    pub head: Option<TiedHead>,
     #[module(skip)]
     numbering: Numbering,
+    #[module(skip)]
+    activation: Activation,
 }
 
 /// A post-norm transformer block.
@@ -144,7 +151,9 @@ impl BertConfig {
             norm: norm(),
             blocks: (0..self.n_layers).map(block).collect(),
             pooler: self.pooler.then(|| LinearConfig::new(d_model, d_model).init(device)),
+            head: self.head.then(|| TiedHead::new(d_model, self.vocab_size, layer_norm_eps, device)),
             numbering: self.numbering,
+            activation: self.activation,
         }
     }
 }
@@ -163,21 +172,40 @@ impl Bert {
     /// # Panics
     /// If an id, a type or a position is outside its table, or shapes differ.
     pub fn forward(&self, input: impl Into<BertInput>) -> BertOutput {
-        let BertInput { ids, token_types, positions, mask } = input.into();
-        let [batch, _] = ids.dims();
-        let token_types = token_types.unwrap_or_else(|| ids.zeros_like());
-        let positions = positions.unwrap_or_else(|| self.numbering.positions(&ids));
-        let x = self.tokens.forward(ids)
-            + self.token_types.forward(token_types)
-            + self.positions.forward(positions);
-        let x = self.norm.forward(x); // [batch, seq, d_model]
-        let hidden = self.blocks.iter().fold(x, |x, block| block.forward(x, &mask));
-        let pooled = self.pooler.as_ref().map(|pooler| {
-            let [_, _, d_model] = hidden.dims();
+        let input = input.into();
+        let words = self.tokens.forward(input.ids.clone());
+        let x = self.norm.forward(self.embed(words, &input)); // [batch, seq, d_model]
+        let hidden = self.encode(x, &input.mask);
+        BertOutput { pooled: self.pool(&hidden), hidden }
+    }
+
+    /// The vectors of the tokens and of their segments and positions added up, before the norm:
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn embed(&self, words: Tensor<3>, input: &BertInput) -> Tensor<3> {
+        let BertInput { ids, token_types, positions, .. } = input;
+        let token_types = token_types.clone().unwrap_or_else(|| ids.zeros_like());
+        let positions = positions.clone().unwrap_or_else(|| self.numbering.positions(ids));
+        words + self.token_types.forward(token_types) + self.positions.forward(positions)
+    }
+
+    /// The blocks, on normalised embeddings: `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn encode(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
+        self.blocks.iter().fold(x, |x, block| block.forward(x, mask))
+    }
+
+    /// The pooler on the first token: `[batch, seq, d_model] -> [batch, d_model]`, if there is one.
+    pub fn pool(&self, hidden: &Tensor<3>) -> Option<Tensor<2>> {
+        let [batch, _, d_model] = hidden.dims();
+        self.pooler.as_ref().map(|pooler| {
             let first = hidden.clone().narrow(1, 0, 1).reshape([batch, d_model]);
             pooler.forward(first).tanh()
-        });
-        BertOutput { hidden, pooled }
+        })
+    }
+
+    /// Scores of the token at every place: `[..., d_model] -> [..., vocab_size]`, if there is a masked-LM head.
+    pub fn logits<const D: usize>(&self, hidden: Tensor<D>) -> Option<Tensor<D>> {
+        let head = self.head.as_ref()?;
+        Some(head.forward(hidden, self.tokens.weight.val(), self.activation))
     }
 }
 
@@ -201,20 +229,29 @@ impl Numbering {
 const FAMILIES: &[&str] = &["bert", "roberta", "xlm-roberta", "camembert"];
 
 impl BertConfig {
-    /// The configuration of a folder. Whether there is a pooler, only the weights tell.
+    /// The configuration of a folder. Whether there are a pooler and a masked-LM head, only the weights tell.
     ///
     /// # Errors
     /// If the configuration is missing, malformed, or asks for what is not built, or there are no weights.
     pub fn of(folder: &Folder) -> Result<Self, Error> {
-        let config = Self::parse(&folder.config("config.json")?)?;
+        let config = folder.config("config.json")?;
+        let parsed = Self::parse(&config)?;
         let checkpoint = folder.checkpoint()?;
-        let is_pooler = |name: &str| {
-            KEYS.prefixes
-                .iter()
-                .any(|prefix| name.strip_prefix(prefix).unwrap_or(name) == "pooler.dense.weight")
+        let has = |wanted: &str| {
+            let is =
+                |name: &str| PREFIXES.iter().find_map(|p| name.strip_prefix(p)).unwrap_or(name) == wanted;
+            checkpoint.entries().iter().any(|entry| is(&entry.name))
         };
-        let pooler = checkpoint.entries().iter().any(|entry| is_pooler(&entry.name));
-        Ok(Self { pooler, ..config })
+        Ok(Self {
+            pooler: has("pooler.dense.weight"),
+            head: HEADS.iter().any(|key| has(key)) && config.flag_or("tie_word_embeddings", true)?,
+            ..parsed
+        })
+    }
+
+    /// The key map of a model of this shape.
+    pub const fn keys(&self) -> &'static KeyMap {
+        if self.head { &KEYS_WITH_HEAD } else { &KEYS }
     }
 
     /// `config.json` of `transformers`; what it leaves out has the values of `BertConfig` and its sisters.
@@ -224,35 +261,44 @@ impl BertConfig {
     pub fn parse(config: &Config) -> Result<Self, ConfigError> {
         let family = config.text("model_type").filter(|family| FAMILIES.contains(family));
         let family = family.ok_or_else(|| config.error("model_type", &FAMILIES.join(", ")))?;
-        config.only("position_embedding_type", &["\"absolute\""])?;
-        config.only("is_decoder", &["false"])?;
-        config.only("add_cross_attention", &["false"])?;
-        let d_model = config.size_or("hidden_size", 768)?;
-        let n_heads = config.size_or("num_attention_heads", 12)?;
-        config.divides("num_attention_heads", n_heads, d_model)?;
-        let n_layers = config.blocks_or("num_hidden_layers", 12)?;
-        let n_positions = config.size_or("max_position_embeddings", 512)?;
+        let vocab_size = if family == "roberta" { 50265 } else { BASE.vocab_size };
+        let shape = Self::shape(config, &BertConfig { vocab_size, ..BASE })?;
         let numbering = match family {
             "bert" => Numbering::FromZero,
             _ => {
                 let padding = usize::try_from(config.integer_or("pad_token_id", 1)?).ok();
-                let padding = padding.filter(|&padding| padding < n_positions);
-                let expected = format!("a position, 0 to {}", n_positions - 1);
+                let padding = padding.filter(|&padding| padding < shape.n_positions);
+                let expected = format!("a position, 0 to {}", shape.n_positions - 1);
                 Numbering::AfterPadding(padding.ok_or_else(|| config.error("pad_token_id", &expected))?)
             }
         };
+        Ok(Self { numbering, ..shape })
+    }
+
+    /// The shape in `config.json`, whoever's it is; what it leaves out is that of `default`.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn shape(config: &Config, default: &Self) -> Result<Self, ConfigError> {
+        config.only("position_embedding_type", &["\"absolute\""])?;
+        config.only("is_decoder", &["false"])?;
+        config.only("add_cross_attention", &["false"])?;
+        let d_model = config.size_or("hidden_size", default.d_model)?;
+        let n_heads = config.size_or("num_attention_heads", default.n_heads)?;
+        config.divides("num_attention_heads", n_heads, d_model)?;
         Ok(Self {
-            vocab_size: config.size_or("vocab_size", if family == "roberta" { 50265 } else { 30522 })?,
-            n_positions,
-            numbering,
-            n_token_types: config.size_or("type_vocab_size", 2)?,
+            vocab_size: config.size_or("vocab_size", default.vocab_size)?,
+            n_positions: config.size_or("max_position_embeddings", default.n_positions)?,
+            numbering: default.numbering,
+            n_token_types: config.size_or("type_vocab_size", default.n_token_types)?,
             d_model,
-            d_ff: config.size_or("intermediate_size", 3072)?,
-            n_layers,
+            d_ff: config.size_or("intermediate_size", default.d_ff)?,
+            n_layers: config.blocks_or("num_hidden_layers", default.n_layers)?,
             n_heads,
-            activation: config.activation_or("hidden_act", Activation::Gelu)?,
-            layer_norm_eps: config.number_or("layer_norm_eps", 1e-12)?,
-            pooler: true,
+            activation: config.activation_or("hidden_act", default.activation)?,
+            layer_norm_eps: config.number_or("layer_norm_eps", default.layer_norm_eps)?,
+            pooler: default.pooler,
+            head: default.head,
         })
     }
 }
@@ -274,8 +320,8 @@ const BLOCK: &[Rule] = &[
     Under("output.LayerNorm.", "norm2.", NORM),
 ];
 
-/// Keys of `BertModel` and its sisters; the heads of other classes are ignored.
-pub const KEYS: KeyMap = KeyMap::new(&[
+/// Keys of `BertModel` and its sisters without what stands before them in others.
+pub const TRUNK: &[Rule] = &[
     Rename("embeddings.word_embeddings.weight", "tokens.weight"),
     Rename("embeddings.position_embeddings.weight", "positions.weight"),
     Rename("embeddings.token_type_embeddings.weight", "token_types.weight"),
@@ -284,12 +330,51 @@ pub const KEYS: KeyMap = KeyMap::new(&[
     Under("pooler.dense.", "pooler.", LINEAR),
     Ignore("embeddings.position_ids"),
     Ignore("embeddings.token_type_ids"),
+];
+
+/// Keys of the masked-LM head of `BertForMaskedLM` and `BertForPreTraining`.
+pub const BERT_HEAD: &[Rule] = &[
+    Under("transform.dense.", "transform.", LINEAR),
+    Under("transform.LayerNorm.", "norm.", NORM),
+    Rename("bias", "bias"),
+    Ignore("decoder.weight"),
+    Ignore("decoder.bias"),
+];
+
+const ROBERTA_HEAD: &[Rule] = &[
+    Under("dense.", "transform.", LINEAR),
+    Under("layer_norm.", "norm.", NORM),
+    Rename("bias", "bias"),
+    Ignore("decoder.weight"),
+    Ignore("decoder.bias"),
+];
+
+/// A key of each of the masked-LM heads.
+const HEADS: &[&str] = &["cls.predictions.transform.dense.weight", "lm_head.dense.weight"];
+
+const PREFIXES: &[&str] = &["bert.", "roberta."];
+
+/// Keys of `BertModel` and its sisters; the heads of other classes are ignored.
+pub const KEYS: KeyMap = KeyMap::new(&[
+    Under("", "", TRUNK),
     Ignore("cls.{*}"),
     Ignore("lm_head.{*}"),
     Ignore("classifier.{*}"),
     Ignore("qa_outputs.{*}"),
 ])
-.with_prefixes(&["bert.", "roberta."]);
+.with_prefixes(PREFIXES);
+
+/// Keys of `BertForMaskedLM`, `BertForPreTraining` and their sisters.
+pub const KEYS_WITH_HEAD: KeyMap = KeyMap::new(&[
+    Under("", "", TRUNK),
+    Under("cls.predictions.", "head.", BERT_HEAD),
+    Under("lm_head.", "head.", ROBERTA_HEAD),
+    Ignore("cls.seq_relationship.weight"),
+    Ignore("cls.seq_relationship.bias"),
+    Ignore("classifier.{*}"),
+    Ignore("qa_outputs.{*}"),
+])
+.with_prefixes(PREFIXES);
 
 /// BERT as the registry knows it.
 pub const SYSTEM: System = System {
@@ -306,10 +391,13 @@ pub const SYSTEM: System = System {
         let series = |architecture: &str| architecture.starts_with("RobertaSeries");
         config.text("model_type").is_some_and(is) && !config.first_of("architectures").is_some_and(series)
     },
-    describe: |folder| describe(folder, &BertConfig::of(folder)?.init(&Device::flex()), &KEYS),
+    describe: |folder| {
+        let config = BertConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), config.keys())
+    },
     open: |folder, options, device| {
         let config = BertConfig::of(folder)?;
-        let model = fill(folder, config.init(device), &KEYS, options)?;
+        let model = fill(folder, config.init(device), config.keys(), options)?;
         Ok(Box::new(Runner { model, config }))
     },
     generator: None,
@@ -323,38 +411,50 @@ struct Runner {
 
 impl Forward for Runner {
     /// `input_ids`, and if wanted `attention_mask`, `token_type_ids` and `position_ids`.
+    ///
+    /// Gives `last_hidden_state`, with a pooler `pooler_output`, with a masked-LM head `logits`.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
-        let BertConfig { vocab_size, n_token_types, n_positions, .. } = self.config;
-        let ids = inputs.ids::<2>("input_ids", vocab_size);
+        let input = self.config.read(&mut inputs);
+        inputs.finish()?;
+        let Some(input) = input else { return Ok(Outputs::new()) }; // was an error
+        let BertOutput { hidden, pooled } = self.model.forward(input);
+        let mut outputs = vec![output("last_hidden_state", hidden.clone())];
+        outputs.extend(pooled.map(|pooled| output("pooler_output", pooled)));
+        outputs.extend(self.model.logits(hidden).map(|logits| output("logits", logits)));
+        Ok(outputs)
+    }
+}
+
+impl BertConfig {
+    /// `input_ids`, and if they are there `attention_mask`, `token_type_ids` and `position_ids`. What is wrong with
+    /// them is noted; `None` without usable ids.
+    pub fn read(&self, inputs: &mut Inputs) -> Option<BertInput> {
+        let ids = inputs.ids::<2>("input_ids", self.vocab_size);
         let real = inputs.mask("attention_mask");
-        let token_types = inputs.ids::<2>("token_type_ids", n_token_types);
-        let positions = inputs.ids::<2>("position_ids", n_positions);
+        let token_types = inputs.ids::<2>("token_type_ids", self.n_token_types);
+        let positions = inputs.ids::<2>("position_ids", self.n_positions);
         inputs.missing("input_ids");
-        let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
+        let ids = ids?;
 
         let [batch, seq] = ids.dims();
         inputs.like_ids("attention_mask", real.as_ref().map(Tensor::dims), ids.dims());
         inputs.row_or_like_ids("token_type_ids", token_types.as_ref().map(Tensor::dims), ids.dims());
         inputs.row_or_like_ids("position_ids", positions.as_ref().map(Tensor::dims), ids.dims());
         if positions.is_none() {
-            let last = self.config.numbering.last(&ids);
-            if last >= n_positions {
+            let (last, end) = (self.numbering.last(&ids), self.n_positions - 1);
+            if last > end {
                 let problem = "`input_ids` has texts that reach position";
-                inputs.problem(format!("{problem} {last}, the last one is {}", n_positions - 1));
+                inputs.problem(format!("{problem} {last}, the last one is {end}"));
             }
         }
-        inputs.finish()?;
-
-        let rows = |ids: Tensor<2, Int>| ids.expand([batch, seq]);
-        let BertOutput { hidden, pooled } = self.model.forward(BertInput {
+        // shapes that do not fit were noted, and are not expanded
+        let rows = |ids: Tensor<2, Int>| if ids.dims() == [1, seq] { ids.expand([batch, seq]) } else { ids };
+        Some(BertInput {
             ids,
             token_types: token_types.map(rows),
             positions: positions.map(rows),
             mask: real.map_or(Mask::Full, Mask::Padding),
-        });
-        let mut outputs = vec![output("last_hidden_state", hidden)];
-        outputs.extend(pooled.map(|pooled| output("pooler_output", pooled)));
-        Ok(outputs)
+        })
     }
 }
 
@@ -372,7 +472,7 @@ impl Numbering {
 }
 
 /// Devlin et al. 2018, section 3: BERT base.
-const BASE: BertConfig = BertConfig {
+pub const BASE: BertConfig = BertConfig {
     vocab_size: 30522,
     n_positions: 512,
     numbering: Numbering::FromZero,
@@ -384,6 +484,7 @@ const BASE: BertConfig = BertConfig {
     activation: Activation::Gelu,
     layer_norm_eps: 1e-12,
     pooler: true,
+    head: false,
 };
 const LARGE: BertConfig = BertConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..BASE };
 const CASED: BertConfig = BertConfig { vocab_size: 28996, ..BASE };

@@ -6,6 +6,7 @@ pub mod causal;
 pub mod clip;
 pub mod config;
 pub mod device;
+pub mod ernie;
 mod error;
 pub mod export;
 pub mod folder;

@@ -25,6 +25,8 @@ pub enum Shape {
     Clip(crate::clip::ClipConfig),
     /// [`crate::bert`]
     Bert(crate::bert::BertConfig),
+    /// [`crate::ernie`]
+    Ernie(crate::ernie::ErnieConfig),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
     /// [`crate::llama`]
@@ -75,6 +77,7 @@ impl Shape {
         count(&match self {
             Shape::Clip(config) => parameters(&config.init(&device)),
             Shape::Bert(config) => parameters(&config.init(&device)),
+            Shape::Ernie(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),

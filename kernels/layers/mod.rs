@@ -2,6 +2,7 @@
 
 mod attention;
 mod embedding;
+mod head;
 mod linear;
 mod mlp;
 mod norm;
@@ -9,6 +10,7 @@ mod position;
 
 pub use attention::{Attention, AttentionConfig, KvCache};
 pub use embedding::Embedding;
+pub use head::TiedHead;
 pub use linear::{Linear, LinearConfig};
 pub use mlp::{GatedMlp, GatedMlpConfig, Mlp, MlpConfig};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
