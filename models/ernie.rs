@@ -272,6 +272,7 @@ pub const SYSTEM: System = System {
         let model = fill(folder, config.init(device), layout.keys(&config), options)?;
         Ok(Box::new(Runner { model, config, layout }))
     },
+    generator: None,
 };
 
 /// An encoder behind the forward contract.

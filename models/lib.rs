@@ -15,6 +15,7 @@ pub mod generator;
 pub mod glm;
 pub mod index;
 pub mod llama;
+pub mod plato;
 pub mod preset;
 pub mod pretrained;
 pub mod recipe;

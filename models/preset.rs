@@ -27,6 +27,8 @@ pub enum Shape {
     Bert(crate::bert::BertConfig),
     /// [`crate::ernie`]
     Ernie(crate::ernie::ErnieConfig),
+    /// [`crate::plato`]
+    Plato(crate::plato::PlatoConfig),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
     /// [`crate::llama`]
@@ -78,6 +80,7 @@ impl Shape {
             Shape::Clip(config) => parameters(&config.init(&device)),
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Ernie(config) => parameters(&config.init(&device)),
+            Shape::Plato(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
