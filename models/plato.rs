@@ -13,9 +13,7 @@
 use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor};
-use volary_kernels::layers::{
-    Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Mlp, MlpConfig, TiedHead,
-};
+use volary_kernels::layers::{Embedding, KvCache, LayerNorm, PreNormBlock, TiedHead};
 use volary_kernels::ops::{Activation, Mask, Positions};
 use volary_text::generate::{LeftPadded, Session, column, indices};
 use volary_weights::{KeyMap, LoadOptions, Rule};
@@ -85,7 +83,7 @@ pub struct Plato {
     /// `[n_roles, d_model]`.
     pub roles: Option<Embedding>,
     /// The blocks.
-    pub blocks: Vec<PlatoBlock>,
+    pub blocks: Vec<PreNormBlock>,
     /// After the last one.
     pub norm: LayerNorm,
     /// Scores of tokens.
@@ -96,19 +94,6 @@ pub struct Plato {
     numbering: Numbering,
     #[module(skip)]
     start: u32,
-}
-
-/// A pre-norm transformer block.
-#[derive(Module, Debug)]
-pub struct PlatoBlock {
-    /// Before the attention.
-    pub norm1: LayerNorm,
-    /// Self-attention.
-    pub attention: Attention,
-    /// Before the MLP.
-    pub norm2: LayerNorm,
-    /// Two projections.
-    pub mlp: Mlp,
 }
 
 /// A batch of dialogues, each the context and what there is of the response.
@@ -132,12 +117,8 @@ impl PlatoConfig {
         let Self { vocab_size, d_model, layer_norm_eps, .. } = *self;
         let norm = || LayerNorm::new(d_model, layer_norm_eps, device);
         let table = |rows| Embedding::new(rows, d_model, 0.02, device);
-        let block = |_| PlatoBlock {
-            norm1: norm(),
-            attention: AttentionConfig::new(d_model, self.n_heads).init(device),
-            norm2: norm(),
-            mlp: MlpConfig::new(d_model, self.d_ff).init(device),
-        };
+        let block =
+            |_| PreNormBlock::new(d_model, self.d_ff, self.n_heads, self.activation, layer_norm_eps, device);
         Plato {
             tokens: table(vocab_size),
             positions: table(self.n_positions),
@@ -153,24 +134,6 @@ impl PlatoConfig {
     }
 }
 
-impl PlatoBlock {
-    /// `[batch, seq, d_model] -> [batch, seq, d_model]`; what is in a cache is seen too, and it grows.
-    pub fn forward(
-        &self,
-        x: Tensor<3>,
-        mask: &Mask,
-        activation: Activation,
-        cache: Option<&mut KvCache>,
-    ) -> Tensor<3> {
-        let normed = self.norm1.forward(x.clone());
-        let x = x + match cache {
-            Some(cache) => self.attention.cached(normed, cache, mask),
-            None => self.attention.forward(normed, mask),
-        };
-        x.clone() + self.mlp.forward(self.norm2.forward(x), activation)
-    }
-}
-
 impl Plato {
     /// The states of a batch of dialogues, `[batch, seq, d_model]`.
     ///
@@ -178,8 +141,7 @@ impl Plato {
     /// If an id, a type, a role or a position is outside its table, or shapes differ.
     pub fn forward(&self, input: PlatoInput) -> Tensor<3> {
         let x = self.embed(&input);
-        let block = |x, block: &PlatoBlock| block.forward(x, &input.mask, self.activation, None);
-        self.norm.forward(self.blocks.iter().fold(x, block))
+        self.norm.forward(self.blocks.iter().fold(x, |x, block| block.forward(x, &input.mask)))
     }
 
     /// The states of tokens that follow those in the caches, one per block, which grow by them. The mask is of all
@@ -190,9 +152,7 @@ impl Plato {
     pub fn decode(&self, input: PlatoInput, caches: &mut [KvCache]) -> Tensor<3> {
         let x = self.embed(&input);
         let layers = self.blocks.iter().zip(caches);
-        let x =
-            layers.fold(x, |x, (block, cache)| block.forward(x, &input.mask, self.activation, Some(cache)));
-        self.norm.forward(x)
+        self.norm.forward(layers.fold(x, |x, (block, cache)| block.cached(x, cache, &input.mask)))
     }
 
     /// Scores of the next token: `[..., d_model] -> [..., vocab_size]`.

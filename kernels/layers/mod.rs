@@ -1,6 +1,7 @@
 //! Layers: parameters and the function over them.
 
 mod attention;
+mod block;
 mod embedding;
 mod head;
 mod linear;
@@ -9,6 +10,7 @@ mod norm;
 mod position;
 
 pub use attention::{Attention, AttentionConfig, KvCache};
+pub use block::PreNormBlock;
 pub use embedding::Embedding;
 pub use head::TiedHead;
 pub use linear::{Linear, LinearConfig};
