@@ -16,6 +16,7 @@ pub mod glm;
 pub mod index;
 pub mod llama;
 pub mod plato;
+pub mod plug;
 pub mod preset;
 pub mod pretrained;
 pub mod recipe;

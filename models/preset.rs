@@ -29,6 +29,8 @@ pub enum Shape {
     Ernie(crate::ernie::ErnieConfig),
     /// [`crate::plato`]
     Plato(crate::plato::PlatoConfig),
+    /// [`crate::plug`]
+    Plug(crate::plug::PlugConfig),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
     /// [`crate::llama`]
@@ -81,6 +83,7 @@ impl Shape {
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Ernie(config) => parameters(&config.init(&device)),
             Shape::Plato(config) => parameters(&config.init(&device)),
+            Shape::Plug(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),

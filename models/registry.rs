@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, ernie, glm, llama, plato, vit};
+use crate::{alm, bert, clip, ernie, glm, llama, plato, plug, vit};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -62,7 +62,7 @@ pub struct Description {
 }
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM, llama::SYSTEM, glm::SYSTEM, alm::SYSTEM, ernie::SYSTEM, plato::SYSTEM];
+pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM, llama::SYSTEM, glm::SYSTEM, alm::SYSTEM, ernie::SYSTEM, plato::SYSTEM, plug::SYSTEM];
 
 /// The configuration files that are looked for, in this order.
 pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json"];
