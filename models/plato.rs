@@ -12,7 +12,7 @@
 
 use burn::module::Module;
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{Embedding, KvCache, LayerNorm, PreNormBlock, TiedHead};
 use volary_kernels::ops::{Activation, Mask, Positions};
 use volary_text::generate::{LeftPadded, Session, column, indices};
@@ -171,7 +171,8 @@ impl Plato {
         }
     }
 
-    /// Responses to these contexts, each of at most `max_new` tokens.
+    /// Responses to these contexts, each of at most `max_new` tokens. PLATO-XL draws twenty and answers with the best by
+    /// [`Rank::Mean`](volary_text::generate::Rank).
     ///
     /// # Panics
     /// If there is no context, one is empty, or an id or role is outside its table.
@@ -183,43 +184,6 @@ impl Plato {
         let caches = self.blocks.iter().map(|_| KvCache::new(prompts.longest() + 1 + max_new)).collect();
         PlatoSession { model: self, prompts, roles, caches, written: 0 }
     }
-
-    /// How well each response fits a context: the mean log-likelihood of its tokens, in nats, by which the candidates
-    /// for an answer (PLATO-XL draws twenty) are ranked.
-    ///
-    /// # Panics
-    /// As [`Plato::session`]; if a response is empty.
-    pub fn fit(&self, context: &PlatoContext, responses: &[Vec<u32>]) -> Vec<f32> {
-        assert!(responses.iter().all(|response| !response.is_empty()), "an empty response");
-        let longest = responses.iter().map(Vec::len).max().unwrap_or(0);
-        let mut session = self.session(std::slice::from_ref(context), longest);
-        let mut sums = vec![0.0; responses.len()];
-        for step in 0..longest {
-            let token =
-                |step: usize| responses.iter().map(move |row| row.get(step).copied().unwrap_or(self.start));
-            let scores = match step {
-                0 => {
-                    let scores = session.start();
-                    session.select(&vec![0; responses.len()]);
-                    scores.repeat(&[responses.len(), 1])
-                }
-                _ => session.read(&token(step - 1).collect::<Vec<_>>()),
-            };
-            let tokens = column(&token(step).collect::<Vec<_>>(), &scores.device());
-            let chances = log_softmax(scores.cast(DType::F32), 1).gather(1, tokens).into_data(); // [rows, 1]
-            for ((sum, chance), response) in sums.iter_mut().zip(chances.iter::<f32>()).zip(responses) {
-                *sum += if step < response.len() { chance } else { 0.0 };
-            }
-        }
-        sums.into_iter().zip(responses).map(|(sum, response)| sum / response.len() as f32).collect()
-    }
-}
-
-/// The places of `fits`, best first: [`Plato::fit`] of twenty candidates picks the answer.
-pub fn ranked(fits: &[f32]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..fits.len()).collect();
-    order.sort_by(|&a, &b| fits[b].total_cmp(&fits[a]));
-    order
 }
 
 /// What was said so far, token by token.
@@ -661,7 +625,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use burn::tensor::{TensorData, Tolerance};
-    use volary_text::generate::greedy;
+    use volary_text::generate::{greedy, log_likelihoods};
     use volary_weights::{load, open, parameters, read_tensors, save};
 
     use super::*;
@@ -740,11 +704,16 @@ mod tests {
         for (row, (context, start, response)) in dialogues().into_iter().enumerate() {
             let model = trained(start, Numbering::Relative(10));
             let candidates = [response.clone(), response[..1].to_vec(), [&response[..2], &[0, 0]].concat()];
-            let fits = model.fit(&context, &candidates);
-            assert!((fits[0] + expected[row]).abs() < 6e-5, "{fits:?} {expected:?}");
-            assert!((fits[1] + each[row * 3]).abs() < 6e-5, "{fits:?} {each:?}");
+            let mut session = model.session(&[context.clone(), context.clone(), context], 4);
+            let likelihoods = log_likelihoods(&mut session, &candidates).unwrap();
+            let found: Vec<f32> = likelihoods[0].iter().map(|&likelihood| -likelihood as f32).collect();
+            for (found, expected) in found.iter().zip(&each[row * 3..]) {
+                assert!((found - expected).abs() < 6e-5, "{found:?} {each:?}");
+            }
+            assert!((found.iter().sum::<f32>() / 3.0 - expected[row]).abs() < 6e-5, "{found:?} {expected:?}");
+            assert!((likelihoods[1][0] - likelihoods[0][0]).abs() < 1e-5);
+            assert!((likelihoods[2][1] - likelihoods[0][1]).abs() < 1e-5);
         }
-        assert_eq!(ranked(&[-2.0, -0.5, -1.0]), [1, 2, 0]);
     }
 
     /// The cache picks what the scores of the whole dialogue pick, and contexts of several lengths in one batch are

@@ -18,8 +18,8 @@ use volary_kernels::layers::{
 };
 use volary_kernels::ops::{self, Activation, Mask};
 use volary_text::generate::{Session, column, indices};
-use volary_weights::format::{Checkpoint, MegatronLayout, Merge, OpenOptions, RankOptions, open_with};
-use volary_weights::{KeyMap, LoadOptions, Rule, check, load, parameters};
+use volary_weights::format::{Checkpoint, MegatronLayout, Merge, OpenOptions, RankOptions};
+use volary_weights::{KeyMap, LoadOptions, Rule, load};
 
 use Rule::{Ignore, Rename, Split, Under};
 
@@ -29,7 +29,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::generator::{Generator, check_prompts};
 use crate::preset::{Preset, Shape, Weights};
-use crate::registry::{Description, Forward, System};
+use crate::registry::{Forward, System, describe_with};
 use crate::tensors::{Inputs, Outputs, output};
 
 /// Shape of an encoder with its decoder.
@@ -578,9 +578,8 @@ pub const SYSTEM: System = System {
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("plug")),
     describe: |folder| {
         let config = PlugConfig::of(folder)?;
-        let (model, checkpoint) = (config.init(&Device::flex()), checkpoint(folder, &config)?);
-        let problems = check(&model, checkpoint.as_ref(), &KEYS, &LoadOptions::default())?;
-        Ok(Description { parameters: parameters(&model), problems })
+        let checkpoint = checkpoint(folder, &config)?;
+        describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), &KEYS)
     },
     open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
     generator: Some(|folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?))),
@@ -589,12 +588,7 @@ pub const SYSTEM: System = System {
 /// The weights of a folder, ranks merged.
 fn checkpoint(folder: &Folder, config: &PlugConfig) -> Result<Box<dyn Checkpoint>, Error> {
     let ranks = RankOptions { vocab_size: Some(config.vocab_size), ..RankOptions::new(RANKS) };
-    match folder {
-        Folder::Disk(path) => {
-            Ok(open_with(path, &OpenOptions { ranks: Some(&ranks), ..OpenOptions::default() })?)
-        }
-        _ => folder.checkpoint(),
-    }
+    folder.checkpoint_with(&OpenOptions { ranks: Some(&ranks), ..OpenOptions::default() })
 }
 
 /// An encoder with its decoder behind the forward contract.
@@ -743,6 +737,7 @@ mod tests {
 
     use burn::tensor::Tolerance;
     use volary_text::generate::greedy;
+    use volary_weights::parameters;
 
     use super::*;
 

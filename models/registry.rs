@@ -62,7 +62,17 @@ pub struct Description {
 }
 
 /// Every system, in the order of the list.
-pub const SYSTEMS: &[System] = &[clip::SYSTEM, bert::SYSTEM, vit::SYSTEM, llama::SYSTEM, glm::SYSTEM, alm::SYSTEM, ernie::SYSTEM, plato::SYSTEM, plug::SYSTEM];
+pub const SYSTEMS: &[System] = &[
+    clip::SYSTEM,
+    bert::SYSTEM,
+    vit::SYSTEM,
+    llama::SYSTEM,
+    glm::SYSTEM,
+    alm::SYSTEM,
+    ernie::SYSTEM,
+    plato::SYSTEM,
+    plug::SYSTEM,
+];
 
 /// The configuration files that are looked for, in this order.
 pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json"];
