@@ -16,7 +16,7 @@ use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig, TiedHead,
 };
 use volary_kernels::ops::{Activation, Mask};
-use volary_weights::{KeyMap, Rule};
+use volary_weights::{Checkpoint, KeyMap, Rule};
 
 use Rule::{Ignore, Rename, Under};
 
@@ -193,6 +193,12 @@ impl Bert {
         self.blocks.iter().fold(x, |x, block| block.forward(x, mask))
     }
 
+    /// What goes into the last block, and what comes out of it; of a model without blocks `x` itself twice.
+    pub fn encode_last_two(&self, x: Tensor<3>, mask: &Mask) -> [Tensor<3>; 2] {
+        let step = |[_, x]: [Tensor<3>; 2], block: &BertBlock| [x.clone(), block.forward(x, mask)];
+        self.blocks.iter().fold([x.clone(), x], step)
+    }
+
     /// The pooler on the first token: `[batch, seq, d_model] -> [batch, d_model]`, if there is one.
     pub fn pool(&self, hidden: &Tensor<3>) -> Option<Tensor<2>> {
         let [batch, _, d_model] = hidden.dims();
@@ -234,9 +240,15 @@ impl BertConfig {
     /// # Errors
     /// If the configuration is missing, malformed, or asks for what is not built, or there are no weights.
     pub fn of(folder: &Folder) -> Result<Self, Error> {
-        let config = folder.config("config.json")?;
-        let parsed = Self::parse(&config)?;
-        let checkpoint = folder.checkpoint()?;
+        Ok(Self::fitted(&folder.config("config.json")?, folder.checkpoint()?.as_ref())?)
+    }
+
+    /// As [`BertConfig::parse`], with the pooler and the masked-LM head that the weights have.
+    ///
+    /// # Errors
+    /// As [`BertConfig::parse`].
+    pub fn fitted(config: &Config, checkpoint: &dyn Checkpoint) -> Result<Self, ConfigError> {
+        let parsed = Self::parse(config)?;
         let has = |wanted: &str| {
             let is =
                 |name: &str| PREFIXES.iter().find_map(|p| name.strip_prefix(p)).unwrap_or(name) == wanted;
@@ -381,7 +393,7 @@ pub const SYSTEM: System = System {
     name: "bert",
     about: "bidirectional text encoders: BERT, RoBERTa, XLM-RoBERTa",
     file: "models/bert.rs",
-    tasks: &["forward"],
+    tasks: &["embed", "forward"],
     proved: &["bert", "bert_legacy_bin", "roberta", "xlm_roberta"],
     presets: PRESETS,
     recognises: |_, config| {
@@ -486,7 +498,8 @@ pub const BASE: BertConfig = BertConfig {
     pooler: true,
     head: false,
 };
-const LARGE: BertConfig = BertConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..BASE };
+/// The same, section 3: BERT large.
+pub const LARGE: BertConfig = BertConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..BASE };
 const CASED: BertConfig = BertConfig { vocab_size: 28996, ..BASE };
 const CHINESE: BertConfig = BertConfig { vocab_size: 21128, ..BASE };
 

@@ -55,6 +55,19 @@ impl Config {
         Ok(Self { file: file.into(), prefix: String::new(), value })
     }
 
+    /// Parses the bytes of `file`, a list of objects.
+    ///
+    /// # Errors
+    /// If they are not.
+    pub fn parse_list(file: &Path, bytes: &[u8]) -> Result<Vec<Self>, ConfigError> {
+        let values: Vec<serde_json::Map<String, Value>> = serde_json::from_slice(bytes)
+            .map_err(|error| ConfigError::Syntax { file: file.into(), problem: error.to_string() })?;
+        let file: Arc<Path> = file.into();
+        let object =
+            |(at, value)| Self { file: file.clone(), prefix: format!("{at}."), value: Value::Object(value) };
+        Ok(values.into_iter().enumerate().map(object).collect())
+    }
+
     /// The file this comes from.
     pub fn file(&self) -> &Path {
         &self.file

@@ -121,6 +121,22 @@ impl Folder {
         Ok(Config::parse(&self.path().join(name), &self.read(name)?)?)
     }
 
+    /// The JSON objects in the list of a file.
+    ///
+    /// # Errors
+    /// If it is missing or malformed.
+    pub fn config_list(&self, name: &str) -> Result<Vec<Config>, Error> {
+        Ok(Config::parse_list(&self.path().join(name), &self.read(name)?)?)
+    }
+
+    /// The folder of that name inside it, if there is one. What is inside the program or known by its headers has none.
+    pub fn part(&self, name: &str) -> Option<Folder> {
+        match self {
+            Folder::Disk(path) => Some(path.join(name)).filter(|part| part.is_dir()).map(Folder::Disk),
+            Folder::Headers { .. } | Folder::Embedded { .. } => None,
+        }
+    }
+
     /// The weights.
     ///
     /// # Errors

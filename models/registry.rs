@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, ernie, glm, llama, plato, plug, vit};
+use crate::{alm, bert, clip, consert, ernie, glm, llama, plato, plug, vit};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -64,6 +64,7 @@ pub struct Description {
 /// Every system, in the order of the list.
 pub const SYSTEMS: &[System] = &[
     clip::SYSTEM,
+    consert::SYSTEM, // before its trunk
     bert::SYSTEM,
     vit::SYSTEM,
     llama::SYSTEM,

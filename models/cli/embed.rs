@@ -5,8 +5,12 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use burn::tensor::TensorData;
 use clap::{Args, ValueEnum};
+use ndarray::Array2;
 use serde::Serialize;
-use volary_vision::image::{ReadOptions, read};
+use volary::registry::System;
+use volary::sentence::SentenceEncoder;
+use volary::{Clip, Error, clip};
+use volary_vision::image::{ReadOptions, Rgb8, read};
 use volary_weights::save_tensors;
 
 use super::{Model, Shared, say, say_json};
@@ -41,9 +45,46 @@ struct Embedded<'a> {
     embedding: Vec<f32>,
 }
 
+/// What turns inputs into vectors.
+enum Embedder {
+    Clip(Box<Clip>),
+    Sentences(Box<SentenceEncoder>),
+}
+
+impl Embedder {
+    fn load(model: &Model, shared: &Shared) -> Result<Self> {
+        let folder = shared.folder(model.name())?;
+        let system = System::of(&folder)?;
+        if system.name != clip::SYSTEM.name && system.tasks.contains(&"embed") {
+            let encoder = SentenceEncoder::load(&folder, &shared.load_options(), &shared.device()?)?;
+            return Ok(Self::Sentences(Box::new(encoder)));
+        }
+        Ok(Self::Clip(Box::new(model.load(shared)?)))
+    }
+
+    fn images(&self, pictures: &[Rgb8]) -> Result<Array2<f32>> {
+        match self {
+            Self::Clip(clip) => Ok(clip.encode_images(pictures)?),
+            Self::Sentences(encoder) if pictures.is_empty() => Ok(Array2::zeros((0, encoder.width()))),
+            Self::Sentences(_) => Err(Error::Task {
+                system: "a text encoder",
+                task: "look at pictures (--as text takes names as texts)",
+            }
+            .into()),
+        }
+    }
+
+    fn texts(&self, texts: &[&String]) -> Result<Array2<f32>> {
+        match self {
+            Self::Clip(clip) => Ok(clip.encode_texts(texts)?),
+            Self::Sentences(encoder) => Ok(encoder.encode(texts)?),
+        }
+    }
+}
+
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
-    let clip = arguments.model.load(shared)?;
+    let embedder = Embedder::load(&arguments.model, shared)?;
     let kind = |input: &str| match arguments.r#as {
         Some(kind) => kind,
         None if Path::new(input).is_file() => Kind::Image,
@@ -54,7 +95,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         .map(|path| read(Path::new(path), ReadOptions::SEEN))
         .collect::<Result<Vec<_>, _>>()?;
     let texts: Vec<&String> = of(Kind::Text).collect();
-    let (images, texts) = (clip.encode_images(&pictures)?, clip.encode_texts(&texts)?);
+    let (images, texts) = (embedder.images(&pictures)?, embedder.texts(&texts)?);
 
     if let Some(file) = &arguments.output {
         let tensors = [("image", &images), ("text", &texts)];
