@@ -133,6 +133,10 @@ impl Folder {
     pub fn part(&self, name: &str) -> Option<Folder> {
         match self {
             Folder::Disk(path) => Some(path.join(name)).filter(|part| part.is_dir()).map(Folder::Disk),
+            Folder::Variant { path, variant } => {
+                let (path, variant) = (path.join(name), variant.clone());
+                path.is_dir().then_some(Folder::Variant { path, variant })
+            }
             Folder::Headers { .. } | Folder::Embedded { .. } => None,
         }
     }

@@ -1,5 +1,3 @@
-use crate::tokenizer::DecodeStream;
-
 /// Makes text of one row's tokens as they come, never a part of a character.
 pub trait Spelling {
     /// The text that is certain now that `token` has come; it may be empty.
@@ -7,16 +5,6 @@ pub trait Spelling {
 
     /// The rest, now that no token will come.
     fn finish(&mut self) -> String;
-}
-
-impl Spelling for DecodeStream<'_> {
-    fn push(&mut self, token: u32) -> String {
-        DecodeStream::push(self, token)
-    }
-
-    fn finish(&mut self) -> String {
-        self.clone().finish()
-    }
 }
 
 /// Spells nothing, for those who want tokens alone.
