@@ -23,14 +23,68 @@ const BLOCK_LINE: char = '\u{2583}';
 /// jieba's dictionary, words and how often they occur (fxsjy/jieba, MIT license), deflated.
 const DICTIONARY: &[u8] = include_bytes!("../data/jieba.txt.z");
 
-/// Cuts text into words by jieba's dictionary (unpacked at the first use) and its model of unknown words.
-fn words(text: &str) -> Vec<&str> {
+/// Cuts text into words as Python's jieba does: by its dictionary (unpacked at the first use) and its model
+/// of unknown words. What is neither Chinese nor ASCII of a word is cut into characters.
+pub(super) fn words(text: &str) -> Vec<&str> {
     static JIEBA: OnceLock<Jieba> = OnceLock::new();
     let jieba = JIEBA.get_or_init(|| {
         let mut dictionary = BufReader::new(ZlibDecoder::new(DICTIONARY));
         Jieba::with_dict(&mut dictionary).expect("the embedded dictionary is whole")
     });
-    jieba.cut(text, true).into_iter().map(|token| token.word).collect()
+    let mut words = Vec::new();
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let length = rest.find(|c| !within_words(c)).unwrap_or(rest.len());
+        let (block, after) = match length {
+            0 if rest.starts_with("\r\n") => rest.split_at(2),
+            0 => rest.split_at(c.len_utf8()),
+            length => rest.split_at(length),
+        };
+        rest = after;
+        if length == 0 {
+            words.push(block);
+            continue;
+        }
+        for token in jieba.cut(block, true) {
+            match token.word.chars().any(is_chinese) || jieba.has_word(token.word) {
+                true => words.push(token.word),
+                // The crate leaves together what Python cuts: 5-6, e.g.
+                false => words.extend(numbers_apart(token.word)),
+            }
+        }
+    }
+    words
+}
+
+/// What jieba looks for words in.
+fn within_words(c: char) -> bool {
+    is_chinese(c) || c.is_ascii_alphanumeric() || "+#&._%-".contains(c)
+}
+
+fn is_chinese(c: char) -> bool {
+    ('\u{4e00}'..='\u{9fd5}').contains(&c)
+}
+
+/// Runs of ASCII letters and digits, each with its decimals and percent sign, and what stands between them.
+fn numbers_apart(word: &str) -> Vec<&str> {
+    let run = |text: &str, digits: fn(&char) -> bool| text.chars().take_while(digits).count();
+    let mut parts = Vec::new();
+    let mut rest = word;
+    while !rest.is_empty() {
+        let mut length = run(rest, char::is_ascii_alphanumeric);
+        if length == 0 {
+            length = rest.find(|c: char| c.is_ascii_alphanumeric()).unwrap_or(rest.len());
+        } else {
+            let decimals =
+                rest[length..].strip_prefix('.').map_or(0, |after| run(after, char::is_ascii_digit));
+            length += if decimals > 0 { decimals + 1 } else { 0 };
+            length += usize::from(rest[length..].starts_with('%'));
+        }
+        let (part, after) = rest.split_at(length);
+        parts.push(part);
+        rest = after;
+    }
+    parts
 }
 
 fn blocked(word: &str) -> String {

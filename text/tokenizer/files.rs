@@ -25,7 +25,7 @@ pub(super) fn read_vocab_txt(file: &Path, bytes: &[u8]) -> Result<Map<String, Va
     let vocab: Map<String, Value> = utf8(file, bytes)?
         .lines()
         .enumerate()
-        .map(|(id, token)| (token.trim_end().to_owned(), json!(id)))
+        .map(|(id, line)| (token_of(line).trim_end().to_owned(), json!(id)))
         .collect();
     match vocab.is_empty() {
         true => Err(TokenizerError::EmptyVocab { file: file.into() }),
@@ -33,9 +33,18 @@ pub(super) fn read_vocab_txt(file: &Path, bytes: &[u8]) -> Result<Map<String, Va
     }
 }
 
-/// The lines of a file without the white space around them.
+/// A line of `vocab.txt`; Paddle's say the id, which is the line's number, after a tab.
+fn token_of(line: &str) -> &str {
+    match line.split_once('\t') {
+        Some((token, id)) if id.trim().parse::<u32>().is_ok() => token,
+        _ => line,
+    }
+}
+
+/// The tokens of a `vocab.txt` without the white space around them.
 pub(super) fn lines(file: &Path, bytes: &[u8]) -> Result<Vec<String>, TokenizerError> {
-    let lines: Vec<String> = utf8(file, bytes)?.lines().map(|line| line.trim().to_owned()).collect();
+    let lines: Vec<String> =
+        utf8(file, bytes)?.lines().map(|line| token_of(line).trim().to_owned()).collect();
     match lines.is_empty() {
         true => Err(TokenizerError::EmptyVocab { file: file.into() }),
         false => Ok(lines),

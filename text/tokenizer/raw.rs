@@ -80,6 +80,11 @@ pub(super) fn sentencepiece(
     guard(file, || engine.with_normalizer(Some(Normalizer(steps))).map(|_| ()))?;
     engine.with_decoder(Some(decoder));
     guard(file, || engine.add_tokens(special))?;
+    // How the configuration spells a token's options counts.
+    let named = config.named.iter().map(|(_, token)| token).chain(&config.extra);
+    let known = named.filter(|token| engine.token_to_id(&token.content).is_some()).cloned();
+    let known: Vec<AddedToken> = known.collect();
+    guard(file, || engine.add_tokens(known))?;
     marks(file, &mut engine, kind, config)?;
     Ok(engine)
 }
@@ -149,9 +154,7 @@ fn fairseq(file: &Path, pieces: &[Piece]) -> Result<Layout, TokenizerError> {
 
 /// PLATO: `vocab.txt` numbers the tokens, pieces that it lacks are unknown.
 fn by_vocabulary(file: &Path, pieces: &[Piece], vocab: Vec<String>) -> Result<Layout, TokenizerError> {
-    // A line may say the id after a tab; it is the line's number in every published file.
-    let tokens: Vec<String> =
-        vocab.into_iter().map(|line| line.split('\t').next().unwrap_or_default().to_owned()).collect();
+    let tokens = vocab;
     let ids: HashMap<&str, u32> = tokens.iter().map(String::as_str).zip(0..).collect();
     let unknown = ids.get("[UNK]").or_else(|| ids.get("<unk>")).copied();
     let unknown = unknown.ok_or_else(|| TokenizerError::UnknownToken {

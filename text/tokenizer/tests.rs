@@ -863,3 +863,28 @@ fn a_kind_that_is_said_outranks_the_files() {
     assert_eq!(ids[1..], llama.encode_without_special("cat").unwrap().ids);
     assert_eq!(llama.special_ids(), [0, 1, 2]);
 }
+
+#[test]
+fn words_that_are_not_chinese_are_cut_as_python_cuts_them() {
+    let words = ["第", "5", "-", "6", "章", "e", ".", "g", ".", "㐀", "x", "_", "y", "占", "12.5%", "\r\n"];
+    let words = [&words[..], &["v1.2", ".", "3", "，", "T恤"]].concat();
+    assert_eq!(chinese::words(&words.concat()), words);
+}
+
+#[test]
+fn a_configuration_says_what_stands_around_a_mask() {
+    let folder =
+        Folder::copy("mask-space", "tok_xlmr", &["sentencepiece.bpe.model", "tokenizer_config.json"]);
+    let mask = folder.load().unwrap().mask_id().unwrap();
+    assert_eq!(folder.load().unwrap().encode_without_special("\u{2028}<mask>").unwrap().ids.len(), 3);
+    folder.write("special_tokens_map.json", br#"{"mask_token": {"content": "<mask>", "lstrip": true}}"#);
+    assert_eq!(folder.load().unwrap().encode_without_special("\u{2028}<mask>").unwrap().ids, [mask]);
+}
+
+#[test]
+fn paddle_writes_ids_behind_its_tokens() {
+    let folder = Folder::new("paddle");
+    folder.write("vocab.txt", "[PAD]\t0\n[CLS]\t1\n[SEP]\t2\n[UNK]\t3\n[MASK]\t4\ncat\t5\n");
+    folder.write("tokenizer_config.json", br#"{"tokenizer_class": "ErnieTokenizer"}"#);
+    assert_eq!(folder.load().unwrap().encode("cat").unwrap().ids, [1, 5, 2]);
+}
