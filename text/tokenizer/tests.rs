@@ -532,7 +532,7 @@ fn a_broken_model_is_an_error_and_never_a_panic() {
         assert!(error.contains("tokenizer.model: "), "{error}");
     }
     let mut random = 1_u64;
-    for _ in 0..300 {
+    for _ in 0..80 {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let mut bytes = whole.clone();
         let at = (random >> 33) as usize % bytes.len();
