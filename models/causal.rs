@@ -6,6 +6,17 @@ use volary_text::generate::{Session, greedy};
 
 use crate::tensors::{Inputs, Outputs};
 
+/// What makes scores of states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// A projection of its own.
+    Own,
+    /// The token table.
+    Tied,
+    /// Nothing: the states are the output.
+    Absent,
+}
+
 /// The mean cross-entropy of every real token but the first of each row given those before it, in nats, `[1]`;
 /// `None` where there is none.
 ///
@@ -35,9 +46,9 @@ pub fn next_token_loss(
 }
 
 /// How many tokens the forward contract continues the first row of `input_ids` by.
-const CONTINUATION: usize = 8;
+pub const CONTINUATION: usize = 8;
 /// How many it continues `greedy.prompt_ids` by.
-const GREEDY: usize = 12;
+pub const GREEDY: usize = 12;
 
 /// `greedy.prompt_ids`, one row, if it is asked for.
 pub fn prompt(inputs: &mut Inputs, vocab_size: usize) -> Option<Vec<u32>> {

@@ -23,7 +23,7 @@ use volary_weights::{KeyMap, LoadOptions, Rule};
 
 use Rule::{Ignore, Rename, Under};
 
-use crate::causal::{self, next_token_loss};
+use crate::causal::{self, Head, next_token_loss};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
@@ -65,17 +65,6 @@ pub struct LlamaConfig {
     pub rope_scaling: RopeScaling,
     /// What makes scores of states.
     pub head: Head,
-}
-
-/// What makes scores of states.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
-    /// A projection of its own.
-    Own,
-    /// The token table.
-    Tied,
-    /// Nothing: the states are the output.
-    Absent,
 }
 
 /// A decoder.
@@ -449,12 +438,12 @@ pub const KEYS: KeyMap =
 pub const KEYS_WITHOUT_HEAD: KeyMap =
     KeyMap::new(&[Under("model.", "", TRUNK), Under("", "", TRUNK), Ignore("lm_head.weight")]);
 
-impl Head {
-    /// The key map of a model with this head.
-    pub const fn keys(self) -> &'static KeyMap {
-        match self {
-            Self::Own => &KEYS,
-            Self::Tied | Self::Absent => &KEYS_WITHOUT_HEAD,
+impl LlamaConfig {
+    /// The key map of a model of this shape.
+    pub const fn keys(&self) -> &'static KeyMap {
+        match self.head {
+            Head::Own => &KEYS,
+            Head::Tied | Head::Absent => &KEYS_WITHOUT_HEAD,
         }
     }
 }
@@ -476,7 +465,7 @@ pub const SYSTEM: System = System {
     },
     describe: |folder| {
         let config = LlamaConfig::of(folder)?;
-        describe(folder, &config.init(&Device::flex()), config.head.keys())
+        describe(folder, &config.init(&Device::flex()), config.keys())
     },
     open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
     generator: Some(|folder, options, device| {
@@ -497,7 +486,7 @@ struct Runner {
 impl Runner {
     fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
         let config = LlamaConfig::of(folder)?;
-        let model = fill(folder, config.init(device), config.head.keys(), options)?;
+        let model = fill(folder, config.init(device), config.keys(), options)?;
         Ok(Self { model, config })
     }
 }
@@ -690,7 +679,7 @@ mod tests {
     fn every_parameter_has_one_key_and_every_key_one_parameter() {
         let biased = LlamaConfig { attention_bias: true, mlp_bias: true, ..TINY };
         for config in [TINY, biased, LlamaConfig { head: Head::Tied, ..TINY }] {
-            let keys = config.head.keys();
+            let keys = config.keys();
             for parameter in parameters(&config.init(&Device::flex())) {
                 let found = keys.keys(&parameter.path).unwrap();
                 assert_eq!(found.len(), 1, "{}", parameter.path);
@@ -730,7 +719,7 @@ mod tests {
             let folder = fixture(name);
             let config = LlamaConfig::of(&folder).unwrap();
             let untrained = config.init(&Device::flex());
-            let model = fill(&folder, untrained, config.head.keys(), &LoadOptions::default()).unwrap();
+            let model = fill(&folder, untrained, config.keys(), &LoadOptions::default()).unwrap();
             let prompts = [vec![7, 28, 66, 5], vec![23], vec![64, 44, 66]];
             let together = greedy(&mut model.session(&prompts, 6), 6);
             for (prompt, together) in prompts.iter().zip(together) {
@@ -793,7 +782,7 @@ mod tests {
         let folder = fixture("llama");
         let config = LlamaConfig::of(&folder).unwrap();
         let untrained = config.init(&Device::flex());
-        let model = fill(&folder, untrained, config.head.keys(), &LoadOptions::default()).unwrap();
+        let model = fill(&folder, untrained, config.keys(), &LoadOptions::default()).unwrap();
         type Case<'a> = (&'a [u32], f64, &'a [Patience], [(&'a [u32], f64); 3]);
         let cases: &[Case] = &[
             (

@@ -37,6 +37,10 @@ pub enum Shape {
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]
     Glm(crate::glm::GlmConfig),
+    /// [`crate::gpt2`], and [`crate::cpm`] and [`crate::yuan`], which have its shape.
+    Gpt2(crate::gpt2::Gpt2Config),
+    /// [`crate::pangu`]
+    Pangu(crate::pangu::PanguConfig),
 }
 
 /// Where weights are.
@@ -87,6 +91,8 @@ impl Shape {
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
+            Shape::Gpt2(config) => parameters(&config.init(&device)),
+            Shape::Pangu(config) => parameters(&config.init(&device)),
         })
     }
 }

@@ -59,10 +59,13 @@ pub fn locate(name: &str) -> Result<Place, Error> {
     }
     let repository = name.split_once('@').map_or(name, |(repository, _)| repository);
     let presets = || SYSTEMS.iter().flat_map(|system| system.presets);
-    if let Some(preset) = presets().find(|preset| preset.name == repository)
-        && preset.weights == Weights::Unreleased
-    {
-        let hint = Some(": its weights were never released".into());
+    let hint = match presets().find(|preset| preset.name == repository).map(|preset| preset.weights) {
+        Some(Weights::Unreleased) => Some(": its weights were never released".into()),
+        Some(Weights::Elsewhere(place)) => Some(format!(": its weights are not on the hub ({place})")),
+        Some(Weights::Application) => Some(": its authors give its weights to those who apply".into()),
+        Some(Weights::Hub | Weights::Embedded) | None => None,
+    };
+    if hint.is_some() {
         return Err(Error::UnknownModel { name: name.into(), hint });
     }
     match name.parse() {

@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, consert, ernie, glm, llama, plato, plug, vit};
+use crate::{alm, bert, clip, consert, cpm, ernie, glm, gpt2, llama, pangu, plato, plug, vit, yuan};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -59,6 +59,10 @@ pub struct Description {
     pub parameters: Vec<Parameter>,
     /// What does not fit between the weights and the model.
     pub problems: Vec<Problem>,
+    /// How many tensors the weights hold of each dtype.
+    pub dtypes: BTreeMap<&'static str, usize>,
+    /// How values are packed, if they are.
+    pub quantization: Option<String>,
 }
 
 /// Every system, in the order of the list.
@@ -73,6 +77,10 @@ pub const SYSTEMS: &[System] = &[
     ernie::SYSTEM,
     plato::SYSTEM,
     plug::SYSTEM,
+    gpt2::SYSTEM,
+    cpm::SYSTEM,
+    yuan::SYSTEM,
+    pangu::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.
@@ -138,7 +146,12 @@ pub fn describe_with<M: Module>(
     keys: &KeyMap,
 ) -> Result<Description, Error> {
     let problems = check(model, checkpoint, keys, &LoadOptions::default())?;
-    Ok(Description { parameters: parameters(model), problems })
+    let mut dtypes = BTreeMap::new();
+    for entry in checkpoint.entries() {
+        *dtypes.entry(entry.dtype.name()).or_default() += 1;
+    }
+    let quantization = checkpoint.quantization().map(|quantization| quantization.to_string());
+    Ok(Description { parameters: parameters(model), problems, dtypes, quantization })
 }
 
 /// Fills `model` with the folder's weights.

@@ -91,6 +91,26 @@ impl<'a> Inputs<'a> {
         Some(Tensor::from_data(TensorData::new(real, shape), &self.device))
     }
 
+    /// Which token sees which, if it is said: `true` where it is not zero. One of rank 4 is `[batch, heads, seq, seq]`, one
+    /// of rank 3 is the same for all heads; any axis but the last two may be 1.
+    pub fn visible(&mut self, name: &'static str) -> Option<Tensor<4, Bool>> {
+        let data = match self.rank(name) {
+            Some(3) => self.ranked::<3>(name),
+            _ => self.ranked::<4>(name),
+        }?;
+        let shape = match data.shape().as_slice() {
+            &[batch, queries, keys] => vec![batch, 1, queries, keys],
+            shape => shape.to_vec(),
+        };
+        let seen: Vec<bool> = data.convert::<f32>().iter::<f32>().map(|value| value != 0.0).collect();
+        Some(Tensor::from_data(TensorData::new(seen, shape), &self.device))
+    }
+
+    /// How many dimensions the input `name` has, if it is there.
+    pub fn rank(&self, name: &str) -> Option<usize> {
+        self.tensors.get(&self.full(name)).map(|data| data.shape().as_slice().len())
+    }
+
     /// That the input `name`, if it is there, has the shape of `input_ids`.
     pub fn like_ids(&mut self, name: &str, found: Option<[usize; 2]>, ids: [usize; 2]) {
         if let Some(found) = found.filter(|found| *found != ids) {

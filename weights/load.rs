@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use crate::cast::{Value, as_stored, find_not_finite, read_into, stored, transposed, zeros};
 use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype};
-use crate::plan::{Plan, Source};
+use crate::plan::{Plan, Source, Swap};
 use crate::rule::KeyMap;
 
 /// How a module is loaded. The default reads into f32, and wants every parameter, and numbers only.
@@ -270,15 +270,22 @@ impl Loader<'_> {
 
     /// The values of a source in the order of the parameter.
     fn assemble<T: Value>(&mut self, source: &Source) -> Result<Vec<T>, Error> {
-        let mut assembled = zeros(source.parts.iter().map(|part| part.elements.len()).sum());
+        // some columns only, the rest of each row is passed over
+        let cut = source.transpose.as_ref().filter(|swap| swap.taken.len() < swap.columns);
+        let elements = |count: usize| cut.map_or(count, |swap| swap.rows * swap.taken.len());
+        let mut assembled = zeros(source.parts.iter().map(|part| elements(part.elements.len())).sum());
         let mut rest = &mut assembled[..];
         for part in &source.parts {
             let bytes = self.checkpoint.bytes(&part.key)?;
             let size = part.dtype.size();
-            let (out, after) = rest.split_at_mut(part.elements.len());
+            let (out, after) = rest.split_at_mut(elements(part.elements.len()));
             rest = after;
-            let not_finite =
-                read_into(part.dtype, &bytes[part.elements.start * size..part.elements.end * size], out);
+            let values = &bytes[part.elements.start * size..part.elements.end * size];
+            let not_finite = match cut {
+                None => read_into(part.dtype, values, out),
+                Some(swap) => read_into(part.dtype, &swap.take(values, size), out)
+                    .map(|(count, first)| (count, swap.place(first))),
+            };
             drop(bytes);
             self.checkpoint.release(&part.key);
             if self.options.not_finite == NotFinite::Refuse
@@ -292,8 +299,8 @@ impl Loader<'_> {
                 );
             }
         }
-        Ok(match source.transpose {
-            Some((rows, cols)) => transposed(&assembled, rows, cols),
+        Ok(match &source.transpose {
+            Some(Swap { rows, taken, .. }) => transposed(&assembled, *rows, taken.len()),
             None => assembled,
         })
     }

@@ -13,8 +13,33 @@ use crate::rule::{KeyMap, Line, Pattern, Rule, choose_prefix, strip};
 pub(crate) struct Source {
     /// Stacked one after the other.
     pub parts: Vec<Part>,
-    /// Whether the last two dimensions of the one part have to be swapped: rows and columns as stored.
-    pub transpose: Option<(usize, usize)>,
+    /// Whether the last two dimensions of the one part have to be swapped.
+    pub transpose: Option<Swap>,
+}
+
+/// The dimensions of a part that are swapped: `[.., rows, columns]` as stored, of which some columns are taken.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Swap {
+    pub rows: usize,
+    pub columns: usize,
+    pub taken: Range<usize>,
+}
+
+impl Swap {
+    /// The bytes of the taken columns, row by row, of a matrix of values of this size.
+    pub fn take(&self, matrix: &[u8], size: usize) -> Vec<u8> {
+        let mut taken = Vec::with_capacity(self.rows * self.taken.len() * size);
+        for row in matrix.chunks_exact(self.columns * size) {
+            taken.extend_from_slice(&row[self.taken.start * size..self.taken.end * size]);
+        }
+        taken
+    }
+
+    /// Where in the matrix the value at `place` among the taken ones stands.
+    pub fn place(&self, place: usize) -> usize {
+        let (row, column) = (place / self.taken.len(), place % self.taken.len());
+        row * self.columns + self.taken.start + column
+    }
 }
 
 /// A run of values of one stored tensor.
@@ -196,7 +221,7 @@ impl<'a> Planner<'a> {
             if fits { Ok(()) } else { Err(mismatch(first, expected.to_vec())) }
         };
         match rule {
-            Rule::Split(..) => {
+            Rule::Split(..) | Rule::SplitTranspose(..) => {
                 let paths = line.paths_of(&keys[0]).unwrap_or_default();
                 let rows_of = |path: &String| {
                     self.shapes.get(path.as_str()).map(|shape| shape.first().copied().unwrap_or(0))
@@ -210,13 +235,20 @@ impl<'a> Planner<'a> {
                     })?);
                 }
                 let total = rows.iter().sum();
-                let expected: Vec<usize> =
+                let stacked: Vec<usize> =
                     std::iter::once(total).chain(wanted.iter().skip(1).copied()).collect();
-                fit(!wanted.is_empty() && first.shape == expected, &expected)?;
                 let before = paths.iter().take_while(|path| **path != parameter.path).count();
+                let start = rows[..before].iter().sum::<usize>();
+                let taken = start..start + rows[before];
+                if let Rule::SplitTranspose(..) = rule {
+                    let expected = swapped(&stacked);
+                    fit(wanted.len() == 2 && first.shape == expected, &expected)?;
+                    let swap = Swap { rows: expected[0], columns: expected[1], taken };
+                    return Ok(Source { transpose: Some(swap), ..run(first, 0..elements(first)) });
+                }
+                fit(!wanted.is_empty() && first.shape == stacked, &stacked)?;
                 let width = elements(first) / total.max(1);
-                let start = rows[..before].iter().sum::<usize>() * width;
-                Ok(run(first, start..start + rows[before] * width))
+                Ok(run(first, taken.start * width..taken.end * width))
             }
             Rule::Concat(..) => {
                 for entry in entries {
@@ -239,8 +271,9 @@ impl<'a> Planner<'a> {
             Rule::Transpose(..) => {
                 let expected = swapped(wanted);
                 fit(wanted.len() >= 2 && first.shape == expected, &expected)?;
-                let [.., rows, cols] = first.shape[..] else { return Err(mismatch(first, expected)) };
-                Ok(Source { transpose: Some((rows, cols)), ..run(first, 0..elements(first)) })
+                let [.., rows, columns] = first.shape[..] else { return Err(mismatch(first, expected)) };
+                let swap = Swap { rows, columns, taken: 0..columns };
+                Ok(Source { transpose: Some(swap), ..run(first, 0..elements(first)) })
             }
             Rule::Reshape(_, _, ones) => {
                 let squeeze =

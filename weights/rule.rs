@@ -13,6 +13,9 @@ pub enum Rule {
     /// `(key, paths)`: the checkpoint stacks several parameters along its first dimension (a fused q, k, v). They are
     /// cut by the sizes of the module's parameters, which may differ.
     Split(&'static str, &'static [&'static str]),
+    /// `(key, paths)`: as [`Rule::Split`], of several layers stored the other way round, `[d_in, d_out of all]`: each
+    /// parameter is a run of columns, transposed.
+    SplitTranspose(&'static str, &'static [&'static str]),
     /// `(keys, path)`: the parameter is the checkpoint's tensors stacked along the first dimension. Any sizes load;
     /// saving cuts equal parts.
     Concat(&'static [&'static str], &'static str),
@@ -152,7 +155,7 @@ fn flatten(rules: &[Rule], key_prefix: &str, path_prefix: &str, lines: &mut Vec<
             Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path, _) => {
                 line(&[key], &[path])?
             }
-            Rule::Split(key, paths) => line(&[key], paths)?,
+            Rule::Split(key, paths) | Rule::SplitTranspose(key, paths) => line(&[key], paths)?,
             Rule::Concat(keys, path) => line(keys, &[path])?,
             Rule::Ignore(key) => line(&[key], &[])?,
             Rule::Under(key, path, rules) => {

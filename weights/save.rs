@@ -48,7 +48,7 @@ pub fn save<M: Module>(
             problems.push(Problem::Unmapped { parameter: held.parameter.path.clone() });
             continue;
         };
-        if matches!(line.rule, Rule::Split(..)) && !done.insert(keys[0].clone()) {
+        if matches!(line.rule, Rule::Split(..) | Rule::SplitTranspose(..)) && !done.insert(keys[0].clone()) {
             continue; // written with the first of its parameters
         }
         match shelf.recipes(line, keys, held, dtype)? {
@@ -184,7 +184,7 @@ impl Shelf {
             pending(key, shape, *kind, float, runs, swap)
         };
         Ok(Ok(match line.rule {
-            Rule::Split(..) => {
+            Rule::Split(..) | Rule::SplitTranspose(..) => {
                 let mut runs = Vec::new();
                 let mut rows = 0;
                 for path in line.paths_of(&keys[0]).unwrap_or_default() {
@@ -200,8 +200,18 @@ impl Shelf {
                     rows += part.shape[0];
                     runs.push((&self.held[i], 0..part.shape.iter().product()));
                 }
-                let stacked = std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
-                vec![one(&keys[0], stacked, runs, None)]
+                let stacked: Vec<usize> =
+                    std::iter::once(rows).chain(shape.iter().skip(1).copied()).collect();
+                match (line.rule, &stacked[..]) {
+                    (Rule::SplitTranspose(..), &[rows, columns]) => {
+                        vec![one(&keys[0], swapped(&stacked), runs, Some((rows, columns)))]
+                    }
+                    (Rule::SplitTranspose(..), _) => {
+                        let (key, expected) = (keys[0].clone(), vec![0, 0]);
+                        return Ok(Err(Problem::Shape { key, expected, found: shape.clone() }));
+                    }
+                    _ => vec![one(&keys[0], stacked, runs, None)],
+                }
             }
             Rule::Concat(..) => {
                 let (parts, rows) = (keys.len(), shape.first().copied().unwrap_or(0));

@@ -1,5 +1,8 @@
 use burn::module::{Initializer, Module, Param};
+use burn::tensor::module::embedding;
 use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::ops::Positions;
 
 /// A learned vector per position, added to the sequence.
 #[derive(Module, Debug)]
@@ -23,6 +26,22 @@ impl LearnedPositions {
         let [positions, _] = self.weight.val().dims();
         assert!(seq <= positions, "a sequence of {seq} tokens is longer than {positions} positions");
         x + self.weight.val().narrow(0, 0, seq).unsqueeze()
+    }
+
+    /// The vectors of `seq` tokens that stand at `positions`: `[batch or 1, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If one stands beyond the table.
+    pub fn select(&self, positions: &Positions, seq: usize) -> Tensor<3> {
+        match positions {
+            Positions::From(first) => {
+                let [positions, _] = self.weight.val().dims();
+                let end = first + seq;
+                assert!(end <= positions, "position {} is beyond {positions} positions", end - 1);
+                self.weight.val().narrow(0, *first, seq).unsqueeze()
+            }
+            Positions::Each(each) => embedding(self.weight.val(), each.clone()),
+        }
     }
 }
 
@@ -121,6 +140,21 @@ mod tests {
         let x = tensor([2, 2, 2], &[0.0, 0.0, 0.0, 0.0, 10.0, 10.0, 20.0, 20.0], &Device::flex());
         let expected = [1.0, 2.0, 3.0, 4.0, 11.0, 12.0, 23.0, 24.0];
         assert_close(positions().forward(x), &expected, 0.0);
+    }
+
+    #[test]
+    fn positions_pick_rows() {
+        let positions = positions();
+        assert_close(positions.select(&Positions::From(1), 2), &[3.0, 4.0, 5.0, 6.0], 0.0);
+        let each = Tensor::from_data([[2, 0], [0, 0]], &Device::flex());
+        let expected = [5.0, 6.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0];
+        assert_close(positions.select(&Positions::Each(each), 2), &expected, 0.0);
+    }
+
+    #[test]
+    #[should_panic(expected = "position 3 is beyond 3 positions")]
+    fn a_place_beyond_the_table_panics() {
+        positions().select(&Positions::From(2), 2);
     }
 
     #[test]

@@ -146,13 +146,8 @@ fn of_preset(system: &System, preset: &Preset) -> Info {
 
 fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     let system = System::of(folder)?;
-    let Description { parameters, problems } = (system.describe)(folder)?;
+    let Description { parameters, problems, dtypes, quantization } = (system.describe)(folder)?;
     let count = count(&parameters);
-    let mut dtypes = BTreeMap::new();
-    let checkpoint = folder.checkpoint()?;
-    for entry in checkpoint.entries() {
-        *dtypes.entry(entry.dtype.name()).or_default() += 1;
-    }
     let preprocessor = match folder.preprocessor() {
         Ok(preprocessor) => match preprocessor.image_size() {
             Some([height, width]) => format!("{height}x{width} pixels"),
@@ -174,7 +169,7 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
         download: None,
         stored: Some(Stored {
             dtypes,
-            quantization: checkpoint.quantization().map(|quantization| quantization.to_string()),
+            quantization,
             preprocessor,
             tokenizer,
             problems: problems.iter().map(ToString::to_string).collect(),

@@ -49,6 +49,39 @@ fn every_kind_of_rule_fills_its_parameters() {
     assert_eq!(tiny.mask.val().into_data().iter::<bool>().collect::<Vec<_>>(), [true, false]);
 }
 
+/// The fused projection as GPT-2 stores it, 4 inputs and 4 + 2 + 2 outputs; saving undoes it.
+#[test]
+fn columns_of_a_fused_matrix_are_cut_and_transposed() {
+    #[derive(Module, Debug)]
+    struct Fused {
+        parts: Vec<Param<Tensor<2>>>,
+    }
+    const KEYS: KeyMap = KeyMap::new(&[Rule::SplitTranspose("c_attn", &["parts.0", "parts.1", "parts.2"])]);
+    let part = |rows: usize| Param::from_tensor(Tensor::zeros([rows, 4], &Device::flex()));
+    let load = |stored| {
+        let fused = Fused { parts: vec![part(4), part(2), part(2)] };
+        load(fused, &checkpoint(&[stored]), &KEYS, &LoadOptions::default())
+    };
+    let fused = load(count("c_attn", &[4, 8], 0)).unwrap();
+    assert_eq!(numbers(&fused.parts[0])[..8], [0.0, 8.0, 16.0, 24.0, 1.0, 9.0, 17.0, 25.0]);
+    assert_eq!(numbers(&fused.parts[1]), [4.0, 12.0, 20.0, 28.0, 5.0, 13.0, 21.0, 29.0]);
+    assert_eq!(numbers(&fused.parts[2]), [6.0, 14.0, 22.0, 30.0, 7.0, 15.0, 23.0, 31.0]);
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    crate::save(&fused, &KEYS, None, &path, None).unwrap();
+    let saved = &crate::read_tensors(&path).unwrap()["c_attn"];
+    assert_eq!(saved.shape().as_slice(), [4, 8]);
+    assert_eq!(saved.iter::<f32>().collect::<Vec<_>>(), range(0, 32));
+
+    let turned = load(count("c_attn", &[8, 4], 0)).unwrap_err().to_string();
+    assert!(turned.contains("checkpoint has [8, 4], model wants [4, 8]"), "{turned}");
+    // the third value of the second row, which the second part has
+    let broken = (0..32).map(|i| if i == 8 + 5 { f32::NAN } else { 0.0 });
+    let Err(Error::Mismatch { problems, .. }) = load(floats("c_attn", &[4, 8], broken)) else { panic!() };
+    let [Problem::NotFinite { count: 1, first_index: 13, .. }] = problems[..] else { panic!("{problems:?}") };
+}
+
 #[test]
 fn an_optional_prefix_is_stripped_where_it_stands() {
     let mut tensors = tiny();

@@ -480,11 +480,12 @@ fn key_maps() {
                 (0..random.below(4)).map(|_| *random.pick(&patterns)).collect::<Vec<_>>().leak()
             };
             let (a, b) = (*random.pick(&patterns), *random.pick(&patterns));
-            match random.below(6) {
+            match random.below(7) {
                 0 | 1 => Rule::Rename(a, b),
                 2 => Rule::Split(a, list(random)),
                 3 => Rule::Concat(list(random), b),
                 4 => Rule::Transpose(a, b),
+                5 => Rule::SplitTranspose(a, list(random)),
                 _ => Rule::Ignore(a),
             }
         };

@@ -1,0 +1,165 @@
+//! CPM-1, also WuDao Wen Yuan 1.0: a Chinese text decoder (Zhang et al. 2020, <https://arxiv.org/abs/2012.00413>; Tsinghua
+//! University and BAAI). The model is GPT-2's ([`crate::gpt2`]) with a vocabulary of 30,000; this file reads it as its
+//! authors posted it, in Megatron-LM's names and as two tensor-parallel ranks:
+//!
+//! ```text
+//! config.json                          {"model_type": "cpm1", "num_layers": 32, "hidden_size": 2560, ...}
+//! 80000/mp_rank_00_model_states.pt
+//! 80000/mp_rank_01_model_states.pt
+//! ```
+//!
+//! The archive has no `config.json`: write one. The large model is also on the hub as `TsinghuaAI/CPM-Generate`, in
+//! GPT-2's names, and is read as that. There its end token is 50256, which the vocabulary lacks: a text ends with `<eod>`, 7.
+//!
+//! The numbers match the authors' code (`GPT2Model` of TsinghuaAI/CPM-1-Generate).
+//!
+//! ```sh
+//! volary forward path/to/CPM-large --input in.safetensors --output out.safetensors
+//! ```
+
+use burn::tensor::Device;
+use volary_kernels::ops::Activation;
+use volary_weights::format::{OpenOptions, RankOptions, megatron};
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule};
+
+use Rule::{Rename, Split, Under};
+
+use crate::causal::Head;
+use crate::config::{Config, ConfigError};
+use crate::decoder::Runner;
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::gpt2::{Gpt2, Gpt2Config, LINEAR, SMALL};
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{System, describe_with};
+
+/// The decoder, and what separates documents.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CpmConfig {
+    /// The shape.
+    pub decoder: Gpt2Config,
+    /// The token that ends a document.
+    pub end: Option<u32>,
+}
+
+impl CpmConfig {
+    /// The configuration of a folder.
+    ///
+    /// # Errors
+    /// If it is missing, malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<Self, Error> {
+        Ok(Self::parse(&folder.config("config.json")?)?)
+    }
+
+    /// Sizes by the names of Megatron-LM's arguments; what is left out has the values of the large model.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        let decoder = megatron_sizes(config, &LARGE)?;
+        let end = config.integer_or("eod_token", 7)?;
+        // a vocabulary without it has no documents to tell apart
+        let end = u32::try_from(end).ok().filter(|&end| (end as usize) < decoder.vocab_size);
+        Ok(Self { decoder, end })
+    }
+
+    fn load(&self, folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Runner<Gpt2>, Error> {
+        let weights = checkpoint(folder, &self.decoder)?;
+        let runner = self.decoder.load(weights.as_ref(), &KEYS, options, device)?;
+        Ok(Runner { end: self.end, ..runner })
+    }
+}
+
+/// A decoder whose sizes go by the names of Megatron-LM's arguments; those that are left out are those of `default`.
+///
+/// # Errors
+/// If one is malformed.
+pub(crate) fn megatron_sizes(config: &Config, default: &Gpt2Config) -> Result<Gpt2Config, ConfigError> {
+    let d_model = config.size_or("hidden_size", default.d_model)?;
+    let n_heads = config.size_or("num_attention_heads", default.n_heads)?;
+    config.divides("num_attention_heads", n_heads, d_model)?;
+    Ok(Gpt2Config {
+        vocab_size: config.size_or("vocab_size", default.vocab_size)?,
+        n_positions: config.size_or("max_position_embeddings", default.n_positions)?,
+        d_model,
+        d_ff: config.size_or("ffn_hidden_size", 4 * d_model)?,
+        n_layers: config.blocks_or("num_layers", default.n_layers)?,
+        n_heads,
+        d_head: d_model / n_heads,
+        layer_norm_eps: config.number_or("layernorm_epsilon", default.layer_norm_eps)?,
+        activation: Activation::GeluTanh,
+        scale_scores: true,
+        scale_by_layer: false,
+        head: Head::Tied,
+    })
+}
+
+/// The weights of a folder, ranks merged.
+///
+/// # Errors
+/// If there are none, or they are broken.
+pub(crate) fn checkpoint(folder: &Folder, decoder: &Gpt2Config) -> Result<Box<dyn Checkpoint>, Error> {
+    let ranks = RankOptions { vocab_size: Some(decoder.vocab_size), ..RankOptions::new(megatron::GPT2) };
+    folder.checkpoint_with(&OpenOptions { ranks: Some(&ranks), ..OpenOptions::default() })
+}
+
+const BLOCK: &[Rule] = &[
+    Under("input_layernorm.", "norm1.", LINEAR),
+    Split(
+        "attention.query_key_value.weight",
+        &["attention.query.weight", "attention.key.weight", "attention.value.weight"],
+    ),
+    Split(
+        "attention.query_key_value.bias",
+        &["attention.query.bias", "attention.key.bias", "attention.value.bias"],
+    ),
+    Under("attention.dense.", "attention.output.", LINEAR),
+    Under("post_attention_layernorm.", "norm2.", LINEAR),
+    Under("mlp.dense_h_to_4h.", "mlp.up.", LINEAR),
+    Under("mlp.dense_4h_to_h.", "mlp.down.", LINEAR),
+];
+
+/// Keys of Megatron-LM's first GPT-2: `[q; k; v]` fused, every weight `[d_out, d_in]`.
+pub const KEYS: KeyMap = KeyMap::new(&[
+    Rename("word_embeddings.weight", "tokens.weight"),
+    Rename("position_embeddings.weight", "positions.weight"),
+    Under("transformer.layers.{}.", "blocks.{}.", BLOCK),
+    Under("transformer.final_layernorm.", "norm.", LINEAR),
+])
+.with_prefixes(&["module."]);
+
+/// CPM-1 as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "cpm1",
+    about: "Chinese text decoders as their authors posted them: CPM-1 (WuDao Wen Yuan 1.0), in ranks or whole",
+    file: "models/cpm.rs",
+    tasks: &["generate", "forward"],
+    proved: &["cpm1"],
+    presets: PRESETS,
+    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("cpm1")),
+    describe: |folder| {
+        let CpmConfig { decoder, .. } = CpmConfig::of(folder)?;
+        describe_with(checkpoint(folder, &decoder)?.as_ref(), &decoder.init(&Device::flex()), &KEYS)
+    },
+    open: |folder, options, device| Ok(Box::new(CpmConfig::of(folder)?.load(folder, options, device)?)),
+    generator: Some(|folder, options, device| {
+        Ok(Box::new(CpmConfig::of(folder)?.load(folder, options, device)?))
+    }),
+};
+
+/// Zhang et al. 2020, table 2.
+const BASE: Gpt2Config = Gpt2Config { vocab_size: 30_000, ..SMALL };
+const LARGE: Gpt2Config = BASE.sized(32, 2560, 32);
+
+const fn preset(name: &'static str, config: Gpt2Config, weights: Weights, parameters: usize) -> Preset {
+    let (license, source) = ("MIT", "counted; table 2 of the paper rounds it");
+    Preset { name, shape: Shape::Gpt2(config), weights, license, parameters, source }
+}
+
+/// Published sizes. The small one is also that of CPM-Distill, which learned from the large one.
+pub const PRESETS: &[Preset] = &[
+    preset("CPM-small", BASE.sized(12, 768, 12), Weights::Unreleased, 108_882_432),
+    preset("mymusise/CPM-Generate-distill", BASE.sized(12, 768, 12), Weights::Hub, 108_882_432),
+    preset("CPM-medium", BASE.sized(24, 1024, 16), Weights::Unreleased, 334_080_000),
+    preset("TsinghuaAI/CPM-Generate", LARGE, Weights::Hub, 2_597_073_920),
+];

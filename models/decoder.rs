@@ -1,0 +1,297 @@
+//! What decoders with learned positions have in common: GPT-2, and what is built of its block. Texts in, scores out, at
+//! once or token by token, and both behind the contracts of the registry.
+
+use burn::tensor::{Bool, Device, Int, Tensor};
+use volary_kernels::layers::KvCache;
+use volary_kernels::ops::{Mask, Positions};
+use volary_text::documents::{Documents, shifted};
+use volary_text::generate::{LeftPadded, Session, column, indices};
+
+use crate::causal::{self, CONTINUATION, GREEDY, Head, next_token_loss};
+use crate::error::Error;
+use crate::generator::{Generator, check_prompts};
+use crate::registry::Forward;
+use crate::tensors::{Inputs, Outputs, output};
+
+/// A batch of texts. Whole ones of equal length are `ids.into()`.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// `[batch, seq]`.
+    pub ids: Tensor<2, Int>,
+    /// Where the tokens stand.
+    pub positions: Positions,
+    /// What they see. The last token is aligned with the last key, where a cache holds the past.
+    pub mask: Mask,
+}
+
+impl From<Tensor<2, Int>> for Text {
+    fn from(ids: Tensor<2, Int>) -> Self {
+        Self { ids, positions: Positions::From(0), mask: Mask::Causal }
+    }
+}
+
+/// A model that scores the next token of texts.
+pub trait Decoder {
+    /// The states of texts, or of the tokens that follow those in `caches`, which grow by them: one cache per block, or
+    /// none at all. `[batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary, a position beyond the table, or the caches are full.
+    fn read(&self, text: Text, caches: &mut [KvCache]) -> Tensor<3>;
+
+    /// Scores of the next token: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.
+    fn logits(&self, states: Tensor<3>) -> Tensor<3>;
+
+    /// How many blocks have caches.
+    fn n_layers(&self) -> usize;
+
+    /// Where it is.
+    fn device(&self) -> Device;
+
+    /// The states of a batch of texts, `[batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary, a position beyond the table, or shapes differ.
+    fn forward(&self, text: impl Into<Text>) -> Tensor<3>
+    where
+        Self: Sized,
+    {
+        self.read(text.into(), &mut [])
+    }
+
+    /// Rows that go on after these prompts, each by at most `max_new` tokens.
+    ///
+    /// # Panics
+    /// If there is no prompt, one is empty, or an id is outside the vocabulary.
+    fn session(
+        &self,
+        prompts: &[impl AsRef<[u32]>],
+        max_new: usize,
+        reading: Reading,
+    ) -> DecoderSession<'_, Self>
+    where
+        Self: Sized,
+    {
+        let prompts = LeftPadded::new(prompts, &self.device());
+        let capacity = prompts.longest() + max_new;
+        let caches = (0..self.n_layers()).map(|_| KvCache::new(capacity)).collect();
+        DecoderSession { model: self, prompts, caches, reading }
+    }
+}
+
+/// What the tokens of a prompt see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// Those before them.
+    Causal,
+    /// The whole prompt, those after them too: a prefix language model (Raffel et al. 2019, section 3.2.1).
+    Prefix,
+}
+
+/// Texts that a decoder is continuing.
+pub struct DecoderSession<'a, M> {
+    model: &'a M,
+    prompts: LeftPadded,
+    caches: Vec<KvCache>,
+    reading: Reading,
+}
+
+impl<M: Decoder> DecoderSession<'_, M> {
+    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
+    fn append(&mut self, ids: Tensor<2, Int>, mask: Mask) -> Tensor<2> {
+        let [_, new] = ids.dims();
+        let held = self.caches.first().map_or(0, KvCache::len);
+        let positions = self.prompts.positions(held, new);
+        let mask = Mask::All(vec![mask, self.prompts.mask(held + new)]);
+        let states = self.model.read(Text { ids, positions, mask }, &mut self.caches); // [rows, new, d_model]
+        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
+    }
+}
+
+impl<M: Decoder> Session for DecoderSession<'_, M> {
+    fn start(&mut self) -> Tensor<2> {
+        let mask = match self.reading {
+            Reading::Causal => Mask::Causal,
+            Reading::Prefix => Mask::Full,
+        };
+        self.append(self.prompts.ids(), mask)
+    }
+
+    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
+        self.append(column(tokens, &self.model.device()), Mask::Causal)
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.prompts.select(rows);
+        let rows = indices(rows, &self.model.device());
+        self.caches.iter_mut().for_each(|cache| cache.select(&rows));
+    }
+}
+
+/// A decoder behind the contracts of the registry.
+pub struct Runner<M> {
+    /// The model.
+    pub model: M,
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Number of positions.
+    pub n_positions: usize,
+    /// What makes scores of states.
+    pub head: Head,
+    /// How prompts are read.
+    pub reading: Reading,
+    /// The token that ends a document, if rows of several are told apart by it.
+    pub end: Option<u32>,
+}
+
+/// What one forward pass was asked for.
+pub struct Asked {
+    /// One per set of inputs; at least one.
+    pub cases: Vec<Case>,
+    /// What to continue.
+    pub prompt: Option<Vec<u32>>,
+}
+
+/// A set of inputs.
+pub struct Case {
+    /// What stands before its names, `packed.` or nothing.
+    pub name: String,
+    /// The texts.
+    pub text: Text,
+    /// Which tokens are no padding, `[batch, seq]`.
+    real: Option<Tensor<2, Bool>>,
+    /// Which tokens the loss is about, `[batch, seq]`.
+    scored: Option<Tensor<2, Bool>>,
+}
+
+/// The case whose rows are several documents each.
+const PACKED: &str = "packed.";
+
+impl<M: Decoder> Runner<M> {
+    /// The inputs of all cases.
+    ///
+    /// # Errors
+    /// With everything that does not fit.
+    pub fn ask(&self, mut inputs: Inputs) -> Result<Asked, Error> {
+        let mut names = inputs.cases("input_ids");
+        if names.is_empty() {
+            names.push(String::new()); // for the error
+        }
+        let mut cases = Vec::new();
+        for name in names {
+            inputs.enter(&name);
+            cases.extend(self.case(&mut inputs, name));
+        }
+        inputs.enter("");
+        let prompt = causal::prompt(&mut inputs, self.vocab_size);
+        if let Some(tokens) =
+            prompt.as_ref().map(Vec::len).filter(|tokens| tokens + GREEDY > self.n_positions)
+        {
+            inputs.problem(format!(
+                "`greedy.prompt_ids` has {tokens} tokens: with {GREEDY} more they do not fit into {} positions",
+                self.n_positions
+            ));
+        }
+        if prompt.is_some() && self.head == Head::Absent {
+            inputs.problem("`greedy.prompt_ids` needs a head, and this model has none".into());
+        }
+        inputs.finish()?;
+        Ok(Asked { cases, prompt })
+    }
+
+    fn case(&self, inputs: &mut Inputs, name: String) -> Option<Case> {
+        let ids = inputs.ids::<2>("input_ids", self.vocab_size);
+        let positions = inputs.ids::<2>("position_ids", self.n_positions);
+        let (real, seen) = match inputs.rank("attention_mask") {
+            Some(4) => (None, inputs.visible("attention_mask")),
+            _ => (inputs.mask("attention_mask"), None),
+        };
+        let seen = seen.or(inputs.visible("visible"));
+        let counted = inputs.mask("loss_mask");
+        inputs.missing("input_ids");
+        let ids = ids?;
+
+        let [batch, seq] = ids.dims();
+        inputs.like_ids("attention_mask", real.as_ref().map(Tensor::dims), ids.dims());
+        inputs.like_ids("loss_mask", counted.as_ref().map(Tensor::dims), ids.dims());
+        inputs.row_or_like_ids("position_ids", positions.as_ref().map(Tensor::dims), ids.dims());
+        let fits = |seen: &[usize; 4]| [[1, 1, seq, seq], [batch, 1, seq, seq]].contains(seen);
+        if let Some(found) = seen.as_ref().map(Tensor::dims).filter(|seen| !fits(seen)) {
+            let expected = [batch, 1, seq, seq];
+            let name = inputs.full("input_ids");
+            inputs.problem(format!("what the tokens of `{name}` see is {found:?}, expected {expected:?}"));
+        }
+        let documents = self.end.filter(|_| name == PACKED).map(|end| Documents::new(&ids, end));
+        let documents = documents.as_ref();
+        let positions =
+            positions.map(Positions::Each).or(documents.map(Documents::positions)).unwrap_or_else(|| {
+                if seq > self.n_positions {
+                    let (name, positions) = (inputs.full("input_ids"), self.n_positions);
+                    inputs.problem(format!("`{name}` has {seq} tokens a row, expected at most {positions}"));
+                }
+                Positions::From(0)
+            });
+        let padding = real.clone().map_or(Mask::Full, Mask::Padding);
+        let mask = match seen {
+            Some(seen) => Mask::Visible(seen),
+            None => Mask::All(vec![documents.map_or(Mask::Causal, Documents::mask), padding]),
+        };
+        let scored = counted.map(shifted).or(documents.map(Documents::scored)).or_else(|| real.clone());
+        Some(Case { name, text: Text { ids, positions, mask }, real, scored })
+    }
+
+    /// The outputs of all cases: `last_hidden_state` without a head, or `logits` and `loss`, and what is decoded greedily
+    /// ([`causal::continuation`]).
+    pub fn answer(&self, asked: &Asked) -> Outputs {
+        let mut outputs = Outputs::new();
+        for Case { name, text, scored, .. } in &asked.cases {
+            let states = self.model.forward(text.clone());
+            if self.head == Head::Absent {
+                outputs.push(output(&format!("{name}last_hidden_state"), states));
+                continue;
+            }
+            let logits = self.model.logits(states);
+            outputs.push(output(&format!("{name}logits"), logits.clone()));
+            let loss = next_token_loss(logits, text.ids.clone(), scored.clone());
+            outputs.extend(loss.map(|loss| output(&format!("{name}loss"), loss)));
+        }
+        let first = asked.cases.iter().find(|case| case.name.is_empty()).or(asked.cases.first());
+        if let Some(Case { text, real, .. }) = first.filter(|_| self.head != Head::Absent) {
+            let [_, seq] = text.ids.dims();
+            if asked.prompt.is_some() || seq + CONTINUATION <= self.n_positions {
+                let session = |prompt: &[u32], count| self.model.session(&[prompt], count, self.reading);
+                let (prompt, ids, real) = (asked.prompt.clone(), text.ids.clone(), real.clone());
+                outputs.extend(causal::continuation(prompt, ids, real, session));
+            }
+        }
+        outputs
+    }
+}
+
+impl<M: Decoder> Forward for Runner<M> {
+    /// `input_ids`, and if wanted `position_ids` (counted from 0 without), `attention_mask` (which tokens are no padding,
+    /// `[batch, seq]`, or which see which, `[batch, 1, seq, seq]`, in place of the causal mask), `visible` (the latter,
+    /// `[batch, seq, seq]`), `loss_mask` (which tokens' successors the loss is about) and `greedy.prompt_ids`. With a name
+    /// and a dot before them they are another case on the same weights. In the case `packed`, rows are several documents
+    /// if the configuration names the token that ends one: positions and masks that are not given follow from it.
+    ///
+    /// Gives what [`Runner::answer`] says, for every case.
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error> {
+        Ok(self.answer(&self.ask(inputs)?))
+    }
+}
+
+impl<M: Decoder> Generator for Runner<M> {
+    fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    fn context(&self) -> Option<usize> {
+        Some(self.n_positions)
+    }
+
+    fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
+        check_prompts(self, prompts, max_new)?;
+        Ok(Box::new(self.model.session(prompts, max_new, self.reading)))
+    }
+}

@@ -1,0 +1,382 @@
+//! GPT-2: a causal text decoder with learned positions (Radford et al. 2019, "Language Models are Unsupervised Multitask
+//! Learners"), and what others trained in its shape: CPM-1 as the hub has it ([`crate::cpm`]), and the sizes of GPT-3
+//! (Brown et al. 2020, <https://arxiv.org/abs/2005.14165>), which was never released.
+//!
+//! The numbers match `transformers` (`GPT2LMHeadModel`, `GPT2Model`), which reads OpenAI's uploads.
+//!
+//! ```sh
+//! volary forward path/to/gpt2 --input in.safetensors --output out.safetensors
+//! ```
+
+use burn::module::Module;
+use burn::tensor::module::linear;
+use burn::tensor::{Device, Tensor};
+use volary_kernels::layers::{
+    Attention, AttentionConfig, Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp,
+    MlpConfig,
+};
+use volary_kernels::ops::{Activation, Mask};
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
+
+use Rule::{Ignore, Rename, Split, SplitTranspose, Transpose, Under};
+
+use crate::causal::Head;
+use crate::config::{Config, ConfigError};
+use crate::decoder::{Decoder, Reading, Runner, Text};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{System, describe};
+
+/// Shape of a decoder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gpt2Config {
+    /// Number of tokens.
+    pub vocab_size: usize,
+    /// Longest sequence.
+    pub n_positions: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Width of the MLP.
+    pub d_ff: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Number of heads.
+    pub n_heads: usize,
+    /// Width of a head.
+    pub d_head: usize,
+    /// The MLP's activation.
+    pub activation: Activation,
+    /// Added to variances.
+    pub layer_norm_eps: f64,
+    /// Whether scores are divided by `√d_head`.
+    pub scale_scores: bool,
+    /// Whether the scores of block `i`, from 0, are divided by `i + 1` too.
+    pub scale_by_layer: bool,
+    /// What makes scores of states.
+    pub head: Head,
+}
+
+/// A decoder.
+#[derive(Module, Debug)]
+pub struct Gpt2 {
+    /// `[vocab_size, d_model]`.
+    pub tokens: Embedding,
+    /// `[n_positions, d_model]`.
+    pub positions: LearnedPositions,
+    /// The blocks.
+    pub blocks: Vec<Gpt2Block>,
+    /// After the last one.
+    pub norm: LayerNorm,
+    /// `[vocab_size, d_model]`, unless the token table serves.
+    pub head: Option<Linear>,
+}
+
+/// A pre-norm transformer block.
+#[derive(Module, Debug)]
+pub struct Gpt2Block {
+    /// Before the attention.
+    pub norm1: LayerNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Before the MLP.
+    pub norm2: LayerNorm,
+    /// Two projections.
+    pub mlp: Mlp,
+    /// Between them.
+    #[module(skip)]
+    pub activation: Activation,
+}
+
+impl Gpt2Config {
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> Gpt2 {
+        let Self { vocab_size, d_model, .. } = *self;
+        let head = || LinearConfig::new(d_model, vocab_size).with_bias(false).init(device);
+        Gpt2 {
+            tokens: Embedding::new(vocab_size, d_model, 0.02, device),
+            positions: LearnedPositions::new(self.n_positions, d_model, 0.02, device),
+            blocks: (0..self.n_layers).map(|layer| self.block(layer, device)).collect(),
+            norm: LayerNorm::new(d_model, self.layer_norm_eps, device),
+            head: (self.head == Head::Own).then(head),
+        }
+    }
+
+    /// An untrained block; `layer` counts from 0.
+    pub fn block(&self, layer: usize, device: &Device) -> Gpt2Block {
+        let norm = || LayerNorm::new(self.d_model, self.layer_norm_eps, device);
+        let root = if self.scale_scores { (self.d_head as f64).sqrt() } else { 1.0 };
+        let depth = if self.scale_by_layer { layer as f64 + 1.0 } else { 1.0 };
+        Gpt2Block {
+            norm1: norm(),
+            attention: AttentionConfig::new(self.d_model, self.n_heads)
+                .with_d_head(Some(self.d_head))
+                .with_scale(Some(1.0 / (root * depth)))
+                .init(device),
+            norm2: norm(),
+            mlp: MlpConfig::new(self.d_model, self.d_ff).init(device),
+            activation: self.activation,
+        }
+    }
+}
+
+impl Gpt2Block {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
+    pub fn forward(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let x = x.clone() + self.attend(self.norm1.forward(x), mask, cache);
+        self.feed(x)
+    }
+
+    /// The second half: `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn feed(&self, x: Tensor<3>) -> Tensor<3> {
+        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+    }
+
+    fn attend(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut KvCache>) -> Tensor<3> {
+        match cache {
+            Some(cache) => self.attention.cached(x, cache, mask),
+            None => self.attention.forward(x, mask),
+        }
+    }
+}
+
+impl Decoder for Gpt2 {
+    fn read(&self, text: Text, caches: &mut [KvCache]) -> Tensor<3> {
+        let Text { ids, positions, mask } = text;
+        let [_, seq] = ids.dims();
+        let x = self.tokens.forward(ids) + self.positions.select(&positions, seq); // [batch, seq, d_model]
+        let mut caches = caches.iter_mut();
+        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, &mask, caches.next()));
+        self.norm.forward(x)
+    }
+
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
+        match &self.head {
+            Some(head) => head.forward(states),
+            None => linear(states, self.tokens.weight.val().transpose(), None),
+        }
+    }
+
+    fn n_layers(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn device(&self) -> Device {
+        self.tokens.weight.device()
+    }
+}
+
+impl Gpt2Config {
+    /// The configuration of a folder.
+    ///
+    /// # Errors
+    /// If it is missing, malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<Self, Error> {
+        Ok(Self::parse(&folder.config("config.json")?)?)
+    }
+
+    /// `config.json` of `transformers`; what it leaves out has the values of `GPT2Config`. Ids of special tokens are not
+    /// read: they change no number, and some uploads' lie outside the vocabulary. Neither is `reorder_and_upcast_attn`,
+    /// which changes how half precision is rounded.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        config.only("model_type", &["\"gpt2\""])?;
+        config.only("add_cross_attention", &["false"])?;
+        let d_model = config.size_or("n_embd", 768)?;
+        let n_heads = config.size_or("n_head", 12)?;
+        config.divides("n_head", n_heads, d_model)?;
+        config.flag_or("reorder_and_upcast_attn", false)?;
+        let head = match (config.first_of("architectures"), config.flag_or("tie_word_embeddings", true)?) {
+            (Some("GPT2Model"), _) => Head::Absent,
+            (_, true) => Head::Tied,
+            (_, false) => Head::Own,
+        };
+        Ok(Self {
+            vocab_size: config.size_or("vocab_size", 50257)?,
+            n_positions: config.size_or("n_positions", 1024)?,
+            d_model,
+            d_ff: config.size_or("n_inner", 4 * d_model)?,
+            n_layers: config.blocks_or("n_layer", 12)?,
+            n_heads,
+            d_head: d_model / n_heads,
+            activation: config.activation_or("activation_function", Activation::GeluTanh)?,
+            layer_norm_eps: config.number_or("layer_norm_epsilon", 1e-5)?,
+            scale_scores: config.flag_or("scale_attn_weights", true)?,
+            scale_by_layer: config.flag_or("scale_attn_by_inverse_layer_idx", false)?,
+            head,
+        })
+    }
+
+    /// The model filled with weights that go by `keys`, ready to run.
+    ///
+    /// # Errors
+    /// If they do not fit.
+    pub(crate) fn load(
+        &self,
+        weights: &dyn Checkpoint,
+        keys: &KeyMap,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<Runner<Gpt2>, Error> {
+        Ok(Runner {
+            model: load(self.init(device), weights, keys, options)?,
+            vocab_size: self.vocab_size,
+            n_positions: self.n_positions,
+            head: self.head,
+            reading: Reading::Causal,
+            end: None,
+        })
+    }
+
+    /// The key map of a model of this shape.
+    pub const fn keys(&self) -> &'static KeyMap {
+        match self.head {
+            Head::Own => &KEYS,
+            Head::Tied | Head::Absent => &KEYS_WITHOUT_HEAD,
+        }
+    }
+}
+
+/// A layer with a weight and a bias.
+pub(crate) const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+
+/// One whose weight is stored `[d_in, d_out]`.
+pub(crate) const CONV1D: &[Rule] = &[Transpose("weight", "weight"), Rename("bias", "bias")];
+
+const BLOCK: &[Rule] = &[
+    Under("ln_1.", "norm1.", LINEAR),
+    SplitTranspose(
+        "attn.c_attn.weight",
+        &["attention.query.weight", "attention.key.weight", "attention.value.weight"],
+    ),
+    Split("attn.c_attn.bias", &["attention.query.bias", "attention.key.bias", "attention.value.bias"]),
+    Under("attn.c_proj.", "attention.output.", CONV1D),
+    // the causal mask, and what it put in place of hidden scores
+    Ignore("attn.bias"),
+    Ignore("attn.masked_bias"),
+    Under("ln_2.", "norm2.", LINEAR),
+    Under("mlp.c_fc.", "mlp.up.", CONV1D),
+    Under("mlp.c_proj.", "mlp.down.", CONV1D),
+];
+
+const TRUNK: &[Rule] = &[
+    Rename("wte.weight", "tokens.weight"),
+    Rename("wpe.weight", "positions.weight"),
+    Under("h.{}.", "blocks.{}.", BLOCK),
+    Under("ln_f.", "norm.", LINEAR),
+];
+
+/// Keys of `GPT2LMHeadModel` with a head of its own. Those of `GPT2Model`, and of OpenAI's first uploads, have nothing
+/// before them.
+pub const KEYS: KeyMap = KeyMap::new(&[
+    Under("transformer.", "", TRUNK),
+    Under("", "", TRUNK),
+    Rename("lm_head.weight", "head.weight"),
+    Ignore("multiple_choice_head.{*}"),
+]);
+
+/// Keys of `GPT2Model`, or of `GPT2LMHeadModel` whose head is the token table: a head in the file is a copy of it.
+pub const KEYS_WITHOUT_HEAD: KeyMap = KeyMap::new(&[
+    Under("transformer.", "", TRUNK),
+    Under("", "", TRUNK),
+    Ignore("lm_head.weight"),
+    Ignore("multiple_choice_head.{*}"),
+]);
+
+/// GPT-2 as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "gpt2",
+    about: "causal text decoders: GPT-2, CPM-1 as the hub has it, the sizes of GPT-3 (never released)",
+    file: "models/gpt2.rs",
+    tasks: &["generate", "forward"],
+    proved: &["gpt2", "gpt2_bare", "cpm1_hf"],
+    presets: PRESETS,
+    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("gpt2")),
+    describe: |folder| {
+        let config = Gpt2Config::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), config.keys())
+    },
+    open: |folder, options, device| {
+        let config = Gpt2Config::of(folder)?;
+        Ok(Box::new(config.load(folder.checkpoint()?.as_ref(), config.keys(), options, device)?))
+    },
+    generator: Some(|folder, options, device| {
+        let config = Gpt2Config::of(folder)?;
+        match config.head {
+            Head::Absent => Err(Error::Task { system: SYSTEM.name, task: "write without a head" }),
+            _ => Ok(Box::new(config.load(folder.checkpoint()?.as_ref(), config.keys(), options, device)?)),
+        }
+    }),
+};
+
+/// Radford et al. 2019, table 2, as uploaded: the smallest.
+pub(crate) const SMALL: Gpt2Config = Gpt2Config {
+    vocab_size: 50257,
+    n_positions: 1024,
+    d_model: 768,
+    d_ff: 4 * 768,
+    n_layers: 12,
+    n_heads: 12,
+    d_head: 64,
+    activation: Activation::GeluTanh,
+    layer_norm_eps: 1e-5,
+    scale_scores: true,
+    scale_by_layer: false,
+    head: Head::Tied,
+};
+
+impl Gpt2Config {
+    /// Of the same kind: so many blocks of this width, with heads that share it and an MLP four times as wide.
+    pub(crate) const fn sized(self, n_layers: usize, d_model: usize, n_heads: usize) -> Self {
+        Self { d_model, d_ff: 4 * d_model, n_layers, n_heads, d_head: d_model / n_heads, ..self }
+    }
+}
+
+const fn openai(
+    name: &'static str,
+    n_layers: usize,
+    d_model: usize,
+    n_heads: usize,
+    parameters: usize,
+) -> Preset {
+    Preset {
+        name,
+        shape: Shape::Gpt2(SMALL.sized(n_layers, d_model, n_heads)),
+        weights: Weights::Hub,
+        license: "MIT",
+        parameters,
+        source: "transformers, GPT2LMHeadModel",
+    }
+}
+
+/// Brown et al. 2020, table 2.1. Their alternating banded-sparse layers are not modelled: they have the parameters of
+/// dense ones.
+const fn gpt3(name: &'static str, config: Gpt2Config, parameters: usize) -> Preset {
+    Preset {
+        name,
+        shape: Shape::Gpt2(Gpt2Config { n_positions: 2048, ..config }),
+        weights: Weights::Unreleased,
+        license: "never released",
+        parameters,
+        source: "counted; table 2.1 of the paper rounds it",
+    }
+}
+
+/// Published sizes. In the table of GPT-3 the heads of 13B are together 5120 wide and its residual stream 5140. Those of
+/// 1.3B would be 3072 wide at 24; 1.3 billion is what 16 heads give, as wide as the stream.
+pub const PRESETS: &[Preset] = &[
+    openai("openai-community/gpt2", 12, 768, 12, 124_439_808),
+    openai("openai-community/gpt2-medium", 24, 1024, 16, 354_823_168),
+    openai("openai-community/gpt2-large", 36, 1280, 20, 774_030_080),
+    openai("openai-community/gpt2-xl", 48, 1600, 25, 1_557_611_200),
+    gpt3("GPT-3 125M", SMALL.sized(12, 768, 12), 125_226_240),
+    gpt3("GPT-3 350M", SMALL.sized(24, 1024, 16), 355_871_744),
+    gpt3("GPT-3 760M", SMALL.sized(24, 1536, 16), 760_300_032),
+    gpt3("GPT-3 1.3B", SMALL.sized(24, 2048, 16), 1_315_723_264),
+    gpt3("GPT-3 2.7B", SMALL.sized(32, 2560, 32), 2_651_553_280),
+    gpt3("GPT-3 6.7B", SMALL.sized(32, 4096, 32), 6_658_404_352),
+    gpt3("GPT-3 13B", Gpt2Config { d_head: 128, ..SMALL.sized(40, 5140, 40) }, 12_936_488_380),
+    gpt3("GPT-3 175B", SMALL.sized(96, 12288, 96), 174_604_259_328),
+];
