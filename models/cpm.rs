@@ -163,3 +163,115 @@ pub const PRESETS: &[Preset] = &[
     preset("CPM-medium", BASE.sized(24, 1024, 16), Weights::Unreleased, 334_080_000),
     preset("TsinghuaAI/CPM-Generate", LARGE, Weights::Hub, 2_597_073_920),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
+
+    use burn::tensor::TensorData;
+    use volary_weights::{parameters, read_tensors};
+
+    use super::*;
+    use crate::tensors::Outputs;
+
+    fn fixture() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cpm1")
+    }
+
+    fn inputs() -> BTreeMap<String, TensorData> {
+        read_tensors(&fixture().join("inputs.safetensors")).unwrap()
+    }
+
+    fn run(folder: &Path, inputs: &BTreeMap<String, TensorData>) -> Result<Outputs, Error> {
+        let folder = Folder::Disk(folder.to_owned());
+        crate::registry::forward(&folder, inputs, &LoadOptions::default(), &Device::flex())
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_its_parameters() {
+        for parameter in parameters(&BASE.sized(2, 12, 3).init(&Device::flex())) {
+            let found = KEYS.keys(&parameter.path).unwrap();
+            assert_eq!(found.len(), 1, "{}", parameter.path);
+            assert!(KEYS.paths(&found[0]).unwrap().contains(&parameter.path));
+        }
+    }
+
+    /// The authors' files, of half the heads each: beside the configuration, in the folder of their iteration, and in one
+    /// that is named by a file. Half precision holds the numbers of the fixture.
+    #[test]
+    fn two_ranks_are_the_whole_model() {
+        let expected = run(&fixture(), &inputs()).unwrap();
+        let ranks = ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"];
+        for (place, tracker) in [
+            ("", None),
+            ("80000", None),
+            ("80000", Some(("latest_checkpointed_iteration.txt", "80000\n"))),
+            ("80000", Some(("latest", "80000"))),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path();
+            std::fs::copy(fixture().join("config.json"), path.join("config.json")).unwrap();
+            std::fs::create_dir_all(path.join(place)).unwrap();
+            for rank in ranks {
+                std::fs::copy(fixture().join("80000").join(rank), path.join(place).join(rank)).unwrap();
+            }
+            if let Some((name, text)) = tracker {
+                std::fs::write(path.join(name), text).unwrap();
+            }
+            assert_eq!(run(path, &inputs()).unwrap(), expected, "{place} {tracker:?}");
+            let description = (SYSTEM.describe)(&Folder::Disk(path.to_owned())).unwrap();
+            assert!(description.problems.is_empty());
+            assert_eq!(description.dtypes, BTreeMap::from([("F16", 28)]));
+            std::fs::remove_file(path.join(place).join(ranks[1])).unwrap();
+            let message = run(path, &inputs()).unwrap_err().to_string();
+            assert!(message.contains("rank 1 of 2 is missing"), "{message}");
+        }
+    }
+
+    /// Rows of the table beyond the vocabulary are cut: a smaller one in the configuration scores fewer tokens.
+    #[test]
+    fn a_padded_table_is_cut_to_the_vocabulary() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = std::fs::read_to_string(fixture().join("config.json")).unwrap();
+        std::fs::write(folder.path().join("config.json"), config.replace("88", "87")).unwrap();
+        for rank in ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"] {
+            std::fs::copy(fixture().join("80000").join(rank), folder.path().join(rank)).unwrap();
+        }
+        let ids = BTreeMap::from([("input_ids".to_owned(), inputs()["input_ids"].clone())]);
+        let outputs = run(folder.path(), &ids).unwrap();
+        assert_eq!(outputs[0].1.shape().as_slice(), [2, 12, 87]);
+    }
+
+    /// Positions, mask and what the loss is about follow from the end token, to the bit.
+    #[test]
+    fn documents_are_told_apart_by_their_end() {
+        let given = run(&fixture(), &inputs()).unwrap();
+        let mut bare = inputs();
+        for name in ["packed.position_ids", "packed.attention_mask", "packed.loss_mask"] {
+            assert!(bare.remove(name).is_some());
+        }
+        let derived = run(&fixture(), &bare).unwrap();
+        let of = |outputs: &Outputs, wanted: &str| {
+            outputs.iter().find(|(name, _)| name == wanted).map(|(_, data)| data.clone()).unwrap()
+        };
+        for name in ["packed.logits", "packed.loss"] {
+            assert_eq!(of(&given, name), of(&derived, name), "{name}");
+        }
+        // without the name of the case the row is one text
+        let text = BTreeMap::from([("input_ids".to_owned(), bare["packed.input_ids"].clone())]);
+        assert_ne!(of(&run(&fixture(), &text).unwrap(), "logits"), of(&given, "packed.logits"));
+    }
+
+    #[test]
+    fn an_end_outside_the_vocabulary_ends_nothing() {
+        let config = |fields: &str| {
+            let text = format!("{{\"model_type\": \"cpm1\"{fields}}}");
+            CpmConfig::parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+        };
+        assert_eq!(config("").unwrap(), CpmConfig { decoder: LARGE, end: Some(7) });
+        assert_eq!(config(r#", "eod_token": 30000"#).unwrap().end, None);
+        let message = config(r#", "num_attention_heads": 7"#).unwrap_err().to_string();
+        assert!(message.contains("`num_attention_heads`: expected a divisor of 2560, found 7"), "{message}");
+    }
+}

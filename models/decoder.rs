@@ -295,3 +295,156 @@ impl<M: Decoder> Generator for Runner<M> {
         Ok(Box::new(self.model.session(prompts, max_new, self.reading)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{TensorData, Tolerance};
+    use volary_text::generate::greedy;
+
+    use super::*;
+    use crate::gpt2::{Gpt2Config, SMALL};
+    use crate::pangu::PanguConfig;
+
+    /// Heads that are narrower together than the residual stream.
+    const TINY: Gpt2Config = Gpt2Config {
+        vocab_size: 50,
+        n_positions: 12,
+        d_ff: 20,
+        d_head: 3,
+        scale_by_layer: true,
+        ..SMALL.sized(3, 16, 4)
+    };
+
+    fn ids<const B: usize, const S: usize>(tokens: [[i64; S]; B]) -> Tensor<2, Int> {
+        Tensor::from_data(tokens, &Device::flex())
+    }
+
+    fn row(tokens: &[u32]) -> Tensor<2, Int> {
+        let data = TensorData::new(tokens.iter().map(|&id| i64::from(id)).collect(), [1, tokens.len()]);
+        Tensor::from_data(data, &Device::flex())
+    }
+
+    fn close(found: Tensor<3>, expected: Tensor<3>) {
+        found.into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(1e-4));
+    }
+
+    /// What must hold of every decoder.
+    fn both(test: impl Fn(&dyn Fn(Text) -> Tensor<3>)) {
+        let (gpt2, pangu) =
+            (TINY.init(&Device::flex()), PanguConfig { decoder: TINY, end: None }.init(&Device::flex()));
+        test(&|text| gpt2.forward(text));
+        test(&|text| pangu.forward(text));
+    }
+
+    /// One token at a time, several at a time and all at once are the same.
+    fn decodes_in_pieces(model: &impl Decoder) {
+        let text = ids([[3, 14, 15, 9, 2, 6, 5], [35, 8, 9, 7, 9, 32, 3]]);
+        let whole = model.forward(text.clone());
+        for pieces in [vec![1; 7], vec![7], vec![3, 1, 2, 1]] {
+            let mut caches: Vec<_> = (0..model.n_layers()).map(|_| KvCache::new(7)).collect();
+            let mut states = Vec::new();
+            for piece in pieces {
+                let held = caches[0].len();
+                let text =
+                    Text { positions: Positions::From(held), ..text.clone().narrow(1, held, piece).into() };
+                states.push(model.read(text, &mut caches));
+            }
+            assert!(caches.iter().all(|cache| cache.len() == 7));
+            close(Tensor::cat(states, 1), whole.clone());
+        }
+    }
+
+    #[test]
+    fn decoding_with_a_cache_is_the_whole_forward_pass() {
+        decodes_in_pieces(&TINY.init(&Device::flex()));
+        decodes_in_pieces(&PanguConfig { decoder: TINY, end: None }.init(&Device::flex()));
+    }
+
+    /// The scores and tokens of prompts of several lengths in one batch are those of the whole text so far, of each alone.
+    fn goes_on(model: &impl Decoder, reading: Reading) {
+        let prompts = [vec![7, 28, 6, 5], vec![23], vec![4, 44, 6]];
+        let mut session = model.session(&prompts, 5, reading);
+        let together = greedy(&mut session, 5);
+        for (prompt, together) in prompts.iter().zip(&together) {
+            let mut text = prompt.clone();
+            for _ in 0..5 {
+                let mask = match reading {
+                    Reading::Causal => Mask::Causal,
+                    Reading::Prefix => Mask::Prefix(vec![prompt.len()]),
+                };
+                let states = model.forward(Text { mask, ..row(&text).into() });
+                let last = model.logits(states.narrow(1, text.len() - 1, 1));
+                text.push(last.argmax(2).into_scalar::<i64>() as u32);
+            }
+            assert_eq!(text[prompt.len()..], *together, "{reading:?}");
+        }
+
+        // rows that are chosen anew go on as if they had been so from the start
+        let mut session = model.session(&[vec![3, 4, 5], vec![6]], 3, Reading::Causal);
+        session.start();
+        session.read(&[7, 8]);
+        session.select(&[1, 0, 1]);
+        let chosen = session.read(&[9, 9, 10]);
+        for (at, text) in [vec![6, 8, 9], vec![3, 4, 5, 7, 9], vec![6, 8, 10]].into_iter().enumerate() {
+            let alone = model.session(&[text], 1, Reading::Causal).start();
+            close(chosen.clone().narrow(0, at, 1).unsqueeze(), alone.unsqueeze());
+        }
+    }
+
+    #[test]
+    fn sessions_are_the_whole_forward_pass() {
+        for reading in [Reading::Causal, Reading::Prefix] {
+            goes_on(&TINY.init(&Device::flex()), reading);
+            goes_on(&PanguConfig { decoder: TINY, end: None }.init(&Device::flex()), reading);
+        }
+    }
+
+    #[test]
+    fn the_past_ignores_the_future_and_real_tokens_the_padding() {
+        both(|states| {
+            let first = |tokens, mask: Mask| {
+                let mask = Mask::All(vec![Mask::Causal, mask]);
+                states(Text { mask, ..ids([tokens]).into() }).narrow(1, 0, 3)
+            };
+            let expected = first([3, 4, 5, 0, 0], Mask::Full);
+            close(first([3, 4, 5, 6, 7], Mask::Full), expected.clone());
+            let real = Tensor::from_data([[true, true, true, false, false]], &Device::flex());
+            close(first([3, 4, 5, 0, 0], Mask::Padding(real)), expected);
+        });
+    }
+
+    /// In a prefix the first token sees the last, and nothing sees what comes after the prefix.
+    #[test]
+    fn a_prefix_is_read_in_both_directions() {
+        both(|states| {
+            let read =
+                |tokens, prefix| states(Text { mask: Mask::Prefix(vec![prefix]), ..ids([tokens]).into() });
+            let first = |tokens| read(tokens, 3).narrow(1, 0, 1).into_data();
+            assert_eq!(first([3, 4, 5, 6]), first([3, 4, 5, 7]));
+            let moved = read([3, 4, 5, 6], 3).narrow(1, 0, 1) - read([3, 4, 8, 6], 3).narrow(1, 0, 1);
+            assert!(moved.abs().max().into_scalar::<f64>() > 1e-3);
+            close(read([3, 4, 5, 6], 0), states(ids([[3, 4, 5, 6]]).into()));
+            close(read([3, 4, 5, 6], 1), states(ids([[3, 4, 5, 6]]).into()));
+        });
+    }
+
+    /// Each document of a row has the states that it has alone.
+    #[test]
+    fn documents_in_a_row_do_not_see_each_other() {
+        both(|states| {
+            let packed = ids([[3, 4, 9, 5, 9, 6, 7, 8]]);
+            let documents = Documents::new(&packed, 9);
+            let (positions, mask) = (documents.positions(), documents.mask());
+            let together = states(Text { ids: packed, positions, mask });
+            let alone = Tensor::cat(
+                vec![
+                    states(ids([[3, 4, 9]]).into()),
+                    states(ids([[5, 9]]).into()),
+                    states(ids([[6, 7, 8]]).into()),
+                ],
+                1,
+            );
+            close(together, alone);
+        });
+    }
+}

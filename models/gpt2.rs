@@ -380,3 +380,209 @@ pub const PRESETS: &[Preset] = &[
     gpt3("GPT-3 13B", Gpt2Config { d_head: 128, ..SMALL.sized(40, 5140, 40) }, 12_936_488_380),
     gpt3("GPT-3 175B", SMALL.sized(96, 12288, 96), 174_604_259_328),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::{Int, Tolerance};
+    use volary_weights::{parameters, read_tensors, save};
+
+    use super::*;
+
+    const TINY: Gpt2Config =
+        Gpt2Config { vocab_size: 50, n_positions: 16, d_ff: 20, ..SMALL.sized(2, 12, 3) };
+
+    fn fixture(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    }
+
+    fn ids<const B: usize, const S: usize>(tokens: [[i64; S]; B]) -> Tensor<2, Int> {
+        Tensor::from_data(tokens, &Device::flex())
+    }
+
+    fn run(folder: &Path, inputs: &[(&str, Tensor<2, Int>)]) -> Result<crate::tensors::Outputs, Error> {
+        let inputs: BTreeMap<_, _> =
+            inputs.iter().map(|(name, ids)| (name.to_string(), ids.to_data())).collect();
+        let folder = Folder::Disk(folder.to_owned());
+        crate::registry::forward(&folder, &inputs, &LoadOptions::default(), &Device::flex())
+    }
+
+    fn config(fields: &str) -> Result<Gpt2Config, ConfigError> {
+        let text = format!("{{\"model_type\": \"gpt2\", {fields}}}");
+        Gpt2Config::parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_its_parameters() {
+        for config in [TINY, Gpt2Config { head: Head::Own, ..TINY }] {
+            let keys = config.keys();
+            for parameter in parameters(&config.init(&Device::flex())) {
+                let found = keys.keys(&parameter.path).unwrap();
+                assert_eq!(found.len(), 1, "{}", parameter.path);
+                assert!(keys.paths(&found[0]).unwrap().contains(&parameter.path));
+            }
+        }
+        let of = |key| KEYS.paths(key).unwrap();
+        let fused = ["attention.query.weight", "attention.key.weight", "attention.value.weight"];
+        assert_eq!(of("h.3.attn.c_attn.weight"), fused.map(|part| format!("blocks.3.{part}")));
+        assert_eq!(of("transformer.wpe.weight"), ["positions.weight"]);
+        assert!(of("h.0.attn.bias").is_empty() && of("transformer.h.0.attn.masked_bias").is_empty());
+    }
+
+    /// Scores are products of queries and keys: dividing them is dividing the queries.
+    #[test]
+    fn scales_of_scores_are_scales_of_queries() {
+        let text = || ids([[3, 14, 15, 9, 2]]);
+        let plain = TINY.init(&Device::flex());
+        let with = |scale_scores, scale_by_layer| {
+            let config = Gpt2Config { scale_scores, scale_by_layer, ..TINY };
+            let blocks = plain.blocks.iter().enumerate().map(|(layer, block)| Gpt2Block {
+                // the weights of the one, the scale of the other
+                attention: Attention {
+                    query: block.attention.query.clone(),
+                    key: block.attention.key.clone(),
+                    value: block.attention.value.clone(),
+                    output: block.attention.output.clone(),
+                    ..config.block(layer, &Device::flex()).attention
+                },
+                ..block.clone()
+            });
+            Gpt2 { blocks: blocks.collect(), ..plain.clone() }
+        };
+        for (flags, factors) in [((false, false), [2.0, 2.0]), ((true, true), [1.0, 0.5])] {
+            let mut scaled = plain.clone();
+            for (block, factor) in scaled.blocks.iter_mut().zip(factors) {
+                let query = &mut block.attention.query;
+                query.weight = query.weight.clone().map(|weight| weight * factor); // heads of 4 channels
+                query.bias = query.bias.clone().map(|bias| bias.map(|bias| bias * factor));
+            }
+            let expected = scaled.forward(text()).into_data();
+            let found = with(flags.0, flags.1).forward(text()).into_data();
+            found.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-5));
+            let unscaled = plain.forward(text()).into_data();
+            assert!(found.iter::<f32>().zip(unscaled.iter::<f32>()).any(|(a, b)| (a - b).abs() > 1e-4));
+        }
+    }
+
+    /// The torch file of the hub's CPM-1: half precision, a copy of the tied head, buffers of the mask.
+    #[test]
+    fn the_torch_file_holds_the_same_model() {
+        let source = fixture("cpm1_hf");
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "pytorch_model.bin"] {
+            std::fs::copy(source.join(name), folder.path().join(name)).unwrap();
+        }
+        let text = [("input_ids", ids([[18, 38, 12, 31]]))];
+        assert_eq!(run(folder.path(), &text).unwrap(), run(&source, &text).unwrap());
+        let disk = Folder::Disk(folder.path().to_owned());
+        assert!((SYSTEM.describe)(&disk).unwrap().problems.is_empty());
+    }
+
+    /// The files of `GPT2Model`, of a tied head with and without a copy, and of a head of its own.
+    #[test]
+    fn a_head_is_read_where_there_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let own = Gpt2Config { head: Head::Own, ..TINY }.init(&Device::flex());
+        const BARE: KeyMap = KeyMap::new(&[Under("", "", TRUNK), Rename("lm_head.weight", "head.weight")]);
+        let text = ids([[3, 4]]);
+        let states = own.forward(text.clone());
+        let tied = Gpt2 { head: None, ..own.clone() }.logits(states.clone());
+        for (keys, fields, name, expected) in [
+            (KEYS, r#""tie_word_embeddings": false"#, "logits", own.logits(states.clone())),
+            (KEYS, r#""tie_word_embeddings": true"#, "logits", tied),
+            (BARE, r#""architectures": ["GPT2Model"]"#, "last_hidden_state", states),
+        ] {
+            let config = format!(
+                r#"{{"model_type": "gpt2", "n_embd": 12, "n_inner": 20, "n_layer": 2, "n_head": 3, "n_positions": 16,
+                "vocab_size": 50, {fields}}}"#
+            );
+            std::fs::write(folder.path().join("config.json"), config).unwrap();
+            save(&own, &keys, None, &folder.path().join("model.safetensors"), None).unwrap();
+            let outputs = run(folder.path(), &[("input_ids", text.clone())]).unwrap();
+            assert_eq!(outputs[0].0, name);
+            outputs[0].1.assert_approx_eq::<f32>(&expected.into_data(), Tolerance::default());
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (fields, named) in [
+            (r#""add_cross_attention": true"#, "`add_cross_attention`"),
+            (r#""n_embd": 30"#, "`n_head`: expected a divisor of 30"),
+            (r#""activation_function": "mish""#, "`activation_function`"),
+            (r#""n_layer": 2000000000"#, "`n_layer`: expected at most 1000 blocks"),
+            (r#""scale_attn_weights": 1"#, "`scale_attn_weights`: expected true or false"),
+            (r#""n_inner": 0"#, "`n_inner`"),
+        ] {
+            let message = config(fields).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        let wide = config(r#""n_embd": 24, "n_head": 2, "n_inner": 7, "n_layer": 1"#).unwrap();
+        assert_eq!((wide.d_ff, wide.d_head), (7, 12));
+        assert_eq!(config(r#""n_inner": null"#).unwrap(), SMALL);
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told_all_at_once() {
+        type Case<'a> = (&'a [(&'a str, Tensor<2, Int>)], &'a [&'a str]);
+        let cases: &[Case] = &[
+            (&[], &["`input_ids` is missing"]),
+            (&[("input_ids", ids([[90]]))], &["`input_ids` holds 90, expected 0 to 89"]),
+            (&[("input_ids", ids([[5; 33]]))], &["`input_ids` has 33 tokens a row, expected at most 32"]),
+            (
+                &[
+                    ("input_ids", ids([[3, 4]])),
+                    ("attention_mask", ids([[1, 1, 1]])),
+                    ("position_ids", ids([[0, 32]])),
+                    ("greedy.prompt_ids", ids([[7; 21]])),
+                    ("token_type_ids", ids([[0, 0]])),
+                    ("other.loss_mask", ids([[0, 0]])),
+                ],
+                &[
+                    "`attention_mask` is [1, 3], `input_ids` [1, 2]",
+                    "`position_ids` holds 32, expected 0 to 31",
+                    "`greedy.prompt_ids` has 21 tokens: with 12 more they do not fit into 32 positions",
+                    "`token_type_ids` is not one of",
+                    "`other.loss_mask` is not one of",
+                ],
+            ),
+        ];
+        for (inputs, named) in cases {
+            let message = run(&fixture("gpt2"), inputs).unwrap_err().to_string();
+            for part in *named {
+                assert!(message.contains(part), "{message}");
+            }
+        }
+        let names = |inputs: &[_]| {
+            let outputs = run(&fixture("gpt2"), inputs).unwrap();
+            outputs.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        // no room to go on in, and nothing but padding in the first row
+        assert_eq!(names(&[("input_ids", ids([[5; 32]]))]), ["logits", "loss"]);
+        assert_eq!(names(&[("input_ids", ids([[5]])), ("attention_mask", ids([[0]]))]), ["logits"]);
+    }
+
+    /// A mask of which token sees which does what the padding and the causal mask do.
+    #[test]
+    fn what_tokens_see_may_be_given_whole() {
+        let mut inputs = read_tensors(&fixture("gpt2").join("inputs.safetensors")).unwrap();
+        let logits = |inputs: &BTreeMap<_, _>| {
+            let folder = Folder::Disk(fixture("gpt2"));
+            let outputs = crate::registry::forward(&folder, inputs, &LoadOptions::default(), &Device::flex());
+            outputs.map(|outputs| outputs[0].1.clone())
+        };
+        let expected = logits(&inputs).unwrap();
+        let real: Vec<i64> = inputs["attention_mask"].iter::<i64>().collect();
+        let seen = |[row, query, key]: [usize; 3]| i64::from(key <= query && real[row * 11 + key] == 1);
+        let seen: Vec<i64> = (0..3 * 11 * 11).map(|i| seen([i / 121, i / 11 % 11, i % 11])).collect();
+        let visible = burn::tensor::TensorData::new(seen, [3, 1, 11, 11]);
+        inputs.insert("attention_mask".into(), visible.clone());
+        logits(&inputs).unwrap().assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-4));
+        let turned = burn::tensor::TensorData::new(visible.iter::<i64>().collect(), [3, 11, 1, 11]);
+        inputs.insert("attention_mask".into(), turned);
+        let message = logits(&inputs).unwrap_err().to_string();
+        assert!(message.contains("see is [3, 11, 1, 11], expected [3, 1, 11, 11]"), "{message}");
+    }
+}

@@ -403,3 +403,112 @@ pub const PRESETS: &[Preset] = &[
         206_861_008_896,
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::{Path, PathBuf};
+
+    use burn::tensor::{Int, TensorData};
+    use volary_weights::{parameters, read_tensors};
+
+    use super::*;
+
+    fn fixture() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pangu_alpha")
+    }
+
+    fn run(folder: &Path, inputs: &BTreeMap<String, TensorData>) -> Result<Outputs, Error> {
+        let folder = Folder::Disk(folder.to_owned());
+        crate::registry::forward(&folder, inputs, &LoadOptions::default(), &Device::flex())
+    }
+
+    fn inputs() -> BTreeMap<String, TensorData> {
+        read_tensors(&fixture().join("inputs.safetensors")).unwrap()
+    }
+
+    fn config(fields: &str) -> Result<PanguConfig, ConfigError> {
+        let text = format!("{{\"model_type\": \"gpt_pangu\"{fields}}}");
+        PanguConfig::parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn every_parameter_has_a_key_in_either_layout() {
+        let model = PanguConfig { decoder: PANGU_2_6B.sized(3, 8, 2), end: None }.init(&Device::flex());
+        for parameter in parameters(&model) {
+            let found = KEYS.keys(&parameter.path).unwrap();
+            assert_eq!(found.len(), 1, "{}", parameter.path);
+            assert_eq!(KEYS.paths(&found[0]).unwrap(), [parameter.path]);
+        }
+        for parameter in parameters(&Port::from(model)) {
+            let found = PORT_KEYS.keys(&parameter.path).unwrap();
+            assert_eq!(found.len(), 1, "{}", parameter.path);
+            assert_eq!(PORT_KEYS.paths(&found[0]).unwrap(), [parameter.path]);
+        }
+    }
+
+    /// The authors' names, and the ports' torch file (`out_proj`, a copy of the tied head, buffers of the mask), both in
+    /// half precision, which holds the numbers of the fixture.
+    #[test]
+    fn every_public_form_of_the_weights_is_read() {
+        let expected = run(&fixture(), &inputs()).unwrap();
+        for (from, to) in
+            [("mindspore_names.safetensors", "model.safetensors"), ("pytorch_model.bin", "pytorch_model.bin")]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::copy(fixture().join("config.json"), folder.path().join("config.json")).unwrap();
+            std::fs::copy(fixture().join(from), folder.path().join(to)).unwrap();
+            assert_eq!(run(folder.path(), &inputs()).unwrap(), expected, "{from}");
+            let description = (SYSTEM.describe)(&Folder::Disk(folder.path().to_owned())).unwrap();
+            assert!(description.problems.is_empty());
+            assert_eq!(crate::preset::count(&description.parameters), 33180);
+        }
+    }
+
+    #[test]
+    fn documents_are_told_apart_by_their_end() {
+        let given = run(&fixture(), &inputs()).unwrap();
+        let mut bare = inputs();
+        for name in ["packed.position_ids", "packed.visible"] {
+            assert!(bare.remove(name).is_some());
+        }
+        assert_eq!(run(&fixture(), &bare).unwrap(), given);
+    }
+
+    /// What a token asks depends on its place alone: the same document twice in a row, at the same positions, gives the
+    /// same states.
+    #[test]
+    fn queries_are_those_of_positions() {
+        let model = PanguConfig { decoder: PANGU_2_6B.sized(2, 8, 2), end: None }.init(&Device::flex());
+        let ids = Tensor::<2, Int>::from_data([[3, 4, 9, 3, 4, 9]], &Device::flex());
+        let documents = volary_text::documents::Documents::new(&ids, 9);
+        let text = Text { ids, positions: documents.positions(), mask: documents.mask() };
+        let states = model.forward(text);
+        let half = |first| states.clone().narrow(1, first, 3).into_data();
+        half(0).assert_approx_eq::<f32>(&half(3), burn::tensor::Tolerance::absolute(1e-5));
+    }
+
+    #[test]
+    fn activations_go_by_the_names_of_all_three_sources() {
+        for (name, expected) in [
+            ("gelu", Activation::Gelu),
+            ("gelu_tanh", Activation::GeluTanh),
+            ("gelu_new", Activation::GeluTanh),
+            ("fast_gelu", Activation::QuickGelu),
+            ("relu", Activation::Relu),
+        ] {
+            let config = config(&format!(r#", "activation_function": "{name}""#)).unwrap();
+            assert_eq!(config.decoder.activation, expected, "{name}");
+        }
+        for (fields, named) in [
+            (r#", "activation_function": "mish""#, "`activation_function`"),
+            (r#", "num_heads": 7"#, "`num_heads`: expected a divisor of 2560, found 7"),
+            (r#", "num_layers": 0"#, "`num_layers`"),
+        ] {
+            let message = config(fields).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        let default = config("").unwrap();
+        assert_eq!(default.decoder, Gpt2Config { activation: Activation::Gelu, ..PANGU_2_6B });
+    }
+}

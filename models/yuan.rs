@@ -98,3 +98,44 @@ pub const PRESETS: &[Preset] = &[
     preset("Yuan 1.0 13B", YUAN_13B, 12_868_700_160, "counted; the paper says 13 B"),
     preset("Yuan 1.0 245B", YUAN_245B, 245_735_325_696, "counted; the paper says 245.7 B"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::{Tensor, Tolerance};
+    use volary_kernels::ops::Mask;
+    use volary_weights::read_tensors;
+
+    use super::*;
+    use crate::decoder::{Decoder, Text};
+
+    fn folder() -> Folder {
+        Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/yuan_prefix"))
+    }
+
+    /// The reference was given a mask of what each token sees: prefixes of 5 and 9 tokens, then each those before it.
+    #[test]
+    fn a_prefix_mask_is_that_of_the_reference() {
+        let config = YuanConfig::of(&folder()).unwrap();
+        assert_eq!(config.reading, Reading::Prefix);
+        let Runner { model, .. } = config.load(&folder(), &LoadOptions::default(), &Device::flex()).unwrap();
+        let inputs = read_tensors(&folder().path().join("inputs.safetensors")).unwrap();
+        let ids = Tensor::from_data(inputs["prefix.input_ids"].clone(), &Device::flex());
+        let logits = |mask| model.logits(model.forward(Text { mask, ..ids.clone().into() })).into_data();
+        let outputs = read_tensors(&folder().path().join("outputs.safetensors")).unwrap();
+        let expected = &outputs["prefix.logits"];
+        logits(Mask::Prefix(vec![5, 9])).assert_approx_eq::<f32>(expected, Tolerance::absolute(1e-4));
+        let causal = logits(Mask::Causal);
+        assert!(causal.iter::<f32>().zip(expected.iter::<f32>()).any(|(a, b)| (a - b).abs() > 1.0));
+    }
+
+    #[test]
+    fn a_language_model_reads_prompts_causally() {
+        let config = |text: &str| {
+            YuanConfig::parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+        };
+        assert_eq!(config("{}").unwrap(), YuanConfig { decoder: YUAN_13B, reading: Reading::Causal });
+        assert!(config(r#"{"prefix_lm": "yes"}"#).is_err());
+    }
+}
