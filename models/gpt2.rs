@@ -438,18 +438,17 @@ mod tests {
         let plain = TINY.init(&Device::flex());
         let with = |scale_scores, scale_by_layer| {
             let config = Gpt2Config { scale_scores, scale_by_layer, ..TINY };
-            let blocks = plain.blocks.iter().enumerate().map(|(layer, block)| Gpt2Block {
+            let mut model = plain.clone();
+            for (layer, block) in model.blocks.iter_mut().enumerate() {
                 // the weights of the one, the scale of the other
-                attention: Attention {
-                    query: block.attention.query.clone(),
-                    key: block.attention.key.clone(),
-                    value: block.attention.value.clone(),
-                    output: block.attention.output.clone(),
-                    ..config.block(layer, &Device::flex()).attention
-                },
-                ..block.clone()
-            });
-            Gpt2 { blocks: blocks.collect(), ..plain.clone() }
+                let Attention { query, key, value, output, .. } = block.attention.clone();
+                block.attention = config.block(layer, &Device::flex()).attention;
+                block.attention.query = query;
+                block.attention.key = key;
+                block.attention.value = value;
+                block.attention.output = output;
+            }
+            model
         };
         for (flags, factors) in [((false, false), [2.0, 2.0]), ((true, true), [1.0, 0.5])] {
             let mut scaled = plain.clone();

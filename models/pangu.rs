@@ -475,17 +475,24 @@ mod tests {
         assert_eq!(run(&fixture(), &bare).unwrap(), given);
     }
 
-    /// What a token asks depends on its place alone: the same document twice in a row, at the same positions, gives the
-    /// same states.
+    /// Positions that ask nothing see all that is before them alike: the query layer adds the mean of the values of the
+    /// normalised states, which it is not made of, to the states themselves, normalised once.
     #[test]
-    fn queries_are_those_of_positions() {
-        let model = PanguConfig { decoder: PANGU_2_6B.sized(2, 8, 2), end: None }.init(&Device::flex());
-        let ids = Tensor::<2, Int>::from_data([[3, 4, 9, 3, 4, 9]], &Device::flex());
-        let documents = volary_text::documents::Documents::new(&ids, 9);
-        let text = Text { ids, positions: documents.positions(), mask: documents.mask() };
-        let states = model.forward(text);
-        let half = |first| states.clone().narrow(1, first, 3).into_data();
-        half(0).assert_approx_eq::<f32>(&half(3), burn::tensor::Tolerance::absolute(1e-5));
+    fn queries_of_nothing_give_the_mean_of_the_values() {
+        let config = PanguConfig { decoder: PANGU_2_6B.sized(1, 8, 2), end: None };
+        let mut model = config.init(&Device::flex());
+        model.queries.weight = model.queries.weight.map(|weight| weight * 0.0);
+        let query = &mut model.query_layer.attention.query;
+        query.bias = query.bias.take().map(|bias| bias.map(|bias| bias * 0.0));
+
+        let ids = Tensor::<2, Int>::from_data([[3, 4, 9, 5]], &Device::flex());
+        let x = model.norm.forward(model.positions.forward(model.tokens.forward(ids.clone())));
+        let Gpt2Block { norm1, attention, .. } = &model.query_layer;
+        let values = attention.value.forward(norm1.forward(x.clone()));
+        let means = (1..=4).map(|seen| values.clone().narrow(1, 0, seen).mean_dim(1)).collect();
+        let expected = model.query_layer.feed(x + attention.output.forward(Tensor::cat(means, 1)));
+        let found = model.forward(ids).into_data();
+        found.assert_approx_eq::<f32>(&expected.into_data(), burn::tensor::Tolerance::absolute(1e-5));
     }
 
     #[test]

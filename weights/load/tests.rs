@@ -75,7 +75,7 @@ fn columns_of_a_fused_matrix_are_cut_and_transposed() {
     assert_eq!(saved.iter::<f32>().collect::<Vec<_>>(), range(0, 32));
 
     let turned = load(count("c_attn", &[8, 4], 0)).unwrap_err().to_string();
-    assert!(turned.contains("checkpoint has [8, 4], model wants [4, 8]"), "{turned}");
+    assert!(turned.contains("the checkpoint has [8, 4], the model wants [4, 8]"), "{turned}");
     // the third value of the second row, which the second part has
     let broken = (0..32).map(|i| if i == 8 + 5 { f32::NAN } else { 0.0 });
     let Err(Error::Mismatch { problems, .. }) = load(floats("c_attn", &[4, 8], broken)) else { panic!() };
