@@ -8,8 +8,10 @@
 //! 80000/mp_rank_01_model_states.pt
 //! ```
 //!
-//! The archive has no `config.json`: write one. The large model is also on the hub as `TsinghuaAI/CPM-Generate`, in
-//! GPT-2's names, and is read as that. There its end token is 50256, which the vocabulary lacks: a text ends with `<eod>`, 7.
+//! The archive has no `config.json`: write one. PaddleNLP's uploads (`gpt-cpm-large-cn`, `gpt-cpm-small-cn-distill`; `gpt`)
+//! are read as well, by its code's names: no fixture of them comes from there. The large model is also on the hub as
+//! `TsinghuaAI/CPM-Generate` and in FlagAI as `CPM-large-ch`, in GPT-2's names, and is read as that. There its end token is
+//! 50256, which the vocabulary lacks: a text ends with `<eod>`, 7.
 //!
 //! The numbers match the authors' code (`GPT2Model` of TsinghuaAI/CPM-1-Generate).
 //!
@@ -22,14 +24,14 @@ use volary_kernels::ops::Activation;
 use volary_weights::format::{OpenOptions, RankOptions, megatron};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule};
 
-use Rule::{Rename, Split, Under};
+use Rule::{Ignore, Rename, Split, Under};
 
 use crate::causal::Head;
 use crate::config::{Config, ConfigError};
 use crate::decoder::Runner;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::gpt2::{Gpt2, Gpt2Config, LINEAR, SMALL};
+use crate::gpt2::{CONV1D, Gpt2, Gpt2Config, LINEAR, SMALL};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{System, describe_with};
 
@@ -51,13 +53,17 @@ impl CpmConfig {
         Ok(Self::parse(&folder.config("config.json")?)?)
     }
 
-    /// Sizes by the names of Megatron-LM's arguments; what is left out has the values of the large model.
+    /// Sizes by the names of Megatron-LM's arguments, or of PaddleNLP's configurations (`model_type` `gpt`); what is left
+    /// out has the values of the large model.
     ///
     /// # Errors
     /// If it is malformed, or asks for what is not built.
     pub fn parse(config: &Config) -> Result<Self, ConfigError> {
-        let decoder = megatron_sizes(config, &LARGE)?;
-        let end = config.integer_or("eod_token", 7)?;
+        let (decoder, end) = match config.text("model_type") {
+            Some("gpt") => (paddle_sizes(config, &LARGE)?, "eos_token_id"),
+            _ => (megatron_sizes(config, &LARGE)?, "eod_token"),
+        };
+        let end = config.integer_or(end, 7)?;
         // a vocabulary without it has no documents to tell apart
         let end = u32::try_from(end).ok().filter(|&end| (end as usize) < decoder.vocab_size);
         Ok(Self { decoder, end })
@@ -94,6 +100,30 @@ pub(crate) fn megatron_sizes(config: &Config, default: &Gpt2Config) -> Result<Gp
     })
 }
 
+/// A decoder whose sizes go by the names of PaddleNLP's `GPTConfig`; those that are left out are those of `default`.
+fn paddle_sizes(config: &Config, default: &Gpt2Config) -> Result<Gpt2Config, ConfigError> {
+    // with it, queries, keys and values lie together for each head
+    config.only("fuse_attention_qkv", &["false"])?;
+    let d_model = config.size_or("hidden_size", default.d_model)?;
+    let n_heads = config.size_or("num_attention_heads", default.n_heads)?;
+    config.divides("num_attention_heads", n_heads, d_model)?;
+    Ok(Gpt2Config {
+        vocab_size: config.size_or("vocab_size", default.vocab_size)?,
+        n_positions: config.size_or("max_position_embeddings", default.n_positions)?,
+        d_model,
+        d_ff: config.size_or("intermediate_size", 4 * d_model)?,
+        n_layers: config.blocks_or("num_hidden_layers", default.n_layers)?,
+        n_heads,
+        d_head: d_model / n_heads,
+        activation: match config.text("hidden_act") {
+            // its code takes the approximation
+            Some("gelu") => Activation::GeluTanh,
+            _ => config.activation_or("hidden_act", Activation::GeluTanh)?,
+        },
+        ..default.clone()
+    })
+}
+
 /// The weights of a folder, ranks merged.
 ///
 /// # Errors
@@ -119,12 +149,34 @@ const BLOCK: &[Rule] = &[
     Under("mlp.dense_4h_to_h.", "mlp.down.", LINEAR),
 ];
 
-/// Keys of Megatron-LM's first GPT-2: `[q; k; v]` fused, every weight `[d_out, d_in]`.
+/// PaddleNLP stores weights `[d_in, d_out]`.
+const PADDLE_BLOCK: &[Rule] = &[
+    Under("norm1.", "norm1.", LINEAR),
+    Under("self_attn.q_proj.", "attention.query.", CONV1D),
+    Under("self_attn.k_proj.", "attention.key.", CONV1D),
+    Under("self_attn.v_proj.", "attention.value.", CONV1D),
+    Under("self_attn.out_proj.", "attention.output.", CONV1D),
+    Under("norm2.", "norm2.", LINEAR),
+    Under("linear1.", "mlp.up.", CONV1D),
+    Under("linear2.", "mlp.down.", CONV1D),
+];
+
+const PADDLE: &[Rule] = &[
+    Rename("embeddings.word_embeddings.weight", "tokens.weight"),
+    Rename("embeddings.position_embeddings.weight", "positions.weight"),
+    Under("decoder.layers.{}.", "blocks.{}.", PADDLE_BLOCK),
+    Under("decoder.norm.", "norm.", LINEAR),
+];
+
+/// Keys of Megatron-LM's first GPT-2: `[q; k; v]` fused, every weight `[d_out, d_in]`; and those of PaddleNLP.
 pub const KEYS: KeyMap = KeyMap::new(&[
     Rename("word_embeddings.weight", "tokens.weight"),
     Rename("position_embeddings.weight", "positions.weight"),
     Under("transformer.layers.{}.", "blocks.{}.", BLOCK),
     Under("transformer.final_layernorm.", "norm.", LINEAR),
+    Under("gpt.", "", PADDLE),
+    Under("", "", PADDLE),
+    Ignore("lm_head.decoder_weight"),
 ])
 .with_prefixes(&["module."]);
 
@@ -136,7 +188,9 @@ pub const SYSTEM: System = System {
     tasks: &["generate", "forward"],
     proved: &["cpm1"],
     presets: PRESETS,
-    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("cpm1")),
+    recognises: |_, config| {
+        config.is_some_and(|config| matches!(config.text("model_type"), Some("cpm1" | "gpt")))
+    },
     describe: |folder| {
         let CpmConfig { decoder, .. } = CpmConfig::of(folder)?;
         describe_with(checkpoint(folder, &decoder)?.as_ref(), &decoder.init(&Device::flex()), &KEYS)
@@ -170,7 +224,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use burn::tensor::TensorData;
-    use volary_weights::{parameters, read_tensors};
+    use volary_weights::{parameters, read_tensors, save};
 
     use super::*;
     use crate::tensors::Outputs;
@@ -227,6 +281,26 @@ mod tests {
             let message = run(path, &inputs()).unwrap_err().to_string();
             assert!(message.contains("rank 1 of 2 is missing"), "{message}");
         }
+    }
+
+    /// PaddleNLP's names and its configuration's: the same model.
+    #[test]
+    fn weights_in_the_names_of_paddle_are_read() {
+        const NAMES: KeyMap = KeyMap::new(&[Under("gpt.", "", PADDLE)]);
+        let source = Folder::Disk(fixture());
+        let config = CpmConfig::of(&source).unwrap();
+        let (options, device) = (LoadOptions::default(), Device::flex());
+        let Runner { model, .. } = config.load(&source, &options, &device).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        save(&model, &NAMES, None, &folder.path().join("model.safetensors"), None).unwrap();
+        let stored = read_tensors(&folder.path().join("model.safetensors")).unwrap();
+        assert_eq!(stored["gpt.decoder.layers.0.linear1.weight"].shape().as_slice(), [32, 128]);
+        let paddle = r#"{"model_type": "gpt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "vocab_size": 88, "max_position_embeddings": 24, "intermediate_size": 128, "hidden_act": "gelu",
+            "eos_token_id": 7}"#;
+        std::fs::write(folder.path().join("config.json"), paddle).unwrap();
+        assert_eq!(CpmConfig::of(&Folder::Disk(folder.path().to_owned())).unwrap(), config);
+        assert_eq!(run(folder.path(), &inputs()).unwrap(), run(&fixture(), &inputs()).unwrap());
     }
 
     /// Rows of the table beyond the vocabulary are cut: a smaller one in the configuration scores fewer tokens.

@@ -12,8 +12,7 @@ use burn::module::Module;
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{
-    Attention, AttentionConfig, Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp,
-    MlpConfig,
+    AttentionConfig, Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, PreNormBlock,
 };
 use volary_kernels::ops::{Activation, Mask};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
@@ -65,27 +64,11 @@ pub struct Gpt2 {
     /// `[n_positions, d_model]`.
     pub positions: LearnedPositions,
     /// The blocks.
-    pub blocks: Vec<Gpt2Block>,
+    pub blocks: Vec<PreNormBlock>,
     /// After the last one.
     pub norm: LayerNorm,
     /// `[vocab_size, d_model]`, unless the token table serves.
     pub head: Option<Linear>,
-}
-
-/// A pre-norm transformer block.
-#[derive(Module, Debug)]
-pub struct Gpt2Block {
-    /// Before the attention.
-    pub norm1: LayerNorm,
-    /// Self-attention.
-    pub attention: Attention,
-    /// Before the MLP.
-    pub norm2: LayerNorm,
-    /// Two projections.
-    pub mlp: Mlp,
-    /// Between them.
-    #[module(skip)]
-    pub activation: Activation,
 }
 
 impl Gpt2Config {
@@ -103,41 +86,31 @@ impl Gpt2Config {
     }
 
     /// An untrained block; `layer` counts from 0.
-    pub fn block(&self, layer: usize, device: &Device) -> Gpt2Block {
-        let norm = || LayerNorm::new(self.d_model, self.layer_norm_eps, device);
+    pub fn block(&self, layer: usize, device: &Device) -> PreNormBlock {
+        let Self { d_model, d_ff, n_heads, activation, layer_norm_eps, .. } = *self;
         let root = if self.scale_scores { (self.d_head as f64).sqrt() } else { 1.0 };
         let depth = if self.scale_by_layer { layer as f64 + 1.0 } else { 1.0 };
-        Gpt2Block {
-            norm1: norm(),
-            attention: AttentionConfig::new(self.d_model, self.n_heads)
-                .with_d_head(Some(self.d_head))
-                .with_scale(Some(1.0 / (root * depth)))
-                .init(device),
-            norm2: norm(),
-            mlp: MlpConfig::new(self.d_model, self.d_ff).init(device),
-            activation: self.activation,
-        }
+        let attention = AttentionConfig::new(d_model, n_heads)
+            .with_d_head(Some(self.d_head))
+            .with_scale(Some(1.0 / (root * depth)))
+            .init(device);
+        let block = PreNormBlock::new(d_model, d_ff, n_heads, activation, layer_norm_eps, device);
+        PreNormBlock { attention, ..block }
     }
 }
 
-impl Gpt2Block {
-    /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
-    pub fn forward(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let x = x.clone() + self.attend(self.norm1.forward(x), mask, cache);
-        self.feed(x)
-    }
-
-    /// The second half: `[batch, seq, d_model] -> [batch, seq, d_model]`.
-    pub fn feed(&self, x: Tensor<3>) -> Tensor<3> {
-        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
-    }
-
-    fn attend(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut KvCache>) -> Tensor<3> {
-        match cache {
-            Some(cache) => self.attention.cached(x, cache, mask),
-            None => self.attention.forward(x, mask),
-        }
-    }
+/// Through one block after the other, with a cache each or none at all: `[batch, seq, d_model] -> [batch, seq, d_model]`.
+pub(crate) fn through(
+    blocks: &[PreNormBlock],
+    x: Tensor<3>,
+    mask: &Mask,
+    caches: &mut [KvCache],
+) -> Tensor<3> {
+    let mut caches = caches.iter_mut();
+    blocks.iter().fold(x, |x, block| match caches.next() {
+        Some(cache) => block.cached(x, cache, mask),
+        None => block.forward(x, mask),
+    })
 }
 
 impl Decoder for Gpt2 {
@@ -145,9 +118,7 @@ impl Decoder for Gpt2 {
         let Text { ids, positions, mask } = text;
         let [_, seq] = ids.dims();
         let x = self.tokens.forward(ids) + self.positions.select(&positions, seq); // [batch, seq, d_model]
-        let mut caches = caches.iter_mut();
-        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, &mask, caches.next()));
-        self.norm.forward(x)
+        self.norm.forward(through(&self.blocks, x, &mask, caches))
     }
 
     fn logits(&self, states: Tensor<3>) -> Tensor<3> {
@@ -293,7 +264,13 @@ pub const SYSTEM: System = System {
     tasks: &["generate", "forward"],
     proved: &["gpt2", "gpt2_bare", "cpm1_hf"],
     presets: PRESETS,
-    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("gpt2")),
+    recognises: |_, config| {
+        config.is_some_and(|config| match config.text("model_type") {
+            // FlagAI's name no type; its CPM-large-ch is stored as the hub's
+            None => ["n_embd", "n_head", "n_layer"].iter().all(|size| config.has(size)),
+            family => family == Some("gpt2"),
+        })
+    },
     describe: |folder| {
         let config = Gpt2Config::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())
@@ -387,6 +364,7 @@ mod tests {
     use std::path::Path;
 
     use burn::tensor::{Int, Tolerance};
+    use volary_kernels::layers::Attention;
     use volary_weights::{parameters, read_tensors, save};
 
     use super::*;

@@ -17,7 +17,9 @@
 use burn::module::Module;
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
-use volary_kernels::layers::{Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig};
+use volary_kernels::layers::{
+    Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, PreNormBlock,
+};
 use volary_kernels::ops::Activation;
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
 
@@ -28,7 +30,7 @@ use crate::config::{Config, ConfigError};
 use crate::decoder::{Decoder, Reading, Runner, Text};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::gpt2::{CONV1D, Gpt2Block, Gpt2Config, LINEAR, SMALL};
+use crate::gpt2::{CONV1D, Gpt2Config, LINEAR, SMALL, through};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe_with};
 use crate::tensors::{Inputs, Outputs, output};
@@ -50,13 +52,13 @@ pub struct Pangu {
     /// `[n_positions, d_model]`.
     pub positions: LearnedPositions,
     /// All but the query layer.
-    pub blocks: Vec<Gpt2Block>,
+    pub blocks: Vec<PreNormBlock>,
     /// Before the query layer. Nothing is normalised after it.
     pub norm: LayerNorm,
     /// What each position asks, `[n_positions, d_model]`.
     pub queries: LearnedPositions,
     /// The query layer.
-    pub query_layer: Gpt2Block,
+    pub query_layer: PreNormBlock,
     /// `[vocab_size, d_model]`, unless the token table serves.
     pub head: Option<Linear>,
 }
@@ -86,20 +88,19 @@ impl Decoder for Pangu {
         let Text { ids, positions, mask } = text;
         let [batch, seq] = ids.dims();
         let x = self.tokens.forward(ids) + self.positions.select(&positions, seq); // [batch, seq, d_model]
-        let mut caches = caches.iter_mut();
-        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, &mask, caches.next()));
-        let x = self.norm.forward(x);
+        let (caches, last) = caches.split_at_mut(caches.len().min(self.blocks.len()));
+        let x = self.norm.forward(through(&self.blocks, x, &mask, caches));
 
-        let Gpt2Block { norm1, attention, .. } = &self.query_layer;
+        let PreNormBlock { norm1, attention, .. } = &self.query_layer;
         let [_, _, d_model] = x.dims();
         let asked = self.queries.select(&positions, seq).expand([batch, seq, d_model]);
         let query = attention.queries(asked); // [batch, n_heads, seq, d_head]
         let (key, value) = attention.keys_values(norm1.forward(x.clone()));
-        let (key, value) = match caches.next() {
+        let (key, value) = match last.first_mut() {
             Some(cache) => cache.append(key, value), // [batch, n_heads, past + seq, d_head]
             None => (key, value),
         };
-        self.query_layer.feed(x + attention.attend(query, key, value, &mask))
+        self.query_layer.mix(x + attention.attend(query, key, value, &mask))
     }
 
     fn logits(&self, states: Tensor<3>) -> Tensor<3> {
@@ -247,7 +248,7 @@ pub struct Port {
     tokens: Embedding,
     positions: LearnedPositions,
     queries: LearnedPositions,
-    blocks: Vec<Gpt2Block>,
+    blocks: Vec<PreNormBlock>,
     norm: LayerNorm,
     head: Option<Linear>,
 }
@@ -487,10 +488,10 @@ mod tests {
 
         let ids = Tensor::<2, Int>::from_data([[3, 4, 9, 5]], &Device::flex());
         let x = model.norm.forward(model.positions.forward(model.tokens.forward(ids.clone())));
-        let Gpt2Block { norm1, attention, .. } = &model.query_layer;
+        let PreNormBlock { norm1, attention, .. } = &model.query_layer;
         let values = attention.value.forward(norm1.forward(x.clone()));
         let means = (1..=4).map(|seen| values.clone().narrow(1, 0, seen).mean_dim(1)).collect();
-        let expected = model.query_layer.feed(x + attention.output.forward(Tensor::cat(means, 1)));
+        let expected = model.query_layer.mix(x + attention.output.forward(Tensor::cat(means, 1)));
         let found = model.forward(ids).into_data();
         found.assert_approx_eq::<f32>(&expected.into_data(), burn::tensor::Tolerance::absolute(1e-5));
     }

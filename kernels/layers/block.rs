@@ -15,8 +15,9 @@ pub struct PreNormBlock {
     pub norm2: LayerNorm,
     /// Two projections, with biases.
     pub mlp: Mlp,
+    /// Between them.
     #[module(skip)]
-    activation: Activation,
+    pub activation: Activation,
 }
 
 impl PreNormBlock {
@@ -50,7 +51,8 @@ impl PreNormBlock {
         self.mix(x)
     }
 
-    fn mix(&self, x: Tensor<3>) -> Tensor<3> {
+    /// The second half: `x + mlp(norm2(x))`.
+    pub fn mix(&self, x: Tensor<3>) -> Tensor<3> {
         x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
     }
 }
