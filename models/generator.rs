@@ -67,8 +67,11 @@ pub fn check_prompts(generator: &dyn Generator, prompts: &[Vec<u32>], max_new: u
     if problems.is_empty() { Ok(()) } else { Err(Error::Prompt { problems }) }
 }
 
-/// The tokens that end a text: `eos_token_id` of `generation_config.json`, or else of `config.json`, one or a list. Those
-/// outside the vocabulary, which some uploads name, are left out.
+/// What configurations call the tokens that end a text; CPM-1 and PanGu-α end documents.
+const ENDS: [&str; 3] = ["eos_token_id", "eod_token_id", "eod_token"];
+
+/// The tokens that end a text: `eos_token_id`, or what else it is called, of `generation_config.json`, or else of
+/// `config.json`, one or a list. Those outside the vocabulary, which some uploads name, are left out.
 ///
 /// # Errors
 /// If a file is malformed.
@@ -78,13 +81,28 @@ pub fn end_tokens(folder: &Folder, vocab_size: usize) -> Result<Vec<u32>, Error>
             continue;
         }
         let config: Config = folder.config(name)?;
-        if config.has("eos_token_id") {
-            let ids = match config.sizes("eos_token_id") {
+        if let Some(end) = ENDS.into_iter().find(|end| config.has(end)) {
+            let ids = match config.sizes(end) {
                 Some(ids) => ids,
-                None => vec![config.integer_or("eos_token_id", 0)?.try_into().unwrap_or(usize::MAX)],
+                None => vec![config.integer_or(end, 0)?.try_into().unwrap_or(usize::MAX)],
             };
             return Ok(ids.into_iter().filter(|&id| id < vocab_size).map(|id| id as u32).collect());
         }
     }
     Ok(Vec::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The hub's CPM-1 names one outside its vocabulary.
+    #[test]
+    fn texts_end_with_what_the_configuration_names() {
+        let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        for (name, expected) in [("gpt2", &[0][..]), ("cpm1", &[7]), ("pangu_alpha", &[9]), ("cpm1_hf", &[])]
+        {
+            assert_eq!(end_tokens(&Folder::Disk(fixtures.join(name)), 88).unwrap(), expected, "{name}");
+        }
+    }
 }
