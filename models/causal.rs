@@ -27,19 +27,30 @@ pub fn next_token_loss(
     ids: Tensor<2, Int>,
     real: Option<Tensor<2, Bool>>,
 ) -> Option<Tensor<1>> {
-    let [batch, seq] = ids.dims();
+    let [_, seq] = ids.dims();
     if seq < 2 {
         return None;
     }
-    let targets = ids.narrow(1, 1, seq - 1);
-    let chances = log_softmax(logits.narrow(1, 0, seq - 1).cast(DType::F32), 2); // [batch, seq - 1, vocab_size]
-    let chances = chances.gather(2, targets.unsqueeze_dim(2)).reshape([batch, seq - 1]);
-    match real {
+    let after_first = |real: Tensor<2, Bool>| real.narrow(1, 1, seq - 1);
+    token_loss(logits.narrow(1, 0, seq - 1), ids.narrow(1, 1, seq - 1), real.map(after_first))
+}
+
+/// The mean cross-entropy of the tokens that are counted, in nats, `[1]`; `None` where there is none.
+///
+/// - `logits`: of each token, `[batch, seq, vocab_size]`
+/// - `ids` and which of them are `counted`: `[batch, seq]`; all when `None`.
+pub fn token_loss(
+    logits: Tensor<3>,
+    ids: Tensor<2, Int>,
+    counted: Option<Tensor<2, Bool>>,
+) -> Option<Tensor<1>> {
+    let chances = log_softmax(logits.cast(DType::F32), 2); // [batch, seq, vocab_size]
+    let chances = chances.gather(2, ids.unsqueeze_dim(2)).squeeze_dim::<2>(2);
+    match counted {
         None => Some(-chances.mean()),
-        Some(real) => {
-            let real = real.narrow(1, 1, seq - 1);
-            let count = real.clone().int().sum().into_scalar::<i64>();
-            let sum = chances.mask_fill(real.bool_not(), 0.0).sum();
+        Some(counted) => {
+            let count = counted.clone().int().sum().into_scalar::<i64>();
+            let sum = chances.mask_fill(counted.bool_not(), 0.0).sum();
             (count > 0).then(|| -sum / count as f64)
         }
     }
@@ -70,21 +81,23 @@ pub fn continuation<S: Session>(
     real: Option<Tensor<2, Bool>>,
     session: impl FnOnce(&[u32], usize) -> S,
 ) -> Outputs {
-    let decode = |prompt: &[u32], count| {
-        let mut rows = greedy(&mut session(prompt, count), count);
-        rows.swap_remove(0).into_iter().map(i64::from).collect::<Vec<_>>()
-    };
     match (prompt, first_row(ids, real)) {
-        (Some(prompt), _) => {
-            let tokens = TensorData::new(decode(&prompt, GREEDY), [GREEDY]);
-            vec![("greedy.tokens".into(), tokens)]
-        }
+        (Some(prompt), _) => vec![greedy_tokens(session(&prompt, GREEDY))],
         (None, row) if !row.is_empty() => {
-            let tokens = TensorData::new(decode(&row, CONTINUATION), [1, CONTINUATION]);
-            vec![("greedy_ids".into(), tokens)]
+            let tokens = decode(session(&row, CONTINUATION), CONTINUATION);
+            vec![("greedy_ids".into(), TensorData::new(tokens, [1, CONTINUATION]))]
         }
         (None, _) => Outputs::new(),
     }
+}
+
+/// The twelve `greedy.tokens` that a session of one row writes, without a stop. It has room for [`GREEDY`].
+pub fn greedy_tokens(session: impl Session) -> (String, TensorData) {
+    ("greedy.tokens".into(), TensorData::new(decode(session, GREEDY), [GREEDY]))
+}
+
+fn decode(mut session: impl Session, count: usize) -> Vec<i64> {
+    greedy(&mut session, count).swap_remove(0).into_iter().map(i64::from).collect()
 }
 
 /// The real tokens of the first of the rows `[batch, seq]`.

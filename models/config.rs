@@ -161,6 +161,16 @@ impl Config {
         }
     }
 
+    /// A token: a whole number from 0 to `vocab_size - 1`, or `default`.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn token_or(&self, field: &str, default: u32, vocab_size: usize) -> Result<u32, ConfigError> {
+        let token = u32::try_from(self.integer_or(field, default.into())?).ok();
+        let token = token.filter(|&token| (token as usize) < vocab_size);
+        token.ok_or_else(|| self.error(field, &format!("a token, 0 to {}", vocab_size - 1)))
+    }
+
     /// A finite number, or `default`.
     ///
     /// # Errors

@@ -41,6 +41,8 @@ pub enum Shape {
     Gpt2(crate::gpt2::Gpt2Config),
     /// [`crate::pangu`]
     Pangu(crate::pangu::PanguConfig),
+    /// [`crate::t5`], [`crate::cpm2`]
+    T5(crate::t5::T5Config),
 }
 
 /// Where weights are.
@@ -93,6 +95,7 @@ impl Shape {
             Shape::Glm(config) => parameters(&config.init(&device)),
             Shape::Gpt2(config) => parameters(&config.init(&device)),
             Shape::Pangu(config) => parameters(&config.init(&device)),
+            Shape::T5(config) => parameters(&config.init(&device)),
         })
     }
 }

@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, consert, cpm, ernie, glm, gpt2, llama, pangu, plato, plug, vit, yuan};
+use crate::{alm, bert, clip, consert, cpm, cpm2, ernie, glm, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -81,6 +81,8 @@ pub const SYSTEMS: &[System] = &[
     cpm::SYSTEM,
     yuan::SYSTEM,
     pangu::SYSTEM,
+    t5::SYSTEM,
+    cpm2::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.

@@ -18,6 +18,9 @@ pub struct Inputs<'a> {
     device: Device,
 }
 
+/// The label of what is not to be predicted.
+const NOT_COUNTED: i64 = -100;
+
 /// The outputs by the reference's names.
 pub type Outputs = Vec<(String, TensorData)>;
 
@@ -55,6 +58,23 @@ impl<'a> Inputs<'a> {
     pub fn ids<const D: usize>(&mut self, name: &'static str, limit: usize) -> Option<Tensor<D, Int>> {
         let data = self.ranked::<D>(name)?;
         Some(Tensor::from_data(self.whole(name, data, limit)?, &self.device))
+    }
+
+    /// Ids to be predicted, if there are any, and which of them count: each is below `limit`, or -100, which does not
+    /// count and becomes 0.
+    pub fn labels(&mut self, name: &'static str, limit: usize) -> Option<(Tensor<2, Int>, Tensor<2, Bool>)> {
+        let data = self.ranked::<2>(name)?;
+        let shape = data.shape().clone();
+        let counts: Vec<bool> = data.iter::<f64>().map(|label| label != NOT_COUNTED as f64).collect();
+        let data = match data.dtype().is_float() {
+            true => data, // to be refused
+            false => {
+                let id = |label| if label == NOT_COUNTED { 0 } else { label };
+                TensorData::new(data.iter::<i64>().map(id).collect::<Vec<_>>(), shape.clone())
+            }
+        };
+        let ids = Tensor::from_data(self.whole(name, data, limit)?, &self.device);
+        Some((ids, Tensor::from_data(TensorData::new(counts, shape), &self.device)))
     }
 
     /// Whole numbers in a list or a single one, if there are any, each at least 0 and below `limit`.
@@ -113,8 +133,14 @@ impl<'a> Inputs<'a> {
 
     /// That the input `name`, if it is there, has the shape of `input_ids`.
     pub fn like_ids(&mut self, name: &str, found: Option<[usize; 2]>, ids: [usize; 2]) {
-        if let Some(found) = found.filter(|found| *found != ids) {
-            self.problem(format!("`{}` is {found:?}, `{}` {ids:?}", self.full(name), self.full("input_ids")));
+        self.like(name, found, ("input_ids", ids));
+    }
+
+    /// That the input `name`, if it is there, has the shape of another one.
+    pub fn like<const D: usize>(&mut self, name: &str, found: Option<[usize; D]>, other: (&str, [usize; D])) {
+        let (other, wanted) = other;
+        if let Some(found) = found.filter(|found| *found != wanted) {
+            self.problem(format!("`{}` is {found:?}, `{}` {wanted:?}", self.full(name), self.full(other)));
         }
     }
 

@@ -21,7 +21,7 @@ mod write;
 
 pub use error::GenerateError;
 pub use likelihood::{Window, log_likelihoods, windows};
-pub use padded::{LeftPadded, column, indices, matrix};
+pub use padded::{LeftPadded, RightPadded, column, indices, matrix};
 pub use processor::{Processor, Text};
 pub use rank::{Rank, rank};
 pub use settings::{Beams, Method, Patience, Sampling, Settings};

@@ -1,4 +1,4 @@
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use volary_kernels::ops::{Mask, Positions};
 
 /// Prompts of any lengths as one batch: the shorter ones are padded on the left, so that all end, and go on, in the same
@@ -86,6 +86,41 @@ impl LeftPadded {
     }
 }
 
+/// Prompts of any lengths as one batch, for an encoder: the shorter ones are padded on the right.
+#[derive(Clone, Debug)]
+pub struct RightPadded {
+    /// The tokens of all prompts, `[rows, longest]`.
+    pub ids: Tensor<2, Int>,
+    /// Which of them are no padding; all when `None`.
+    pub real: Option<Tensor<2, Bool>>,
+}
+
+impl RightPadded {
+    /// One row per prompt.
+    ///
+    /// # Panics
+    /// If there is no prompt, or one is empty.
+    pub fn new(prompts: &[impl AsRef<[u32]>], device: &Device) -> Self {
+        let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.as_ref().len()).collect();
+        let longest = lengths.iter().copied().max().expect("there is a prompt");
+        assert!(!lengths.contains(&0), "an empty prompt");
+        let shape = [prompts.len(), longest];
+        let ids: Vec<i64> = prompts
+            .iter()
+            .flat_map(|prompt| {
+                prompt.as_ref().iter().map(|&id| i64::from(id)).chain(std::iter::repeat(0)).take(longest)
+            })
+            .collect();
+        let real: Vec<bool> =
+            lengths.iter().flat_map(|&length| (0..longest).map(move |column| column < length)).collect();
+        let is_even = lengths.iter().all(|&length| length == longest);
+        Self {
+            ids: Tensor::from_data(TensorData::new(ids, shape), device),
+            real: (!is_even).then(|| Tensor::from_data(TensorData::new(real, shape), device)),
+        }
+    }
+}
+
 /// Row numbers as a tensor, as [`volary_kernels::layers::KvCache::select`] wants them.
 pub fn indices(rows: &[usize], device: &Device) -> Tensor<1, Int> {
     let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
@@ -142,6 +177,15 @@ mod tests {
         prompts.select(&[1, 1, 0]);
         assert_eq!(ids(&prompts), [0, 0, 5, 0, 0, 5, 7, 8, 9]);
         assert_eq!(places(prompts.positions(3, 1)), [1, 1, 3]);
+    }
+
+    #[test]
+    fn an_encoder_has_them_padded_on_the_right() {
+        let RightPadded { ids, real } = RightPadded::new(&[vec![7, 8, 9], vec![5]], &Device::flex());
+        assert_eq!(ids.into_data().convert::<i64>().iter::<i64>().collect::<Vec<_>>(), [7, 8, 9, 5, 0, 0]);
+        let real: Vec<bool> = real.unwrap().into_data().iter::<bool>().collect();
+        assert_eq!(real, [true, true, true, true, false, false]);
+        assert!(RightPadded::new(&[[7, 8], [5, 6]], &Device::flex()).real.is_none());
     }
 
     #[test]
