@@ -17,7 +17,7 @@ use volary_kernels::layers::{
     MlpConfig, Reach, RelativeBias, RmsNorm,
 };
 use volary_kernels::ops::{Activation, Mask};
-use volary_text::generate::{RightPadded, Session, column, indices};
+use volary_text::generate::{RightPadded, Session, column, indices, matrix};
 use volary_weights::{KeyMap, LoadOptions, Rule};
 
 use Rule::{Ignore, Rename, Under};
@@ -442,12 +442,11 @@ pub struct T5Session<'a> {
 }
 
 impl T5Session<'_> {
-    fn append(&mut self, tokens: &[u32]) -> Tensor<2> {
-        let ids = column(tokens, &self.x.device()); // [rows, 1]
+    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let x = self.model.encoder.tokens.forward(ids);
         let seen = self.seen.clone().map_or(Mask::Full, Mask::Visible);
-        let states = self.model.decoder.forward(x, &Mask::Full, &self.memory, &seen, Some(&mut self.caches));
-        self.model.logits(states).squeeze_dim(1)
+        self.model.decoder.forward(x, &Mask::Full, &self.memory, &seen, Some(&mut self.caches))
     }
 }
 
@@ -457,11 +456,17 @@ impl Session for T5Session<'_> {
         let [rows, ..] = self.x.dims();
         let read = self.model.encoder.encode(self.x.clone(), &self.mask); // [rows, seq, d_model]
         self.memory = self.model.decoder.memory(&read);
-        self.append(&vec![self.start; rows])
+        self.read(&vec![self.start; rows])
     }
 
     fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        self.append(tokens)
+        let states = self.append(column(tokens, &self.x.device())); // [rows, 1, d_model]
+        self.model.logits(states).squeeze_dim(1)
+    }
+
+    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
+        let states = self.append(matrix(tokens, &self.x.device()));
+        self.model.logits(states)
     }
 
     fn select(&mut self, rows: &[usize]) {
@@ -1073,6 +1078,12 @@ mod tests {
         assert_close(chosen.clone().narrow(0, 0, 1), &scores(ids([[6]]), ids([[2, 8, 9]])));
         assert_close(chosen.clone().narrow(0, 1, 1), &scores(ids([[3, 4, 5]]), ids([[2, 7, 9]])));
         assert_close(chosen.narrow(0, 2, 1), &scores(ids([[6]]), ids([[2, 8, 10]])));
+
+        let mut session = model.session(&[vec![3, 4, 5], vec![6]], 2, 3);
+        session.start();
+        let both = session.read_all(&[vec![7, 9], vec![8, 10]]); // [rows, new, vocab_size]
+        assert_close(both.clone().slice([1..2, 0..1]).squeeze_dim(1), &scores(ids([[6]]), ids([[2, 8]])));
+        assert_close(both.slice([1..2, 1..2]).squeeze_dim(1), &scores(ids([[6]]), ids([[2, 8, 10]])));
     }
 
     /// Where there are labels, they are what is written; -100 is not counted, and what is read in its place is padding.
