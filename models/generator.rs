@@ -21,23 +21,19 @@ pub trait Generator {
     /// [`Error::Prompt`] with everything that does not fit: see [`check_prompts`].
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error>;
 
-    /// The same model as one that fills blanks, if it does.
-    fn infill(&self) -> Option<&dyn Infill> {
+    /// Its command tokens, if it fills blanks.
+    fn commands(&self) -> Option<&Commands> {
         None
     }
-}
-
-/// A loaded model that fills blanks.
-pub trait Infill {
-    /// Its command tokens.
-    fn commands(&self) -> &Commands;
 
     /// Rows that fill the next blanks of these texts, each by at most `max_new` tokens. What fills a blank ends with one of
     /// [`Commands::ends`].
     ///
     /// # Errors
-    /// [`Error::Prompt`] with everything that does not fit: see [`check_prompts`].
-    fn session<'a>(&'a self, texts: &[Blanks], max_new: usize) -> Result<Box<dyn Session + 'a>, Error>;
+    /// [`Error::Prompt`] with everything that does not fit (see [`check_prompts`]), or if the model fills no blanks.
+    fn fill<'a>(&'a self, _texts: &[Blanks], _max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
+        Err(Error::Prompt { problems: vec!["the model fills no blanks".into()] })
+    }
 }
 
 /// That there is a prompt, that none is empty, holds an unknown token, or leaves less room than `max_new` tokens in the

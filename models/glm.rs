@@ -29,7 +29,7 @@ use Rule::{Rename, Split, Under};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::generator::{Generator, Infill, check_prompts};
+use crate::generator::{Generator, check_prompts};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Description, Forward, System, describe_with};
 use crate::tensors::{Inputs, Outputs, output};
@@ -426,15 +426,18 @@ pub(crate) fn generator(
     options: &LoadOptions,
     device: &Device,
 ) -> Result<Box<dyn Generator>, Error> {
-    let Runner { model, config, commands } = Runner::load(folder, options, device)?;
-    let missing = Error::Task { system: SYSTEM.name, task: "write without the ids of its command tokens" };
-    Ok(Box::new(Writer { model, config, commands: commands.ok_or(missing)? }))
+    let runner = Runner::load(folder, options, device)?;
+    runner.steered()?;
+    Ok(Box::new(runner))
 }
+
+/// What a model cannot do whose folder does not say which tokens are blanks.
+pub(crate) const NO_COMMANDS: &str = "write without the ids of its command tokens";
 
 /// How many tokens the forward contract decodes greedily.
 const GREEDY: usize = 12;
 
-/// A model behind the forward contract.
+/// A model behind the forward contract, and one that fills blanks.
 pub(crate) struct Runner {
     model: Glm,
     config: GlmConfig,
@@ -448,6 +451,11 @@ impl Runner {
         let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
         let commands = commands(folder, config.vocab_size)?;
         Ok(Self { model, config, commands })
+    }
+
+    /// The command tokens.
+    fn steered(&self) -> Result<&Commands, Error> {
+        self.commands.as_ref().ok_or(Error::Task { system: SYSTEM.name, task: NO_COMMANDS })
     }
 }
 
@@ -482,18 +490,7 @@ impl Runner {
             let name = inputs.full("input_ids");
             inputs.problem(format!("`{name}` has {seq} tokens, and there are {n_positions} positions"));
         }
-        let context = context.unwrap_or_else(|| vec![0]);
-        let context = match context.len() {
-            1 => vec![context[0]; batch],
-            rows if rows == batch => context,
-            rows => {
-                let name = inputs.full("sep");
-                inputs.problem(format!(
-                    "`{name}` has {rows} numbers, expected one, or one for each of {batch} rows"
-                ));
-                return None;
-            }
-        };
+        let context = inputs.each_row("sep", context.unwrap_or_else(|| vec![0]), batch)?;
         inputs.like_ids("target_ids", targets.as_ref().map(Tensor::dims), ids.dims());
         inputs.like_ids("loss_mask", weights.as_ref().map(Tensor::dims), ids.dims());
         let (positions, block_positions) = match positions {
@@ -560,10 +557,7 @@ impl Forward for Runner {
             inputs.enter(&name);
             prompts.extend(self.prompt(&mut inputs).map(|prompt| (name, prompt)));
         }
-        if inputs.cases("context_ids").is_empty() {
-            inputs.enter(inputs.cases("input_ids").first().map_or("", String::as_str).to_owned().as_str());
-            inputs.missing("input_ids");
-        }
+        inputs.needed(&["input_ids", "context_ids"]);
         inputs.finish()?;
 
         let mut outputs = Outputs::new();
@@ -586,14 +580,7 @@ impl Forward for Runner {
     }
 }
 
-/// A model that fills blanks and writes on.
-struct Writer {
-    model: Glm,
-    config: GlmConfig,
-    commands: Commands,
-}
-
-impl Generator for Writer {
+impl Generator for Runner {
     fn vocab_size(&self) -> usize {
         self.config.vocab_size
     }
@@ -605,26 +592,21 @@ impl Generator for Writer {
     /// What is written fills the first blank of a prompt, or one put at its end.
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         check_prompts(self, prompts, max_new)?;
-        let texts: Option<Vec<Blanks>> =
-            prompts.iter().map(|prompt| Blanks::or_appended(prompt.clone(), &self.commands)).collect();
-        let missing = Error::Task { system: SYSTEM.name, task: "write without a blank" };
-        Infill::session(self, &texts.ok_or(missing)?, max_new)
+        let commands = self.steered()?;
+        let text = |prompt: &Vec<u32>| Blanks::or_appended(prompt.clone(), commands);
+        let texts: Option<Vec<Blanks>> = prompts.iter().map(text).collect();
+        self.fill(&texts.ok_or(Error::Task { system: SYSTEM.name, task: NO_COMMANDS })?, max_new)
     }
 
-    fn infill(&self) -> Option<&dyn Infill> {
-        Some(self)
-    }
-}
-
-impl Infill for Writer {
-    fn commands(&self) -> &Commands {
-        &self.commands
+    fn commands(&self) -> Option<&Commands> {
+        self.commands.as_ref()
     }
 
-    fn session<'a>(&'a self, texts: &[Blanks], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
-        let rows: Vec<Vec<u32>> = texts.iter().map(|text| Row::of(text, &self.commands).ids).collect();
+    fn fill<'a>(&'a self, texts: &[Blanks], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
+        let commands = self.steered()?;
+        let rows: Vec<Vec<u32>> = texts.iter().map(|text| Row::of(text, commands).ids).collect();
         check_prompts(self, &rows, max_new)?;
-        Ok(Box::new(self.model.session(texts, &self.commands, max_new)))
+        Ok(Box::new(self.model.session(texts, commands, max_new)))
     }
 }
 
@@ -993,10 +975,10 @@ mod tests {
             message.contains("prompt 0 has 30 tokens") && message.contains("prompt 1 holds 96"),
             "{message}"
         );
-        let infill = writer.infill().unwrap();
-        assert_eq!(infill.commands().ends(), [86, 80]);
-        let text = Blanks::new(context.to_vec(), infill.commands()).unwrap();
-        assert_eq!(greedy(infill.session(&[text], 12).unwrap().as_mut(), 12), [expected]);
+        let commands = writer.commands().unwrap();
+        assert_eq!(commands.ends(), [86, 80]);
+        let text = Blanks::new(context.to_vec(), commands).unwrap();
+        assert_eq!(greedy(writer.fill(&[text], 12).unwrap().as_mut(), 12), [expected]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub mod generation_config;
 pub mod generator;
 pub mod glm;
 pub mod gpt2;
+pub mod glm130b;
 pub mod index;
 pub mod llama;
 pub mod pangu;

@@ -43,6 +43,8 @@ pub enum Shape {
     Pangu(crate::pangu::PanguConfig),
     /// [`crate::t5`], [`crate::cpm2`]
     T5(crate::t5::T5Config),
+    /// [`crate::glm130b`]
+    Glm130b(crate::glm130b::Glm130bConfig),
 }
 
 /// Where weights are.
@@ -96,6 +98,7 @@ impl Shape {
             Shape::Gpt2(config) => parameters(&config.init(&device)),
             Shape::Pangu(config) => parameters(&config.init(&device)),
             Shape::T5(config) => parameters(&config.init(&device)),
+            Shape::Glm130b(config) => parameters(&config.init(&device)),
         })
     }
 }

@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, consert, cpm, cpm2, ernie, glm, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
+use crate::{alm, bert, clip, consert, cpm, cpm2, ernie, glm, glm130b, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -74,6 +74,7 @@ pub const SYSTEMS: &[System] = &[
     llama::SYSTEM,
     glm::SYSTEM,
     alm::SYSTEM,
+    glm130b::SYSTEM,
     ernie::SYSTEM,
     plato::SYSTEM,
     plug::SYSTEM,

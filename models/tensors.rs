@@ -105,7 +105,12 @@ impl<'a> Inputs<'a> {
 
     /// A mask of rank 2, if there is one: `true` where it is not zero.
     pub fn mask(&mut self, name: &'static str) -> Option<Tensor<2, Bool>> {
-        let data = self.ranked::<2>(name)?;
+        self.truths(name)
+    }
+
+    /// A mask of rank `D`, if there is one: `true` where it is not zero.
+    pub fn truths<const D: usize>(&mut self, name: &'static str) -> Option<Tensor<D, Bool>> {
+        let data = self.ranked::<D>(name)?;
         let shape = data.shape().clone();
         let real: Vec<bool> = data.convert::<f32>().iter::<f32>().map(|value| value != 0.0).collect();
         Some(Tensor::from_data(TensorData::new(real, shape), &self.device))
@@ -159,6 +164,31 @@ impl<'a> Inputs<'a> {
         let name = self.full(name);
         if !self.tensors.contains_key(&name) {
             self.problems.push(format!("the input `{name}` is missing"));
+        }
+    }
+
+    /// That there is a case of one of these inputs, or that the first of them is missing.
+    pub fn needed(&mut self, names: &[&'static str]) {
+        self.enter("");
+        if let [first, ..] = names
+            && names.iter().all(|name| self.cases(name).is_empty())
+        {
+            self.missing(first);
+        }
+    }
+
+    /// One number for each of so many rows: those of the input `name`, of which one alone stands for all.
+    pub fn each_row(&mut self, name: &str, numbers: Vec<usize>, rows: usize) -> Option<Vec<usize>> {
+        match numbers[..] {
+            [number] => Some(vec![number; rows]),
+            _ if numbers.len() == rows => Some(numbers),
+            _ => {
+                let (name, found) = (self.full(name), numbers.len());
+                self.problem(format!(
+                    "`{name}` has {found} numbers, expected one, or one for each of {rows} rows"
+                ));
+                None
+            }
         }
     }
 
