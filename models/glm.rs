@@ -19,7 +19,7 @@ use burn::tensor::module::linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Mlp, MlpConfig};
 use volary_kernels::ops::{Activation, Mask};
-use volary_text::generate::{LeftPadded, Session, column, greedy, indices};
+use volary_text::generate::{LeftPadded, Session, column, greedy, indices, matrix};
 use volary_text::infill::{Blanks, Commands};
 use volary_weights::format::{OpenOptions, RankOptions, megatron};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
@@ -246,8 +246,8 @@ pub struct GlmSession<'a> {
 }
 
 impl GlmSession<'_> {
-    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
-    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<2> {
+    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [rows, new] = ids.dims();
         let held = self.caches.first().map_or(0, KvCache::len);
         let padding = self.prompts.padding();
@@ -265,22 +265,33 @@ impl GlmSession<'_> {
             let places: Vec<i64> = places.iter().map(|place| place[which] as i64).collect();
             Tensor::from_data(TensorData::new(places, [rows, new]), &ids.device())
         };
-        // later, all that a token sees lies before it
         let context = self.rows.iter().zip(padding).map(|(row, padding)| padding + row.context);
         let mask = Mask::All(vec![Mask::Prefix(context.collect()), self.prompts.mask(held + new)]);
         let input = GlmInput { ids: ids.clone(), positions: table(0), block_positions: table(1), mask };
-        let states = self.model.decode(input, &mut self.caches); // [rows, new, d_model]
+        self.model.decode(input, &mut self.caches)
+    }
+
+    /// Scores of what follows the last of them: `[rows, vocab_size]`.
+    fn last(&self, states: Tensor<3>) -> Tensor<2> {
+        let [_, new, _] = states.dims();
         self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
     }
 }
 
 impl Session for GlmSession<'_> {
     fn start(&mut self) -> Tensor<2> {
-        self.append(self.prompts.ids())
+        let states = self.append(self.prompts.ids());
+        self.last(states)
     }
 
     fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        self.append(column(tokens, &self.model.tokens.weight.device()))
+        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
+        self.last(states)
+    }
+
+    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
+        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+        self.model.logits(states)
     }
 
     fn select(&mut self, rows: &[usize]) {
@@ -325,10 +336,10 @@ impl GlmConfig {
 }
 
 /// The command tokens of a folder: those that its configuration lists as `command_tokens`, or else its tokenizer's, if it
-/// has one with blanks.
+/// has one that can be read and knows blanks.
 ///
 /// # Errors
-/// If the list is malformed, or the tokenizer cannot be read.
+/// If the list is malformed.
 pub fn commands(folder: &Folder, vocab_size: usize) -> Result<Option<Commands>, Error> {
     let config = folder.config("config.json")?;
     if !config.has("command_tokens") {
@@ -868,8 +879,9 @@ mod tests {
         let model = TINY.init(&Device::flex());
         let text = blanks(&[45, 3, 40, 5, 46]);
         let candidates = [vec![7, 8, 9], vec![10], vec![7, 11]];
-        let mut session = model.session(std::slice::from_ref(&text), &COMMANDS, 3);
-        for (found, candidate) in likelihoods(&mut session, &candidates).into_iter().zip(&candidates) {
+        let mut session = model.session(&vec![text.clone(); 3], &COMMANDS, 3);
+        let found = likelihoods(&mut session, &candidates).unwrap();
+        for (found, candidate) in found.into_iter().zip(&candidates) {
             let mut expected = 0.0;
             for (step, &token) in candidate.iter().enumerate() {
                 let chances = log_softmax(whole(&model, &text, &candidate[..step], &COMMANDS), 1);
@@ -968,7 +980,7 @@ mod tests {
         let context = [82, 8, 70, 57, 63, 53, 46, 88];
         for prompt in [&context[..], &context[..7]] {
             let mut session = writer.session(&[prompt.to_vec()], 12).unwrap();
-            assert_eq!(greedy(session.as_mut(), 12), [expected.clone()]);
+            assert_eq!(greedy(session.as_mut(), 12)[0], expected);
         }
         let message = writer.session(&[vec![82; 30], vec![96]], 12).err().unwrap().to_string();
         assert!(

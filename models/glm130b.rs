@@ -17,7 +17,7 @@ use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Embedding, GatedMlp, GatedMlpConfig, KvCache, LayerNorm, Linear, LinearConfig};
 use volary_kernels::ops::{self, Activation, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling};
-use volary_text::generate::{LeftPadded, Session, column, greedy, indices};
+use volary_text::generate::{LeftPadded, Session, column, greedy, indices, matrix};
 use volary_text::infill::{Blank, Blanks, Commands};
 use volary_weights::format::{MegatronLayout, Merge, OpenOptions, RankOptions};
 use volary_weights::{Bits, Checkpoint, KeyMap, LoadOptions, Rule, load};
@@ -274,8 +274,8 @@ pub struct Glm130bSession<'a> {
 }
 
 impl Glm130bSession<'_> {
-    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
-    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<2> {
+    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [rows, new] = ids.dims();
         let held = self.caches.first().map_or(0, KvCache::len);
         let texts = || self.texts.iter().zip(self.prompts.padding());
@@ -287,25 +287,36 @@ impl Glm130bSession<'_> {
             })
             .collect();
         let places = Tensor::from_data(TensorData::new(places, [rows, new]), &ids.device());
-        // later, all that a token sees lies before it
         let context = texts().map(|(text, padding)| padding + text.context).collect();
         let mask = Mask::All(vec![Mask::Prefix(context), self.prompts.mask(held + new)]);
         let place = Place { rope: &self.rope, positions: &Positions::Each(places), mask: &mask };
         let layers = self.model.blocks.iter().zip(&mut self.caches);
         let x = self.model.tokens.forward(ids); // [rows, new, d_model]
         let x = layers.fold(x, |x, (block, cache)| block.forward(x, place, Some(cache)));
-        let last = self.model.norm.forward(x.narrow(1, new - 1, 1));
-        self.model.logits(last).squeeze_dim(1)
+        self.model.norm.forward(x)
+    }
+
+    /// Scores of what follows the last of them: `[rows, vocab_size]`.
+    fn last(&self, states: Tensor<3>) -> Tensor<2> {
+        let [_, new, _] = states.dims();
+        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
     }
 }
 
 impl Session for Glm130bSession<'_> {
     fn start(&mut self) -> Tensor<2> {
-        self.append(self.prompts.ids())
+        let states = self.append(self.prompts.ids());
+        self.last(states)
     }
 
     fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        self.append(column(tokens, &self.model.tokens.weight.device()))
+        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
+        self.last(states)
+    }
+
+    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
+        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+        self.model.logits(states)
     }
 
     fn select(&mut self, rows: &[usize]) {
@@ -598,7 +609,8 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use burn::tensor::Tolerance;
-    use volary_text::infill::fill;
+    use burn::tensor::activation::log_softmax;
+    use volary_text::infill::{fill, likelihoods};
     use volary_weights::{parameters, read_tensors};
 
     use super::*;
@@ -749,6 +761,24 @@ mod tests {
             let alone = whole(&model, &texts[text], &written).into_data();
             let chosen = chosen.clone().narrow(0, row, 1).into_data();
             chosen.assert_approx_eq::<f32>(&alone, Tolerance::absolute(1e-4));
+        }
+    }
+
+    /// Read at once or one by one, in rows of several lengths and kinds.
+    #[test]
+    fn candidates_for_a_blank_are_scored() {
+        let model = TINY.init(&Device::flex());
+        let texts =
+            [Text::of(&Blanks::new(vec![3, 40, 5], &COMMANDS).unwrap(), &COMMANDS), Text::new(vec![6])];
+        let candidates = [vec![7, 8, 9], vec![10, 11, 12]];
+        let found = likelihoods(&mut model.session(&texts, 3), &candidates).unwrap();
+        for ((found, candidate), text) in found.into_iter().zip(&candidates).zip(&texts) {
+            let mut expected = 0.0;
+            for (step, &token) in candidate.iter().enumerate() {
+                let chances = log_softmax(whole(&model, text, &candidate[..step]), 1);
+                expected += chances.narrow(1, token as usize, 1).into_scalar::<f64>();
+            }
+            assert!((found.sum - expected).abs() < 1e-4, "{found:?}, expected {expected}");
         }
     }
 

@@ -4,10 +4,7 @@
 //! A [`Blanks`] says what stands where; how a model reads it is the model's own affair. [`fill`] goes through the blanks
 //! of one text, [`likelihoods`] compares what might stand in one.
 
-use burn::tensor::DType;
-use burn::tensor::activation::log_softmax;
-
-use crate::generate::{Session, column};
+use crate::generate::{GenerateError, Session, log_likelihoods};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// What a blank is to be filled with.
@@ -54,18 +51,16 @@ pub struct Commands {
 }
 
 impl Commands {
-    /// Those of a tokenizer, under the names of GLM or of GLM-130B; `None` for one that has none, or no blank.
+    /// Those of a tokenizer; `None` for one without the tokens around what fills a blank, or without any blank.
     pub fn of(tokenizer: &Tokenizer) -> Option<Self> {
-        let id = |names: &[&str]| names.iter().find_map(|name| tokenizer.token_to_id(name));
-        let blank = |blank: Blank| tokenizer.token_to_id(blank.written());
         let commands = Self {
-            span: blank(Blank::Span).or(tokenizer.mask_id()),
-            sentence: blank(Blank::Sentence),
-            document: blank(Blank::Document),
-            start: id(&["<|startofpiece|>", "sop", "<sop>"])?,
-            end: id(&["<|endofpiece|>", "eop", "<eop>"])?,
-            first: tokenizer.cls_id().or_else(|| id(&["[CLS]"])),
-            last: id(&["<|endoftext|>", "eos", "</s>"]).or(tokenizer.eos_id()),
+            span: tokenizer.mask_id(),
+            sentence: tokenizer.smask_id(),
+            document: tokenizer.gmask_id(),
+            start: tokenizer.sop_id()?,
+            end: tokenizer.eop_id()?,
+            first: tokenizer.cls_id(),
+            last: tokenizer.eos_id(),
         };
         Blank::ALL.iter().any(|blank| commands.id(*blank).is_some()).then_some(commands)
     }
@@ -238,50 +233,34 @@ pub struct Likelihood {
 }
 
 impl Likelihood {
+    /// Of a span whose tokens have these log-probabilities.
+    fn of(tokens: &[f64]) -> Self {
+        Self { sum: tokens.iter().sum(), tokens: tokens.len() }
+    }
+
     /// Over the number of tokens, which does not favour short spans; 0 for an empty one.
     pub fn mean(self) -> f64 {
         self.sum / self.tokens.max(1) as f64
     }
 }
 
-/// How likely each of the candidates is to go on after the prompt of a session of one row, which has not been started:
-/// to fill a blank (cloze questions), or to continue a text.
+/// How likely each of the candidates is to be written in a session: to fill a blank (a cloze question, whose answers are
+/// the words that stand for its classes), or to go on after a text. The session has a row for each, of the same text.
+///
+/// # Errors
+/// If there is not one row per candidate, or scores are not finite.
 ///
 /// # Panics
-/// If a candidate holds a token outside the vocabulary, or is longer than the session has room for.
-pub fn likelihoods(session: &mut dyn Session, candidates: &[impl AsRef<[u32]>]) -> Vec<Likelihood> {
-    let longest = candidates.iter().map(|candidate| candidate.as_ref().len()).max().unwrap_or(0);
-    let mut found: Vec<Likelihood> = candidates
-        .iter()
-        .map(|candidate| Likelihood { sum: 0.0, tokens: candidate.as_ref().len() })
-        .collect();
-    if longest == 0 {
-        return found;
-    }
-    let mut scores = session.start().expand([candidates.len() as i64, -1]);
-    session.select(&vec![0; candidates.len()]);
-    for step in 0..longest {
-        // what follows a candidate's last token is not looked at
-        let tokens: Vec<u32> =
-            candidates.iter().map(|candidate| candidate.as_ref().get(step).copied().unwrap_or(0)).collect();
-        let chances = log_softmax(scores.clone().cast(DType::F32), 1); // [candidates, vocab_size]
-        let chances = chances.gather(1, column(&tokens, &scores.device())).into_data();
-        for (found, chance) in found.iter_mut().zip(chances.iter::<f64>()) {
-            if step < found.tokens {
-                found.sum += chance;
-            }
-        }
-        if step + 1 < longest {
-            scores = session.read(&tokens);
-        }
-    }
-    found
+/// If a token is outside the vocabulary, or the session has not the room.
+pub fn likelihoods(
+    session: &mut dyn Session,
+    candidates: &[Vec<u32>],
+) -> Result<Vec<Likelihood>, GenerateError> {
+    Ok(log_likelihoods(session, candidates)?.iter().map(|tokens| Likelihood::of(tokens)).collect())
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, Tensor};
-
     use super::*;
 
     const COMMANDS: Commands = Commands {
@@ -332,42 +311,12 @@ mod tests {
         assert_eq!(Blanks::or_appended(vec![82, 5], &Commands::default()), None);
     }
 
-    /// Every token is as likely after itself as the row's number says.
-    struct Toy {
-        rows: Vec<[f32; 3]>,
-    }
-
-    impl Session for Toy {
-        fn start(&mut self) -> Tensor<2> {
-            Tensor::from_floats([self.rows[0]], &Device::flex())
-        }
-
-        fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-            assert_eq!(tokens.len(), self.rows.len());
-            let turned = self.rows.iter().zip(tokens).map(|(row, &token)| {
-                let mut row = *row;
-                row.rotate_right(token as usize);
-                row
-            });
-            let data = turned.flatten().collect::<Vec<f32>>();
-            Tensor::<1>::from_floats(data.as_slice(), &Device::flex()).reshape([tokens.len(), 3])
-        }
-
-        fn select(&mut self, rows: &[usize]) {
-            self.rows = rows.iter().map(|&row| self.rows[row]).collect();
-        }
-    }
-
-    /// Probabilities 1/2, 1/4, 1/4, turned by the token before.
     #[test]
-    fn literal_likelihoods() {
-        let mut toy = Toy { rows: vec![[0.0, -(2f32.ln()), -(2f32.ln())]] };
-        let found = likelihoods(&mut toy, &[vec![0, 0], vec![1], vec![2, 2, 0], vec![]]);
-        let expected = [(0.25f64, 2), (0.25, 1), (0.25 * 0.5 * 0.25, 3), (1.0, 0)];
-        for (found, (chance, tokens)) in found.into_iter().zip(expected) {
-            assert!((found.sum - chance.ln()).abs() < 1e-6, "{found:?}");
-            assert_eq!(found.tokens, tokens);
-            assert!((found.mean() - chance.ln() / tokens.max(1) as f64).abs() < 1e-6);
-        }
+    fn a_mean_does_not_favour_short_spans() {
+        let long = Likelihood::of(&[-0.5, -1.0, -0.75]);
+        assert_eq!((long.sum, long.tokens, long.mean()), (-2.25, 3, -0.75));
+        let short = Likelihood::of(&[-1.5]);
+        assert!(short.sum > long.sum && short.mean() < long.mean());
+        assert_eq!(Likelihood::of(&[]).mean(), 0.0);
     }
 }
