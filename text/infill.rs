@@ -127,9 +127,13 @@ impl Blanks {
         (!places.is_empty()).then_some(Self { context, places, spans: Vec::new() })
     }
 
-    /// As [`Blanks::new`]; tokens without a blank get one at their end. `None` where the model knows no blank.
+    /// As [`Blanks::new`]; tokens without a blank get one at their end, in place of the last of [`Commands`] if they have
+    /// it. `None` where the model knows no blank.
     pub fn or_appended(mut context: Vec<u32>, commands: &Commands) -> Option<Self> {
         if !context.iter().any(|&token| commands.blank(token).is_some()) {
+            if commands.last.is_some() && context.last().copied() == commands.last {
+                context.pop();
+            }
             context.push(commands.appended()?);
         }
         Self::new(context, commands)
@@ -305,10 +309,36 @@ mod tests {
     #[test]
     fn a_text_without_a_blank_gets_one() {
         assert_eq!(Blanks::new(vec![82, 5], &COMMANDS), None);
-        assert_eq!(Blanks::or_appended(vec![82, 5], &COMMANDS).unwrap().context(), [82, 5, 83]);
+        for tokens in [vec![82, 5], vec![82, 5, 80]] {
+            assert_eq!(Blanks::or_appended(tokens, &COMMANDS).unwrap().context(), [82, 5, 83]);
+        }
         let document = Commands { document: Some(88), ..COMMANDS };
         assert_eq!(Blanks::or_appended(vec![82, 5], &document).unwrap().next(), Some((2, Blank::Document)));
         assert_eq!(Blanks::or_appended(vec![82, 5], &Commands::default()), None);
+    }
+
+    /// The first token, the text around the blanks without the spaces before them, and the last token unless a blank ends
+    /// the text.
+    #[test]
+    fn blanks_are_found_in_a_written_text() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/tok_bert");
+        let tokenizer = Tokenizer::from_folder(folder.as_ref()).unwrap();
+        assert_eq!(Commands::of(&tokenizer), None);
+        let commands = Commands { span: tokenizer.mask_id(), ..COMMANDS };
+        let ids = |text: &str| tokenizer.encode_without_special(text).unwrap().ids;
+        let span = commands.span.unwrap();
+        let read =
+            |text: &str| Blanks::of_text(text, &tokenizer, &commands).map(|text| text.context().to_vec());
+        let between =
+            [&[82], &ids("a cat")[..], &[span], &ids("on")[..], &[87], &ids(".")[..], &[80]].concat();
+        assert_eq!(read("a cat [MASK] on [sMASK].").unwrap(), between);
+        let last = [&[82], &ids("a cat")[..], &[span]].concat();
+        assert_eq!(read("a cat [MASK]").unwrap(), last);
+        assert_eq!(read("a cat").unwrap(), last, "a blank is put after a text without one");
+        assert_eq!(read("").unwrap(), [82, span]);
+        assert_eq!(read("[MASK]a").unwrap(), [&[82, span], &ids("a")[..], &[80]].concat());
+        let error = read("a [gMASK]").unwrap_err().to_string();
+        assert_eq!(error, "the model does not know [gMASK]; it knows [MASK], [sMASK]");
     }
 
     #[test]
