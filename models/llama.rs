@@ -10,7 +10,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, RmsNorm,
@@ -238,7 +237,7 @@ impl Llama {
     pub fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         match &self.head {
             Some(head) => head.forward(states),
-            None => linear(states, self.tokens.weight.val().transpose(), None),
+            None => self.tokens.scores(states),
         }
     }
 
@@ -1008,7 +1007,7 @@ mod tests {
         const BARE: KeyMap = KeyMap::new(&[Under("", "", TRUNK), Rename("lm_head.weight", "head.weight")]);
         let text = ids([[3, 4]]);
         let states = own.forward(text.clone());
-        let tied = linear(states.clone(), own.tokens.weight.val().transpose(), None);
+        let tied = states.clone().matmul(own.tokens.weight.val().transpose().unsqueeze());
         for (keys, fields, name, expected) in [
             (KEYS, r#""tie_word_embeddings": false"#, "logits", own.logits(states.clone())),
             (KEYS, r#""tie_word_embeddings": true"#, "logits", tied),

@@ -1,10 +1,13 @@
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor, module::embedding};
+use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
+
+use super::Packed;
+use super::linear::project;
 
 /// A learned vector per token.
 #[derive(Module, Debug)]
 pub struct Embedding {
-    /// `[vocab_size, d_model]`.
+    /// `[vocab_size, d_model]`, as floats or [`Packed`].
     pub weight: Param<Tensor<2>>,
 }
 
@@ -15,8 +18,25 @@ impl Embedding {
     }
 
     /// Token ids `[batch, seq] -> [batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If an id is outside the vocabulary.
     pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
-        embedding(self.weight.val(), ids)
+        let Some(packed) = Packed::of(&self.weight) else { return embedding(self.weight.val(), ids) };
+        let [batch, seq] = ids.dims();
+        let [_, d_model] = packed.shape();
+        let ids = ids.into_data().convert::<i64>();
+        let mut values = vec![0.0; batch * seq * d_model];
+        for (out, id) in values.chunks_mut(d_model).zip(ids.iter::<i64>()) {
+            packed.unpack_row(id as usize, out);
+        }
+        let base = self.weight.base();
+        Tensor::from_data(TensorData::new(values, [batch, seq, d_model]), (&base.device(), base.dtype()))
+    }
+
+    /// The table as a head: scores of every token, `[..., d_model] -> [..., vocab_size]`.
+    pub fn scores<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        project(x, &self.weight, None)
     }
 }
 

@@ -2,6 +2,9 @@ use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor, module::linear};
 
+use super::Packed;
+use crate::ops::quantized_linear;
+
 /// Configuration of a [`Linear`] layer.
 #[derive(Config, Debug)]
 pub struct LinearConfig {
@@ -20,7 +23,7 @@ pub struct LinearConfig {
 /// CPU backend, a wrong product for a single f16 row.
 #[derive(Module, Debug)]
 pub struct Linear {
-    /// `[d_out, d_in]`.
+    /// `[d_out, d_in]`, as floats or [`Packed`].
     pub weight: Param<Tensor<2>>,
     /// `[d_out]`.
     pub bias: Option<Param<Tensor<1>>>,
@@ -42,7 +45,20 @@ impl Linear {
     /// `[..., d_in] -> [..., d_out]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(|bias| bias.val());
-        linear(x, self.weight.val().transpose(), bias)
+        project(x, &self.weight, bias)
+    }
+}
+
+/// `x Wᵀ + b`, `[..., d_in] -> [..., d_out]`, whichever way the matrix `W` of `[d_out, d_in]` is held.
+pub(super) fn project<const D: usize>(
+    x: Tensor<D>,
+    weight: &Param<Tensor<2>>,
+    bias: Option<Tensor<1>>,
+) -> Tensor<D> {
+    match (Packed::of(weight), bias) {
+        (None, bias) => linear(x, weight.val().transpose(), bias),
+        (Some(packed), None) => quantized_linear(x, packed),
+        (Some(packed), Some(bias)) => quantized_linear(x, packed) + bias.unsqueeze(),
     }
 }
 

@@ -7,6 +7,7 @@ mod head;
 mod linear;
 mod mlp;
 mod norm;
+mod packed;
 mod position;
 
 pub use attention::{Attention, AttentionConfig, KvCache};
@@ -16,4 +17,5 @@ pub use head::TiedHead;
 pub use linear::{Linear, LinearConfig};
 pub use mlp::{GatedMlp, GatedMlpConfig, Mlp, MlpConfig};
 pub use norm::{BatchNorm, LayerNorm, RmsNorm};
+pub use packed::Packed;
 pub use position::{LearnedPositions, Reach, RelativeBias};

@@ -2,8 +2,10 @@
 
 mod activation;
 mod attention;
+mod quantized;
 mod rope;
 
 pub use activation::Activation;
 pub use attention::{Mask, attention};
+pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};
 pub use rope::{GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling};

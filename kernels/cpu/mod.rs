@@ -1,0 +1,3 @@
+//! Bodies for the CPU behind [`crate::ops`].
+
+pub mod quantized;

@@ -1,0 +1,423 @@
+//! Matrices of whole numbers in blocks, and the products with them: weights in 8 or 4 bits, activations in f32.
+
+use std::fmt;
+use std::ops::Range;
+
+use burn::tensor::module::linear;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use crate::cpu;
+
+/// So many rows of activations go through the kernel; from more on, panels of the matrix are unpacked for the
+/// backend's own product.
+const FEW_ROWS: usize = 16;
+/// Values of a panel: 16 MiB in f32.
+const PANEL: usize = 1 << 22;
+
+/// How many bits a value takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bits {
+    /// From -127 to 127.
+    Eight,
+    /// From 0 to 15, or from -8 to 7.
+    Four,
+}
+
+impl Bits {
+    /// Both.
+    pub const ALL: [Bits; 2] = [Bits::Eight, Bits::Four];
+
+    /// The number.
+    pub const fn count(self) -> u64 {
+        match self {
+            Bits::Eight => 8,
+            Bits::Four => 4,
+        }
+    }
+
+    /// The bytes that so many values take; with 4 bits an even number of them.
+    pub const fn bytes(self, values: usize) -> usize {
+        match self {
+            Bits::Eight => values,
+            Bits::Four => values / 2,
+        }
+    }
+
+    /// Writes the number of a column into a row of zeros.
+    pub fn put(self, row: &mut [u8], col: usize, code: i32) {
+        match self {
+            Bits::Eight => row[col] = code as i8 as u8,
+            Bits::Four => row[col / 2] |= (code as u8) << (4 * (col % 2)),
+        }
+    }
+}
+
+/// How matrices are packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quantization {
+    /// Per value.
+    pub bits: Bits,
+    /// Values that share a scale.
+    pub block: usize,
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "int{} in blocks of {}", self.bits.count(), self.block)
+    }
+}
+
+impl Quantization {
+    /// 8 bits in blocks of 32.
+    pub const INT8: Self = Self { bits: Bits::Eight, block: 32 };
+    /// 4 bits in blocks of 32.
+    pub const INT4: Self = Self { bits: Bits::Four, block: 32 };
+
+    /// Whether a matrix of `[rows, cols]` is worth packing, and can be: it has a whole block, and with 4 bits an even
+    /// number of columns.
+    pub const fn fits(self, [rows, cols]: [usize; 2]) -> bool {
+        let whole_bytes = match self.bits {
+            Bits::Eight => true,
+            Bits::Four => cols.is_multiple_of(2),
+        };
+        rows > 0 && cols >= self.block && whole_bytes
+    }
+
+    /// The bytes of a packed matrix of `[rows, cols]`, scales and minima included.
+    pub const fn bytes(self, [rows, cols]: [usize; 2]) -> usize {
+        let blocks = cols.div_ceil(self.block);
+        let halves = match self.bits {
+            Bits::Eight => blocks,
+            Bits::Four => 2 * blocks,
+        };
+        rows * (self.bits.bytes(cols) + 2 * halves)
+    }
+
+    /// The range of every block of a matrix of so many columns.
+    pub fn ranges(self, cols: usize, values: &[f32]) -> Vec<BlockRange> {
+        let Self { bits, block } = self;
+        values
+            .par_chunks(cols.max(1))
+            .flat_map_iter(|row| row.chunks(block).map(move |block| BlockRange::of(block, bits)))
+            .collect()
+    }
+}
+
+/// What the numbers of a block mean: `q * scale + min`.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockRange {
+    /// Between neighbouring numbers.
+    pub scale: f16,
+    /// What 0 means; 0 with 8 bits.
+    pub min: f16,
+    bits: Bits,
+}
+
+impl BlockRange {
+    /// The narrowest range that holds all of `values`. With 8 bits `scale` is the largest magnitude over 127; with 4 bits
+    /// `min` is the least value and `scale` the span over 15. Both are rounded outwards, so that every value comes back
+    /// within `scale / 2`.
+    pub fn of(values: &[f32], bits: Bits) -> Self {
+        match bits {
+            Bits::Eight => {
+                let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
+                Self { scale: at_least(largest / 127.0), min: f16::ZERO, bits }
+            }
+            Bits::Four => {
+                let lowest = values.iter().copied().fold(f32::INFINITY, f32::min);
+                let highest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let min = -at_least(-lowest);
+                Self { scale: at_least((highest - min.to_f32()) / 15.0), min, bits }
+            }
+        }
+    }
+
+    /// Whether the values are within the range of f16.
+    pub fn is_finite(self) -> bool {
+        self.scale.is_finite() && self.min.is_finite()
+    }
+
+    /// The number for a value, and what will be read for it.
+    pub fn code(self, value: f32) -> (i32, f32) {
+        let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
+        let code = if scale > 0.0 { ((value - min) / scale).round_ties_even() } else { 0.0 };
+        let code = match self.bits {
+            Bits::Eight => code.clamp(-127.0, 127.0),
+            Bits::Four => code.clamp(0.0, 15.0),
+        };
+        (code as i32, code * scale + min)
+    }
+}
+
+/// The least f16 that is not below `x`.
+fn at_least(x: f32) -> f16 {
+    let rounded = f16::from_f32(x);
+    match rounded.to_f32() < x {
+        true if rounded.is_sign_negative() => f16::from_bits(rounded.to_bits() - 1),
+        true => f16::from_bits(rounded.to_bits() + 1),
+        false => rounded,
+    }
+}
+
+/// A matrix of `[rows, cols]` in 8 or 4 bits, in the memory of the host.
+///
+/// A block is so many neighbouring values of one row, the last one of a row may be shorter.
+#[derive(Clone, PartialEq)]
+pub struct PackedMatrix {
+    quantization: Quantization,
+    shape: [usize; 2],
+    /// `[rows, cols]` of i8; or `[rows, cols / 2]`, the even column in the low four bits, the odd one above it.
+    codes: Vec<u8>,
+    /// `[rows, blocks]`.
+    scales: Vec<f16>,
+    /// `[rows, blocks]`; `None` when the numbers are symmetric about zero.
+    mins: Option<Vec<f16>>,
+}
+
+impl fmt::Debug for PackedMatrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PackedMatrix({:?}, {})", self.shape, self.quantization)
+    }
+}
+
+impl PackedMatrix {
+    /// Numbers about zero. With 8 bits a code is an i8 and means `code * scale`; with 4 bits it is from 0 to 15, the even
+    /// column in the low half of a byte, and means `(code - 8) * scale`. A block as long as a row is a scale per row.
+    ///
+    /// # Panics
+    /// If `codes` are not the bytes of `shape`, `scales` not one per block, or the columns odd with 4 bits.
+    pub fn symmetric(
+        quantization: Quantization,
+        shape: [usize; 2],
+        codes: Vec<u8>,
+        scales: Vec<f16>,
+    ) -> Self {
+        Self { quantization, shape, codes, scales, mins: None }.checked()
+    }
+
+    /// Numbers of 4 bits from a minimum upwards: a code from 0 to 15 means `code * scale + min`.
+    ///
+    /// # Panics
+    /// If `codes` are not the bytes of `shape`, `scales` and `mins` not one per block, or the columns odd.
+    pub fn from_minima(
+        block: usize,
+        shape: [usize; 2],
+        codes: Vec<u8>,
+        scales: Vec<f16>,
+        mins: Vec<f16>,
+    ) -> Self {
+        let quantization = Quantization { bits: Bits::Four, block };
+        assert_eq!(mins.len(), scales.len(), "a minimum per scale");
+        Self { quantization, shape, codes, scales, mins: Some(mins) }.checked()
+    }
+
+    fn checked(self) -> Self {
+        let Quantization { bits, block } = self.quantization;
+        let [rows, cols] = self.shape;
+        assert!(block > 0, "blocks of no value");
+        assert!(bits == Bits::Eight || cols.is_multiple_of(2), "{cols} columns are odd");
+        assert_eq!(self.codes.len(), rows * bits.bytes(cols), "bytes of {self:?}");
+        assert_eq!(self.scales.len(), rows * self.blocks(), "scales of {self:?}");
+        self
+    }
+
+    /// The nearest packed matrix, as `volary quantize` packs it: symmetric with 8 bits, from minima with 4.
+    ///
+    /// Values that are no numbers, or too large for f16, come back as such or as anything.
+    ///
+    /// # Panics
+    /// If `values` are not those of `shape`, or the columns odd with 4 bits.
+    pub fn pack(quantization: Quantization, shape: [usize; 2], values: &[f32]) -> Self {
+        let [rows, cols] = shape;
+        let Quantization { bits, block } = quantization;
+        assert_eq!(values.len(), rows * cols, "values of {shape:?}");
+        let mut codes = vec![0; rows * bits.bytes(cols)];
+        let ranges = quantization.ranges(cols, values);
+        if !codes.is_empty() {
+            codes
+                .par_chunks_mut(bits.bytes(cols))
+                .zip(values.par_chunks(cols))
+                .zip(ranges.par_chunks(cols.div_ceil(block)))
+                .for_each(|((codes, values), ranges)| {
+                    for (col, &value) in values.iter().enumerate() {
+                        let (code, _) = ranges[col / block].code(value);
+                        bits.put(codes, col, code);
+                    }
+                });
+        }
+        let scales = ranges.iter().map(|range| range.scale).collect();
+        match bits {
+            Bits::Eight => Self::symmetric(quantization, shape, codes, scales),
+            Bits::Four => {
+                let mins = ranges.iter().map(|range| range.min).collect();
+                Self::from_minima(block, shape, codes, scales, mins)
+            }
+        }
+    }
+
+    /// How it is packed.
+    pub fn quantization(&self) -> Quantization {
+        self.quantization
+    }
+
+    /// `[rows, cols]`.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// The bytes it takes.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + 2 * (self.scales.len() + self.mins.as_ref().map_or(0, Vec::len))
+    }
+
+    /// Blocks of a row.
+    pub(crate) fn blocks(&self) -> usize {
+        self.shape[1].div_ceil(self.quantization.block)
+    }
+
+    /// The codes of rows.
+    pub(crate) fn codes(&self, rows: Range<usize>) -> &[u8] {
+        let width = self.quantization.bits.bytes(self.shape[1]);
+        &self.codes[rows.start * width..rows.end * width]
+    }
+
+    /// The scales of rows in f32 into `scales`, and what code 0 means into `mins`; block by block.
+    pub(crate) fn ranges(&self, rows: Range<usize>, scales: &mut Vec<f32>, mins: &mut Vec<f32>) {
+        let blocks = rows.start * self.blocks()..rows.end * self.blocks();
+        scales.resize(blocks.len(), 0.0);
+        self.scales[blocks.clone()].convert_to_f32_slice(scales);
+        mins.resize(blocks.len(), 0.0);
+        match (&self.mins, self.quantization.bits) {
+            (Some(halves), _) => halves[blocks].convert_to_f32_slice(mins),
+            (None, Bits::Eight) => mins.fill(0.0),
+            (None, Bits::Four) => {
+                mins.iter_mut().zip(scales).for_each(|(min, scale)| *min = -8.0 * *scale);
+            }
+        }
+    }
+
+    /// Some of its rows.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub fn rows(&self, rows: Range<usize>) -> Self {
+        let [_, cols] = self.shape;
+        let blocks = rows.start * self.blocks()..rows.end * self.blocks();
+        let mins = self.mins.as_ref().map(|mins| mins[blocks.clone()].to_vec());
+        Self {
+            quantization: self.quantization,
+            shape: [rows.len(), cols],
+            codes: self.codes(rows).to_vec(),
+            scales: self.scales[blocks].to_vec(),
+            mins,
+        }
+    }
+
+    /// Matrices below each other; `None` when there is none, or they differ in columns or packing.
+    pub fn stack(parts: Vec<Self>) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let mut all = parts.next()?;
+        for part in parts {
+            let alike = part.quantization == all.quantization
+                && part.shape[1] == all.shape[1]
+                && part.mins.is_some() == all.mins.is_some();
+            if !alike {
+                return None;
+            }
+            all.shape[0] += part.shape[0];
+            all.codes.extend(part.codes);
+            all.scales.extend(part.scales);
+            if let (Some(mins), Some(more)) = (&mut all.mins, part.mins) {
+                mins.extend(more);
+            }
+        }
+        Some(all)
+    }
+
+    /// The values of one row.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` is not as long as a row.
+    pub fn unpack_row(&self, row: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.shape[1], "columns");
+        let Quantization { bits, block } = self.quantization;
+        let codes = self.codes(row..row + 1);
+        let (mut scales, mut mins) = (Vec::new(), Vec::new());
+        self.ranges(row..row + 1, &mut scales, &mut mins);
+        for (i, out) in out.chunks_mut(block).enumerate() {
+            let (scale, min) = (scales[i], mins[i]);
+            match bits {
+                Bits::Eight => {
+                    for (out, &code) in out.iter_mut().zip(&codes[i * block..]) {
+                        *out = f32::from(code as i8) * scale;
+                    }
+                }
+                Bits::Four => {
+                    for (col, out) in (i * block..).zip(out) {
+                        *out = f32::from(codes[col / 2] >> (4 * (col % 2)) & 0xf) * scale + min;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The values of some rows, `[rows, cols]`.
+    ///
+    /// # Panics
+    /// If it has not so many.
+    pub fn unpack(&self, rows: Range<usize>) -> Vec<f32> {
+        let [_, cols] = self.shape;
+        let mut out = vec![0.0; rows.len() * cols];
+        if cols > 0 {
+            let each = out.par_chunks_mut(cols).enumerate();
+            each.for_each(|(row, out)| self.unpack_row(rows.start + row, out));
+        }
+        out
+    }
+
+    fn tensor(&self, rows: Range<usize>, device: &Device) -> Tensor<2> {
+        let shape = [rows.len(), self.shape[1]];
+        Tensor::from_data(TensorData::new(self.unpack(rows), shape), (device, DType::F32))
+    }
+}
+
+/// `y = x Wᵀ`, `[..., cols] -> [..., rows]`, for a packed matrix `W` of `[rows, cols]`. It is never unpacked as a whole.
+///
+/// Products are summed in f32 whatever the dtype of `x`, which the result gets. `W` is a constant to autodiff. On
+/// devices other than the CPU panels of it are unpacked on the host at every call: right, and slow.
+///
+/// # Panics
+/// If the last dimension of `x` is not `cols`.
+pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> Tensor<D> {
+    let [rows, cols] = weight.shape();
+    let mut shape = x.dims();
+    assert_eq!(shape[D - 1], cols, "width of the input against {weight:?}");
+    let many: usize = shape[..D - 1].iter().product();
+    shape[D - 1] = rows;
+    let (device, dtype) = (x.device(), x.dtype());
+    if many == 0 || rows == 0 || cols == 0 {
+        return Tensor::zeros(shape, (&device, dtype));
+    }
+    let x = x.cast(DType::F32);
+    let y = if many <= FEW_ROWS && device == Device::flex() && !device.is_autodiff() {
+        let x = x.into_data();
+        let values = x.as_slice::<f32>().expect("values that were cast to f32");
+        let mut y = vec![0.0; many * rows];
+        cpu::quantized::products(weight, values, &mut y);
+        Tensor::from_data(TensorData::new(y, shape), (&device, DType::F32))
+    } else {
+        let height = (PANEL / cols).max(1);
+        let panels = (0..rows).step_by(height).map(|start| {
+            let panel = weight.tensor(start..rows.min(start + height), &device);
+            linear(x.clone(), panel.transpose(), None)
+        });
+        Tensor::cat(panels.collect(), D - 1)
+    };
+    y.cast(dtype)
+}
+
+#[cfg(test)]
+mod tests;
