@@ -22,9 +22,9 @@ use volary_kernels::ops::{Activation, Mask};
 use volary_text::generate::{LeftPadded, Session, column, greedy, indices, matrix};
 use volary_text::infill::{Blanks, Commands};
 use volary_weights::format::{OpenOptions, RankOptions, megatron};
-use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
+use volary_weights::{Checkpoint, Entry, KeyMap, LoadOptions, Rule, load};
 
-use Rule::{Rename, Split, Under};
+use Rule::{Rename, Split, SplitTranspose, Transpose, Under};
 
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
@@ -364,34 +364,66 @@ pub fn commands(folder: &Folder, vocab_size: usize) -> Result<Option<Commands>, 
 
 const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
 
-const BLOCK: &[Rule] = &[
+const QUERY_KEY_VALUE: &[&str] =
+    &["attention.query.weight", "attention.key.weight", "attention.value.weight"];
+
+/// What is stored alike everywhere.
+const ALIKE: &[Rule] = &[
     Under("input_layernorm.", "norm1.", LINEAR),
-    Split(
-        "attention.query_key_value.weight",
-        &["attention.query.weight", "attention.key.weight", "attention.value.weight"],
-    ),
+    Under("post_attention_layernorm.", "norm2.", LINEAR),
     Split(
         "attention.query_key_value.bias",
         &["attention.query.bias", "attention.key.bias", "attention.value.bias"],
     ),
+];
+
+const BLOCK: &[Rule] = &[
+    Under("", "", ALIKE),
+    Split("attention.query_key_value.weight", QUERY_KEY_VALUE),
     Under("attention.dense.", "attention.output.", LINEAR),
-    Under("post_attention_layernorm.", "norm2.", LINEAR),
     Under("mlp.dense_h_to_4h.", "mlp.up.", LINEAR),
     Under("mlp.dense_4h_to_h.", "mlp.down.", LINEAR),
 ];
 
-/// Keys of the authors' code, whose tables are elsewhere in SwissArmyTransformer's. The hub's uploads have `glm.` before
-/// them, some of FlagAI's `model.`.
-pub const KEYS: KeyMap = KeyMap::new(&[
+/// As PaddleNLP stores them, `[d_in, d_out]`.
+const TURNED: &[Rule] = &[Transpose("weight", "weight"), Rename("bias", "bias")];
+
+const PADDLE_BLOCK: &[Rule] = &[
+    Under("", "", ALIKE),
+    SplitTranspose("attention.query_key_value.weight", QUERY_KEY_VALUE),
+    Under("attention.dense.", "attention.output.", TURNED),
+    Under("mlp.dense_h_to_4h.", "mlp.up.", TURNED),
+    Under("mlp.dense_4h_to_h.", "mlp.down.", TURNED),
+];
+
+const TABLES: &[Rule] = &[
     Rename("word_embeddings.weight", "tokens.weight"),
     Rename("transformer.word_embeddings.weight", "tokens.weight"),
     Rename("transformer.position_embeddings.weight", "positions.weight"),
     Rename("transformer.block_position_embeddings.weight", "block_positions.weight"),
     Rename("mixins.block_position_embedding.block_position_embeddings.weight", "block_positions.weight"),
-    Under("transformer.layers.{}.", "blocks.{}.", BLOCK),
     Under("transformer.final_layernorm.", "norm.", LINEAR),
-])
-.with_prefixes(&["glm.", "model."]);
+];
+
+/// Keys of the authors' code, whose tables are elsewhere in SwissArmyTransformer's. The hub's uploads have `glm.` before
+/// them, some of FlagAI's `model.`.
+pub const KEYS: KeyMap =
+    KeyMap::new(&[Under("", "", TABLES), Under("transformer.layers.{}.", "blocks.{}.", BLOCK)])
+        .with_prefixes(&["glm.", "model."]);
+
+/// The same keys in PaddleNLP's files, where weights are stored the other way round.
+pub const PADDLE_KEYS: KeyMap =
+    KeyMap::new(&[Under("", "", TABLES), Under("transformer.layers.{}.", "blocks.{}.", PADDLE_BLOCK)])
+        .with_prefixes(&["glm."]);
+
+/// The key map of a checkpoint: which side of a fused projection is the longer one tells.
+pub fn keys(checkpoint: &dyn Checkpoint) -> &'static KeyMap {
+    let is_turned = |entry: &Entry| {
+        let fused = entry.name.ends_with("attention.query_key_value.weight");
+        fused && matches!(entry.shape[..], [d_in, d_out] if d_out > d_in)
+    };
+    if checkpoint.entries().iter().any(is_turned) { &PADDLE_KEYS } else { &KEYS }
+}
 
 /// The weights of a folder, ranks merged.
 ///
@@ -429,7 +461,8 @@ pub(crate) fn is_glm(config: &Config) -> bool {
 
 pub(crate) fn describe_folder(folder: &Folder) -> Result<Description, Error> {
     let config = GlmConfig::of(folder)?;
-    describe_with(checkpoint(folder, &config)?.as_ref(), &config.init(&Device::flex()), &KEYS)
+    let checkpoint = checkpoint(folder, &config)?;
+    describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), keys(checkpoint.as_ref()))
 }
 
 pub(crate) fn generator(
@@ -459,7 +492,8 @@ impl Runner {
     pub(crate) fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
         let config = GlmConfig::of(folder)?;
         let checkpoint = checkpoint(folder, &config)?;
-        let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
+        let keys = keys(checkpoint.as_ref());
+        let model = load(config.init(device), checkpoint.as_ref(), keys, options)?;
         let commands = commands(folder, config.vocab_size)?;
         Ok(Self { model, config, commands })
     }
@@ -711,10 +745,12 @@ mod tests {
 
     #[test]
     fn every_parameter_has_a_key_and_every_key_leads_back_to_it() {
-        for parameter in parameters(&TINY.init(&Device::flex())) {
-            let found = KEYS.keys(&parameter.path).unwrap();
-            assert_eq!(found.len(), 1, "{}", parameter.path);
-            assert!(KEYS.paths(&found[0]).unwrap().contains(&parameter.path));
+        for keys in [KEYS, PADDLE_KEYS] {
+            for parameter in parameters(&TINY.init(&Device::flex())) {
+                let found = keys.keys(&parameter.path).unwrap();
+                assert_eq!(found.len(), 1, "{}", parameter.path);
+                assert!(keys.paths(&found[0]).unwrap().contains(&parameter.path));
+            }
         }
         let of = |key| KEYS.paths(key).unwrap();
         assert_eq!(of("transformer.word_embeddings.weight"), ["tokens.weight"]);
@@ -722,6 +758,32 @@ mod tests {
             of("mixins.block_position_embedding.block_position_embeddings.weight"),
             ["block_positions.weight"]
         );
+    }
+
+    /// As `convert.py` of PaddleNLP makes them: `glm.` before every key, and weights but tables turned.
+    #[test]
+    fn paddles_files_are_read_as_the_authors_are() {
+        const PREFIXED: KeyMap = KeyMap::new(&[Under("glm.", "", PADDLE_KEYS.rules)]);
+        let model = trained().model;
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(fixture().join("config.json"), folder.path().join("config.json")).unwrap();
+        let file = folder.path().join("model.safetensors");
+        save(&model, &PREFIXED, None, &file, None).unwrap();
+        let stored = read_tensors(&file).unwrap();
+        let shape =
+            |key: &str| stored[&format!("glm.transformer.layers.0.{key}")].shape().as_slice().to_vec();
+        assert_eq!(shape("attention.query_key_value.weight"), [32, 96]);
+        assert_eq!(shape("mlp.dense_h_to_4h.weight"), [32, 128]);
+        let folder = Folder::Disk(folder.path().to_owned());
+        let read = Runner::load(&folder, &LoadOptions::default(), &Device::flex()).unwrap().model;
+        let tensors = |model: &Glm| {
+            let block = &model.blocks[1];
+            let linears =
+                [&block.attention.query, &block.attention.value, &block.attention.output, &block.mlp.up];
+            linears.map(|linear| linear.weight.val().into_data())
+        };
+        assert_eq!(tensors(&read), tensors(&model));
+        assert!((SYSTEM.describe)(&folder).unwrap().problems.is_empty());
     }
 
     /// The hub's file with `glm.` before its keys, and the authors' tensor-parallel ranks, which FlagAI's configurations
