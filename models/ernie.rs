@@ -3,7 +3,7 @@
 //!
 //! The numbers match `transformers` (`ErnieModel`) and PaddleNLP (`ErnieModel`, `ErnieForMaskedLM`); which of the two
 //! a folder is for, the names of its weights tell. PaddleNLP adds 1e-12 to variances whatever the configuration says,
-//! and gives padding the zero vector; transformers does neither. The large ERNIE 3.0 is another model, see `ernie3.rs`.
+//! and gives padding the zero vector; transformers does neither. The large ERNIE 3.0 is another model, see [`crate::ernie3`].
 //!
 //! ```sh
 //! volary forward path/to/ernie-3.0-base-zh --input in.safetensors --output out.safetensors

@@ -11,6 +11,7 @@ pub mod decoder;
 pub mod cpm2;
 pub mod device;
 pub mod ernie;
+pub mod ernie3;
 mod error;
 pub mod export;
 pub mod folder;

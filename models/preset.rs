@@ -31,6 +31,8 @@ pub enum Shape {
     Plato(crate::plato::PlatoConfig),
     /// [`crate::plug`]
     Plug(crate::plug::PlugConfig),
+    /// [`crate::ernie3`]
+    Ernie3(crate::ernie3::Ernie3Config),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
     /// [`crate::llama`]
@@ -92,6 +94,7 @@ impl Shape {
             Shape::Ernie(config) => parameters(&config.init(&device)),
             Shape::Plato(config) => parameters(&config.init(&device)),
             Shape::Plug(config) => parameters(&config.init(&device)),
+            Shape::Ernie3(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),

@@ -12,7 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, bert, clip, consert, cpm, cpm2, ernie, glm, glm130b, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
+use crate::{alm, bert, clip, consert, cpm, cpm2, ernie, ernie3, glm, glm130b, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -76,6 +76,7 @@ pub const SYSTEMS: &[System] = &[
     alm::SYSTEM,
     glm130b::SYSTEM,
     ernie::SYSTEM,
+    ernie3::SYSTEM,
     plato::SYSTEM,
     plug::SYSTEM,
     gpt2::SYSTEM,
