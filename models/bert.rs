@@ -256,7 +256,8 @@ impl BertConfig {
         };
         Ok(Self {
             pooler: has("pooler.dense.weight"),
-            head: HEADS.iter().any(|key| has(key)) && config.flag_or("tie_word_embeddings", true)?,
+            head: HEADS.iter().any(|keys| keys.iter().all(|key| has(key)))
+                && config.flag_or("tie_word_embeddings", true)?,
             ..parsed
         })
     }
@@ -361,8 +362,11 @@ const ROBERTA_HEAD: &[Rule] = &[
     Ignore("decoder.bias"),
 ];
 
-/// A key of each of the masked-LM heads.
-const HEADS: &[&str] = &["cls.predictions.transform.dense.weight", "lm_head.dense.weight"];
+/// By which keys each of the masked-LM heads is known; what is left of one is ignored.
+const HEADS: &[[&str; 2]] = &[
+    ["cls.predictions.transform.dense.weight", "cls.predictions.bias"],
+    ["lm_head.dense.weight", "lm_head.bias"],
+];
 
 const PREFIXES: &[&str] = &["bert.", "roberta."];
 
@@ -394,7 +398,7 @@ pub const SYSTEM: System = System {
     about: "bidirectional text encoders: BERT, RoBERTa, XLM-RoBERTa",
     file: "models/bert.rs",
     tasks: &["embed", "forward"],
-    proved: &["bert", "bert_legacy_bin", "roberta", "xlm_roberta"],
+    proved: &["bert", "bert_legacy_bin", "roberta", "xlm_roberta", "bert_mlm", "roberta_mlm"],
     presets: PRESETS,
     recognises: |_, config| {
         let Some(config) = config else { return false };
@@ -661,6 +665,22 @@ mod tests {
             assert_eq!(outputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), expected);
         }
         std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_head_is_there_if_the_weights_have_all_of_it() {
+        let source = fixture("bert_mlm");
+        let mut tensors = volary_weights::read_tensors(&source.path().join("model.safetensors")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(source.path().join("config.json"), folder.path().join("config.json")).unwrap();
+        let tokens = [("input_ids", ids([1, 2], &[8, 4]))];
+        for expected in [vec!["last_hidden_state", "logits"], vec!["last_hidden_state"]] {
+            let all: Vec<_> = tensors.clone().into_iter().collect();
+            volary_weights::save_tensors(&folder.path().join("model.safetensors"), &all).unwrap();
+            let outputs = run(&Folder::Disk(folder.path().into()), &tokens, &LoadOptions::default()).unwrap();
+            assert_eq!(outputs.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), expected);
+            tensors.remove("cls.predictions.bias");
+        }
     }
 
     #[test]

@@ -139,10 +139,12 @@ impl ErnieConfig {
             checkpoint.entries().iter().any(|entry| is(&entry.name))
         };
         let (layout, head) = match has("embeddings.layer_norm.weight") {
-            true => (Layout::Paddle, "cls.predictions.transform.weight"),
-            false => (Layout::Transformers, "cls.predictions.transform.dense.weight"),
+            true => (Layout::Paddle, ["cls.predictions.transform.weight", "cls.predictions.decoder_bias"]),
+            false => {
+                (Layout::Transformers, ["cls.predictions.transform.dense.weight", "cls.predictions.bias"])
+            }
         };
-        let head = has(head) && config.flag_or("tie_word_embeddings", true)?;
+        let head = head.iter().all(|key| has(key)) && config.flag_or("tie_word_embeddings", true)?;
         let parsed = Self::parse(&config, layout)?;
         let bert = BertConfig { pooler: has("pooler.dense.weight"), head, ..parsed.bert };
         Ok((Self { bert, ..parsed }, layout))
@@ -258,7 +260,7 @@ pub const SYSTEM: System = System {
     about: "bidirectional text encoders that are told the task: ERNIE 2.0, the released sizes of ERNIE 3.0",
     file: "models/ernie.rs",
     tasks: &["forward"],
-    proved: &["ernie", "ernie3_small"],
+    proved: &["ernie", "ernie3_small", "ernie_mlm"],
     presets: PRESETS,
     recognises: |_, config| {
         config.and_then(|config| config.text("model_type")).is_some_and(|family| FAMILIES.contains(&family))

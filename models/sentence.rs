@@ -122,11 +122,10 @@ impl Steps {
         };
         if folder.has("modules.json") {
             let (mut transformer, mut poolings, mut normalise) = (None, Vec::new(), false);
-            let mut after = 0;
-            for module in folder.config_list("modules.json")? {
+            for (place, module) in folder.config_list("modules.json")?.into_iter().enumerate() {
                 let path = module.text("path").unwrap_or_default();
                 let kind = module.text("type").unwrap_or_default();
-                match (after, kind.rsplit('.').next().unwrap_or_default()) {
+                match (place, kind.rsplit('.').next().unwrap_or_default()) {
                     (0, "Transformer") => transformer = Some(path.to_owned()),
                     (1, "Pooling") => poolings = pooling(path)?,
                     (2, "Normalize") => normalise = true,
@@ -136,7 +135,6 @@ impl Steps {
                             .into());
                     }
                 }
-                after += 1;
             }
             let transformer = transformer.unwrap_or_default();
             let poolings = if poolings.is_empty() { vec![Pooling::Mean] } else { poolings };
