@@ -12,7 +12,7 @@
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::Embedding;
-use volary_weights::{KeyMap, Rule};
+use volary_weights::{Checkpoint, KeyMap, Rule};
 
 use Rule::{Ignore, Rename, Transpose, Under};
 
@@ -100,7 +100,17 @@ impl Ernie {
     /// # Panics
     /// If an id, a type, a task or a position is outside its table, or shapes differ.
     pub fn forward(&self, input: impl Into<ErnieInput>) -> BertOutput {
-        let ErnieInput { bert: input, tasks } = input.into();
+        let input = input.into();
+        let hidden = self.bert.encode(self.embed(&input), &input.bert.mask);
+        BertOutput { pooled: self.bert.pool(&hidden), hidden }
+    }
+
+    /// The embeddings of a batch of texts after their norm, `[batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// As [`Ernie::forward`].
+    pub fn embed(&self, input: &ErnieInput) -> Tensor<3> {
+        let ErnieInput { bert: input, tasks } = input;
         let words = self.bert.tokens.forward(input.ids.clone()); // [batch, seq, d_model]
         let words = match self.padding {
             Some(padding) => {
@@ -109,21 +119,20 @@ impl Ernie {
             }
             None => words,
         };
-        let x = self.bert.embed(words, &input);
+        let x = self.bert.embed(words, input);
         let x = match &self.tasks {
             Some(table) => {
-                let tasks = tasks.unwrap_or_else(|| input.ids.full_like(self.default_task as i64));
-                x + table.forward(tasks)
+                let tasks = tasks.clone();
+                x + table.forward(tasks.unwrap_or_else(|| input.ids.full_like(self.default_task as i64)))
             }
             None => x,
         };
-        let hidden = self.bert.encode(self.bert.norm.forward(x), &input.mask);
-        BertOutput { pooled: self.bert.pool(&hidden), hidden }
+        self.bert.norm.forward(x)
     }
 }
 
 /// The `model_type`s of this shape.
-const FAMILIES: &[&str] = &["ernie", "ernie3"];
+pub(crate) const FAMILIES: &[&str] = &["ernie", "ernie3"];
 
 impl ErnieConfig {
     /// The configuration of a folder, and whose names its weights have. Whether there are a pooler and a masked-LM
@@ -132,8 +141,14 @@ impl ErnieConfig {
     /// # Errors
     /// If the configuration is missing, malformed, or asks for what is not built, or there are no weights.
     pub fn of(folder: &Folder) -> Result<(Self, Layout), Error> {
-        let config = folder.config("config.json")?;
-        let checkpoint = folder.checkpoint()?;
+        Ok(Self::fitted(&folder.config("config.json")?, folder.checkpoint()?.as_ref())?)
+    }
+
+    /// As [`ErnieConfig::of`], of what a folder holds.
+    ///
+    /// # Errors
+    /// As [`ErnieConfig::parse`].
+    pub fn fitted(config: &Config, checkpoint: &dyn Checkpoint) -> Result<(Self, Layout), ConfigError> {
         let has = |key: &str| {
             let is = |name: &str| name.strip_prefix(PREFIX).unwrap_or(name) == key;
             checkpoint.entries().iter().any(|entry| is(&entry.name))
@@ -145,7 +160,7 @@ impl ErnieConfig {
             }
         };
         let head = head.iter().all(|key| has(key)) && config.flag_or("tie_word_embeddings", true)?;
-        let parsed = Self::parse(&config, layout)?;
+        let parsed = Self::parse(config, layout)?;
         let bert = BertConfig { pooler: has("pooler.dense.weight"), head, ..parsed.bert };
         Ok((Self { bert, ..parsed }, layout))
     }
@@ -259,7 +274,7 @@ pub const SYSTEM: System = System {
     name: "ernie",
     about: "bidirectional text encoders that are told the task: ERNIE 2.0, the released sizes of ERNIE 3.0",
     file: "models/ernie.rs",
-    tasks: &["forward"],
+    tasks: &["embed", "forward"],
     proved: &["ernie", "ernie3_small", "ernie_mlm"],
     presets: PRESETS,
     recognises: |_, config| {

@@ -1,4 +1,4 @@
-//! Sentences as vectors: BERT and its descendants with a pooling on top, in the folders of sentence-transformers
+//! Sentences as vectors: BERT and its descendants, and ERNIE, with a pooling on top, in the folders of sentence-transformers
 //! (Reimers & Gurevych 2019, <https://arxiv.org/abs/1908.10084>).
 //!
 //! `modules.json` lists the steps: a transformer, in the folder itself or a part of it (`0_Transformer`), a pooling
@@ -17,6 +17,7 @@ use volary_weights::{Checkpoint, LoadOptions, load};
 
 use crate::bert::{Bert, BertConfig, BertInput, Numbering};
 use crate::config::Config;
+use crate::ernie::{self, Ernie, ErnieConfig, ErnieInput};
 use crate::error::Error;
 use crate::folder::Folder;
 
@@ -171,13 +172,19 @@ impl Steps {
 
 /// A text encoder with its tokenizer, for whole sentences.
 pub struct SentenceEncoder {
-    model: Bert,
+    model: Trunk,
     steps: Steps,
     tokenizer: Tokenizer,
     width: usize,
     longest: usize,
     lowercase: bool,
     device: Device,
+}
+
+/// What makes states of tokens.
+enum Trunk {
+    Bert(Bert),
+    Ernie(Ernie),
 }
 
 /// So many texts are encoded at once.
@@ -191,7 +198,17 @@ impl SentenceEncoder {
     pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
         let steps = Steps::of(folder)?;
         let (part, config, checkpoint) = steps.transformer(folder)?;
-        let config = BertConfig { head: false, ..BertConfig::fitted(&config, checkpoint.as_ref())? };
+        let is_ernie = config.text("model_type").is_some_and(|family| ernie::FAMILIES.contains(&family));
+        let (config, model) = if is_ernie {
+            let (config, layout) = ErnieConfig::fitted(&config, checkpoint.as_ref())?;
+            let config = ErnieConfig { bert: BertConfig { head: false, ..config.bert }, ..config };
+            let model = load(config.init(device), checkpoint.as_ref(), layout.keys(&config), options)?;
+            (config.bert, Trunk::Ernie(model))
+        } else {
+            let config = BertConfig { head: false, ..BertConfig::fitted(&config, checkpoint.as_ref())? };
+            let model = load(config.init(device), checkpoint.as_ref(), config.keys(), options)?;
+            (config, Trunk::Bert(model))
+        };
         let tokenizer = part.tokenizer().or_else(|error| folder.tokenizer().map_err(|_| error))?;
         if tokenizer.vocab_size() > config.vocab_size {
             return Err(Error::Vocabulary {
@@ -211,7 +228,6 @@ impl SentenceEncoder {
             None => tokenizer.model_max_length().unwrap_or(positions),
         };
         let lowercase = settings.map_or(Ok(false), |settings| settings.flag_or("do_lower_case", false))?;
-        let model = load(config.init(device), checkpoint.as_ref(), config.keys(), options)?;
         Ok(Self {
             model,
             width: config.d_model * steps.poolings.len(),
@@ -253,10 +269,17 @@ impl SentenceEncoder {
 
     /// Vectors of tokens `[batch, seq]`, of which some are `real`: `[batch, width]`.
     pub fn encode_ids(&self, ids: Tensor<2, Int>, real: Tensor<2, Bool>) -> Tensor<2> {
-        let words = self.model.tokens.forward(ids.clone());
         let input = BertInput { mask: Mask::Padding(real.clone()), ..ids.into() };
-        let x = self.model.norm.forward(self.model.embed(words, &input));
-        let states = self.model.encode_last_two(x, &input.mask);
+        let states = match &self.model {
+            Trunk::Bert(bert) => {
+                let x = bert.embed(bert.tokens.forward(input.ids.clone()), &input);
+                bert.encode_last_two(bert.norm.forward(x), &input.mask)
+            }
+            Trunk::Ernie(ernie) => {
+                let input = ErnieInput { bert: input, tasks: None };
+                ernie.bert.encode_last_two(ernie.embed(&input), &input.bert.mask)
+            }
+        };
         let pooled = self.steps.poolings.iter().map(|pooling| pooling.forward(&states, &real)).collect();
         let vectors = Tensor::cat(pooled, 1);
         match self.steps.normalise {
@@ -381,6 +404,29 @@ mod tests {
         assert!(lengths(Some(&with)).iter().all(|length| (length - 1.0).abs() < 1e-5));
         for modules in [Some(format!("[{transformer}, {pooling}]")), None] {
             assert!(lengths(modules.as_deref()).iter().all(|length| (length - 1.0).abs() > 1e-3));
+        }
+    }
+
+    /// In either layout an ERNIE gives the mean of what its forward pass gives.
+    #[test]
+    fn an_ernie_encodes_too() {
+        let folder = folder(None);
+        let part = folder.path().join("0_Transformer");
+        let text =
+            std::fs::read_to_string(part.join("config.json")).unwrap().replace("\"bert\"", "\"ernie\"");
+        std::fs::write(part.join("config.json"), text.replacen('{', "{\"use_task_id\": true,", 1)).unwrap();
+        let config = Folder::Disk(part.clone()).config("config.json").unwrap();
+        for layout in [ernie::Layout::Transformers, ernie::Layout::Paddle] {
+            let config = ErnieConfig::parse(&config, layout).unwrap();
+            let model = config.init(&Device::flex());
+            let file = part.join("model.safetensors");
+            volary_weights::save(&model, layout.keys(&config), None, &file, None).unwrap();
+            let disk = Folder::Disk(folder.path().into());
+            let encoder = SentenceEncoder::load(&disk, &LoadOptions::default(), &Device::flex()).unwrap();
+            let ids = Tensor::<2, Int>::from_data([[5, 6, 7]], &Device::flex());
+            let found = encoder.encode_ids(ids.clone(), ids.clone().greater_elem(0)).into_data();
+            let expected: Tensor<2> = model.forward(ids).hidden.mean_dim(1).squeeze_dim(1);
+            found.assert_approx_eq::<f32>(&expected.into_data(), Tolerance::default());
         }
     }
 
