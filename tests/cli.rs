@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use serde_json::Value;
-use volary_weights::read_tensors;
+use volary::bert::BertConfig;
+use volary::folder::Folder;
+use volary_weights::{read_tensors, save};
 
-use crate::support::fixture;
+use crate::support::{copy_folder, fixture};
 
 /// The program, without a network and with an empty cache.
 fn volary() -> Command {
@@ -162,6 +164,39 @@ fn embeddings_are_unit_vectors() {
             assert!((length - 1.0).abs() < 1e-4, "{name}: {length}");
         }
     }
+}
+
+/// A text encoder turns texts into vectors, and says that it cannot look at pictures.
+#[test]
+fn texts_are_embedded_by_a_text_encoder() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_folder(&fixture("tok_bert"), folder.path());
+    let disk = Folder::Disk(folder.path().into());
+    let vocab_size = disk.tokenizer().unwrap().vocab_size();
+    let config = format!(
+        r#"{{"model_type": "bert", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": {vocab_size}, "max_position_embeddings": 12}}"#
+    );
+    fs::write(folder.path().join("config.json"), config).unwrap();
+    let config = BertConfig::parse(&disk.config("config.json").unwrap()).unwrap();
+    let weights = folder.path().join("model.safetensors");
+    save(&config.init(&burn::tensor::Device::flex()), config.keys(), None, &weights, None).unwrap();
+
+    let embed = |inputs: &[&std::ffi::OsStr]| {
+        let mut command = volary();
+        command.arg("embed").args(inputs).args(["--json", "--model"]).arg(folder.path());
+        command
+    };
+    let told = stdout(&mut embed(&["一只猫".as_ref(), "a cat".as_ref()]));
+    let answers: Value = serde_json::from_str(&told).unwrap();
+    for (answer, text) in answers.as_array().unwrap().iter().zip(["一只猫", "a cat"]) {
+        assert_eq!((&answer["input"], &answer["kind"]), (&text.into(), &"text".into()));
+        assert_eq!(answer["embedding"].as_array().unwrap().len(), 8);
+    }
+    let output = embed(&[example("cat.png").as_os_str()]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("a text encoder cannot look at pictures"), "{said}");
 }
 
 #[test]
