@@ -1,6 +1,7 @@
 //! Volary: a multimodal model zoo on Burn.
 
 pub mod alm;
+pub mod aquila;
 pub mod bert;
 pub mod causal;
 pub mod clip;

@@ -1,9 +1,9 @@
 //! LLaMA: a causal text decoder (Touvron et al. 2023, <https://arxiv.org/abs/2302.13971>), Llama 2 and 3
 //! (<https://arxiv.org/abs/2307.09288>, <https://arxiv.org/abs/2407.21783>), and what others trained in its
-//! shape: TinyLlama, and Aquila of BAAI.
+//! shape: TinyLlama, and Aquila of BAAI ([`crate::aquila`]).
 //!
-//! The numbers match `transformers` (`LlamaForCausalLM`, `LlamaModel`), which reads Meta's uploads named `-hf`,
-//! those from Llama 3 on, and BAAI's Aquila.
+//! The numbers match `transformers` (`LlamaForCausalLM`, `LlamaModel`), which reads Meta's uploads named `-hf` and those
+//! from Llama 3 on. Meta's own files (`params.json`, `consolidated.00.pth`) are read too: [`original`].
 //!
 //! ```sh
 //! volary forward path/to/TinyLlama-1.1B-Chat-v1.0 --input in.safetensors --output out.safetensors
@@ -18,7 +18,7 @@ use volary_kernels::ops::{
     self, Activation, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
 };
 use volary_text::generate::{LeftPadded, Session, column, indices, matrix};
-use volary_weights::{KeyMap, LoadOptions, Rule};
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
 
 use Rule::{Ignore, Rename, Under};
 
@@ -28,8 +28,10 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::generator::{Generator, check_prompts};
 use crate::preset::{Preset, Shape, Weights};
-use crate::registry::{Forward, System, describe, fill};
+use crate::registry::{Forward, System, describe_with};
 use crate::tensors::{Inputs, Outputs, output};
+
+pub mod original;
 
 /// Shape of a decoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,6 +64,8 @@ pub struct LlamaConfig {
     pub rope_theta: f64,
     /// How they are slowed for longer sequences.
     pub rope_scaling: RopeScaling,
+    /// Which channels of a head turn together.
+    pub pairing: Pairing,
     /// What makes scores of states.
     pub head: Head,
 }
@@ -170,7 +174,7 @@ impl LlamaConfig {
                 d_rot: d_head,
                 positions: self.n_positions,
                 theta: self.rope_theta,
-                pairing: Pairing::Half,
+                pairing: self.pairing,
                 scaling: self.rope_scaling,
             },
         }
@@ -313,14 +317,6 @@ impl Session for LlamaSession<'_> {
 const FAMILIES: &[&str] = &["llama", "aquila"];
 
 impl LlamaConfig {
-    /// The configuration of a folder.
-    ///
-    /// # Errors
-    /// If it is missing, malformed, or asks for what is not built.
-    pub fn of(folder: &Folder) -> Result<Self, Error> {
-        Ok(Self::parse(&folder.config("config.json")?)?)
-    }
-
     /// `config.json` of `transformers`; what it leaves out has the values of `LlamaConfig`. Ids of special tokens
     /// are not read: they change no number, and some uploads' lie outside the vocabulary.
     ///
@@ -366,6 +362,7 @@ impl LlamaConfig {
             rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)?,
             rope_theta,
             rope_scaling,
+            pairing: Pairing::Half,
             head,
         })
     }
@@ -447,24 +444,37 @@ impl LlamaConfig {
     }
 }
 
+/// The configuration of a folder, its weights, and their names.
+fn read(folder: &Folder) -> Result<(LlamaConfig, Box<dyn Checkpoint>, &'static KeyMap), Error> {
+    let name = if folder.has("config.json") { "config.json" } else { "params.json" };
+    let config = folder.config(name)?;
+    if original::is(&config) {
+        let checkpoint = original::checkpoint(folder)?;
+        let config = original::parse(&config, original::rows(checkpoint.as_ref()))?;
+        return Ok((config, checkpoint, &original::KEYS));
+    }
+    let config = LlamaConfig::parse(&config)?;
+    let keys = config.keys();
+    Ok((config, folder.checkpoint()?, keys))
+}
+
 /// LLaMA as the registry knows it.
 pub const SYSTEM: System = System {
     name: "llama",
-    about: "causal text decoders: LLaMA, Llama 2 and 3, TinyLlama, Aquila",
+    about: "causal text decoders: LLaMA, Llama 2 and 3, TinyLlama",
     file: "models/llama.rs",
     tasks: &["generate", "forward"],
-    proved: &["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"],
+    proved: &["llama", "llama_bf16", "llama_rope3", "llama_sharded"],
     presets: PRESETS,
     recognises: |_, config| {
-        // FlagAI's own files of Aquila name their sizes otherwise
         config.is_some_and(|config| match config.text("model_type") {
-            Some("aquila") => config.has("hidden_size"),
-            family => family == Some("llama"),
+            Some(family) => family == "llama",
+            None => original::is(config),
         })
     },
     describe: |folder| {
-        let config = LlamaConfig::of(folder)?;
-        describe(folder, &config.init(&Device::flex()), config.keys())
+        let (config, checkpoint, keys) = read(folder)?;
+        describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), keys)
     },
     open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
     generator: Some(|folder, options, device| {
@@ -484,8 +494,8 @@ struct Runner {
 
 impl Runner {
     fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
-        let config = LlamaConfig::of(folder)?;
-        let model = fill(folder, config.init(device), config.keys(), options)?;
+        let (config, checkpoint, keys) = read(folder)?;
+        let model = load(config.init(device), checkpoint.as_ref(), keys, options)?;
         Ok(Self { model, config })
     }
 }
@@ -560,6 +570,7 @@ const LLAMA_2_7B: LlamaConfig = LlamaConfig {
     rms_norm_eps: 1e-5,
     rope_theta: 10000.0,
     rope_scaling: RopeScaling::Unscaled,
+    pairing: Pairing::Half,
     head: Head::Own,
 };
 const LLAMA_2_13B: LlamaConfig =
@@ -603,29 +614,49 @@ const TINY_LLAMA: LlamaConfig = LlamaConfig {
     ..LLAMA_2_7B
 };
 
-const AQUILA_CHAT: LlamaConfig = LlamaConfig { vocab_size: 100_008, n_positions: 2048, ..LLAMA_2_7B };
-const AQUILA: LlamaConfig = LlamaConfig { rms_norm_eps: 1e-6, ..AQUILA_CHAT };
+/// Touvron et al. 2023, "LLaMA", table 2: 7B.
+pub(crate) const LLAMA_7B: LlamaConfig = LlamaConfig { n_positions: 2048, rms_norm_eps: 1e-6, ..LLAMA_2_7B };
+const LLAMA_13B: LlamaConfig =
+    LlamaConfig { d_model: 5120, d_ff: 13824, n_layers: 40, n_heads: 40, n_kv_heads: 40, ..LLAMA_7B };
+pub(crate) const LLAMA_33B: LlamaConfig =
+    LlamaConfig { d_model: 6656, d_ff: 17920, n_layers: 60, n_heads: 52, n_kv_heads: 52, ..LLAMA_7B };
+const LLAMA_65B: LlamaConfig = LlamaConfig {
+    d_model: 8192,
+    d_ff: 22016,
+    n_layers: 80,
+    n_heads: 64,
+    n_kv_heads: 64,
+    rms_norm_eps: 1e-5,
+    ..LLAMA_7B
+};
 
 const fn preset(name: &'static str, license: &'static str, config: LlamaConfig, parameters: usize) -> Preset {
     let source = "transformers, LlamaForCausalLM";
     Preset { name, shape: Shape::Llama(config), weights: Weights::Hub, license, parameters, source }
 }
 
+/// Of the first LLaMA, which Meta gave to those who applied.
+const fn first(name: &'static str, config: LlamaConfig, parameters: usize) -> Preset {
+    let license = "LLaMA license (non-commercial)";
+    Preset { weights: Weights::Application, ..preset(name, license, config, parameters) }
+}
+
 const LLAMA_2: &str = "Llama 2 Community License";
 const LLAMA_3: &str = "Meta Llama 3 Community License";
 const LLAMA_3_2: &str = "Llama 3.2 Community License";
-const AQUILA_LICENSE: &str = "BAAI Aquila Model Licence Agreement";
 
 /// Published sizes.
 pub const PRESETS: &[Preset] = &[
+    first("LLaMA-7B", LLAMA_7B, 6_738_415_616),
+    first("LLaMA-13B", LLAMA_13B, 13_015_864_320),
+    first("LLaMA-33B", LLAMA_33B, 32_528_943_616),
+    first("LLaMA-65B", LLAMA_65B, 65_285_660_672),
     preset("meta-llama/Llama-2-7b-hf", LLAMA_2, LLAMA_2_7B, 6_738_415_616),
     preset("meta-llama/Llama-2-13b-hf", LLAMA_2, LLAMA_2_13B, 13_015_864_320),
     preset("meta-llama/Llama-2-70b-hf", LLAMA_2, LLAMA_2_70B, 68_976_648_192),
     preset("meta-llama/Meta-Llama-3-8B", LLAMA_3, LLAMA_3_8B, 8_030_261_248),
     preset("meta-llama/Llama-3.2-1B", LLAMA_3_2, LLAMA_3_2_1B, 1_235_814_400),
     preset("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "Apache-2.0", TINY_LLAMA, 1_100_048_384),
-    preset("BAAI/Aquila-7B", AQUILA_LICENSE, AQUILA, 7_295_537_152),
-    preset("BAAI/AquilaChat-7B", AQUILA_LICENSE, AQUILA_CHAT, 7_295_537_152),
 ];
 
 #[cfg(test)]
@@ -716,9 +747,8 @@ mod tests {
     fn greedy_tokens_are_those_of_the_whole_forward_pass() {
         for name in ["llama", "llama_bf16", "llama_rope3", "llama_sharded", "aquila_hf"] {
             let folder = fixture(name);
-            let config = LlamaConfig::of(&folder).unwrap();
-            let untrained = config.init(&Device::flex());
-            let model = fill(&folder, untrained, config.keys(), &LoadOptions::default()).unwrap();
+            let Runner { model, .. } =
+                Runner::load(&folder, &LoadOptions::default(), &Device::flex()).unwrap();
             let prompts = [vec![7, 28, 66, 5], vec![23], vec![64, 44, 66]];
             let together = greedy(&mut model.session(&prompts, 6), 6);
             for (prompt, together) in prompts.iter().zip(together) {
@@ -779,9 +809,7 @@ mod tests {
     fn beams_are_those_of_transformers() {
         use Patience::{Certain, Estimate, First};
         let folder = fixture("llama");
-        let config = LlamaConfig::of(&folder).unwrap();
-        let untrained = config.init(&Device::flex());
-        let model = fill(&folder, untrained, config.keys(), &LoadOptions::default()).unwrap();
+        let Runner { model, .. } = Runner::load(&folder, &LoadOptions::default(), &Device::flex()).unwrap();
         type Case<'a> = (&'a [u32], f64, &'a [Patience], [(&'a [u32], f64); 3]);
         let cases: &[Case] = &[
             (

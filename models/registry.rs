@@ -12,10 +12,7 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{
-    alm, bert, clip, consert, cpm, cpm2, ernie, ernie3, glm, glm130b, gpt2, llama, pangu, plato, plug, t5,
-    vit, yuan,
-};
+use crate::{alm, aquila, bert, clip, consert, cpm, cpm2, ernie, ernie3, glm, glm130b, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
 
 /// What the zoo says of one system.
 pub struct System {
@@ -75,6 +72,7 @@ pub const SYSTEMS: &[System] = &[
     bert::SYSTEM,
     vit::SYSTEM,
     llama::SYSTEM,
+    aquila::SYSTEM,
     glm::SYSTEM,
     alm::SYSTEM,
     glm130b::SYSTEM,
@@ -91,7 +89,7 @@ pub const SYSTEMS: &[System] = &[
 ];
 
 /// The configuration files that are looked for, in this order.
-pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json"];
+pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json", "params.json"];
 
 impl System {
     /// The system of a folder.

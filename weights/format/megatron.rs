@@ -1,5 +1,5 @@
 //! The files of tensor-parallel ranks, merged: `mp_rank_00_model_states.pt` as DeepSpeed writes them,
-//! `mp_rank_00/model_optim_rng.pt` as Megatron-LM does.
+//! `mp_rank_00/model_optim_rng.pt` as Megatron-LM does, `consolidated.00.pth` as Meta does for LLaMA.
 //!
 //! Each rank holds a part of every wide tensor. Which part is not in the files; a [`MegatronLayout`] says it as data,
 //! one line for each kind of tensor. Names, shapes and dtypes are compared when the ranks are opened; values are read
@@ -550,8 +550,9 @@ fn ranks_in(folder: &Path) -> Result<Files, Error> {
     let wrong = |problem| Error::Ranks { path: folder.to_owned(), problems: vec![problem] };
     let mut files = Files::new();
     for name in file_names(folder)? {
-        let Some(rest) = name.strip_prefix("mp_rank_") else { continue };
-        let (number, path) = match rest.strip_suffix("_model_states.pt") {
+        let of_meta = name.strip_prefix("consolidated.").and_then(|rest| rest.strip_suffix(".pth"));
+        let Some(rest) = of_meta.or(name.strip_prefix("mp_rank_")) else { continue };
+        let (number, path) = match of_meta.or(rest.strip_suffix("_model_states.pt")) {
             Some(number) => (number, folder.join(&name)),
             None => {
                 let inside = ["model_optim_rng.pt", "model_rng.pt"];

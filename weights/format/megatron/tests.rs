@@ -275,6 +275,14 @@ fn ranks_are_found_where_training_programs_put_them() {
     fs::write(newest.join("mp_rank_00_001/model_optim_rng.pt"), part()).unwrap();
     fs::write(folder.path().join("latest"), "iter_0000100").unwrap();
     assert_eq!(problems(open()), ["mp_rank_00_001 is a pipeline-parallel rank, which is not merged"]);
+
+    // Meta, in the folder itself
+    for rank in ["consolidated.00.pth", "consolidated.01.pth"] {
+        fs::write(folder.path().join(rank), part()).unwrap();
+    }
+    assert_eq!(open().unwrap().path(), folder.path());
+    fs::rename(folder.path().join("consolidated.00.pth"), folder.path().join("consolidated.02.pth")).unwrap();
+    assert_eq!(problems(open()), ["rank 0 of 3 is missing"]);
 }
 
 #[test]
