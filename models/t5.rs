@@ -511,10 +511,9 @@ impl T5Config {
         };
         let or = |t5: usize, mt5: usize| if is_mt5 { mt5 } else { t5 };
         config.only("is_decoder", &["false"])?;
-        if is_mt5 {
-            config.only("tie_word_embeddings", &["false"])?; // what true means differs between releases
-        }
-        let is_tied = config.flag_or("tie_word_embeddings", !is_mt5)?;
+        // transformers 5 says `tie_word_embeddings` of all that it saves, heads of their own or not
+        let is_tied = config.flag_or("tie_word_embeddings", true)?;
+        let is_tied = !is_mt5 && config.flag_or("scale_decoder_outputs", is_tied)?;
         let head = match config.first_of("architectures") {
             Some(class) if HEADLESS.contains(&class) => Head::Absent,
             _ if is_tied => Head::Tied,
@@ -1122,6 +1121,19 @@ mod tests {
             (r#""feed_forward_proj": "gated-silu""#, MlpForm::Gated, Activation::Silu, Head::Tied),
             (r#""feed_forward_proj": "gelu""#, MlpForm::Plain, Activation::Gelu, Head::Tied),
             (r#""model_type": "mt5""#, MlpForm::Gated, Activation::GeluTanh, Head::Own),
+            // as transformers 5 saves them
+            (
+                r#""model_type": "mt5", "tie_word_embeddings": true"#,
+                MlpForm::Gated,
+                Activation::GeluTanh,
+                Head::Own,
+            ),
+            (
+                r#""tie_word_embeddings": true, "scale_decoder_outputs": false"#,
+                MlpForm::Plain,
+                Activation::Relu,
+                Head::Own,
+            ),
             (r#""architectures": ["T5Model"]"#, MlpForm::Plain, Activation::Relu, Head::Absent),
         ] {
             let config = config(fields).unwrap();
@@ -1139,7 +1151,6 @@ mod tests {
         for (fields, named) in [
             (r#""model_type": "umt5""#, "`model_type`: expected t5, mt5"),
             (r#""is_decoder": true"#, "`is_decoder`"),
-            (r#""model_type": "mt5", "tie_word_embeddings": true"#, "`tie_word_embeddings`"),
             (r#""feed_forward_proj": "gated-mish""#, "`feed_forward_proj`: expected one of gelu"),
             (r#""feed_forward_proj": 3"#, "`feed_forward_proj`"),
             (
