@@ -1,6 +1,8 @@
 use std::path::PathBuf;
 
+use volary_text::chat::ChatError;
 use volary_text::generate::GenerateError;
+use volary_text::infill::BlanksError;
 use volary_text::tokenizer::TokenizerError;
 use volary_vision::image::ImageError;
 use volary_vision::preprocess::PreprocessError;
@@ -81,6 +83,18 @@ pub enum Error {
     /// A text that cannot be written.
     #[error(transparent)]
     Generate(#[from] GenerateError),
+    /// A text whose blanks cannot be read.
+    #[error(transparent)]
+    Blanks(#[from] BlanksError),
+    /// A chat template is wrong, or refuses a conversation.
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    /// A model without a chat template.
+    #[error("{}: no chat template here, so the model was not made for conversations; `generate` continues a text", folder.display())]
+    NoTemplate {
+        /// The checkpoint folder.
+        folder: PathBuf,
+    },
     /// The preprocessor and the model disagree.
     #[error("{}: the preprocessor makes pictures of {found} pixels, the model sees {expected}", folder.display())]
     PictureSize {

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Device;
 use volary_text::generate::{Piece, Settings, Spelling, Window, Written, log_likelihoods, windows, write};
+use volary_text::infill::{self, Blanks, Commands, Likelihood};
 use volary_text::tokenizer::Tokenizer;
 use volary_weights::LoadOptions;
 
@@ -40,15 +41,16 @@ pub struct Writer {
     pub generator: Box<dyn Generator>,
     /// What the folder says of writing.
     pub config: GenerationConfig,
+    system: &'static str,
 }
 
-/// How likely a text is.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Likelihood {
-    /// How many tokens were scored: all but the first.
-    pub tokens: usize,
-    /// The sum of their log-probabilities.
-    pub log_likelihood: f64,
+/// A text whose blanks are filled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Filled {
+    /// All of it.
+    pub text: String,
+    /// What fills each blank.
+    pub spans: Vec<Written>,
 }
 
 impl Writer {
@@ -62,16 +64,65 @@ impl Writer {
         // the tokenizer first: it takes no time to say that there is none
         let tokenizer = folder.tokenizer()?;
         let generator = open(folder, options, device)?;
-        let config = GenerationConfig::of(folder, generator.vocab_size())?;
-        Ok(Self { tokenizer, generator, config })
+        let mut config = GenerationConfig::of(folder, generator.vocab_size())?;
+        if let Some(infill) = generator.infill() {
+            config.stop_tokens.get_or_insert_default().extend(infill.commands().ends());
+        }
+        Ok(Self { tokenizer, generator, config, system: system.name })
     }
 
-    /// The tokens of a prompt, with those that the tokenizer puts around a text.
+    /// The tokens of a prompt, with those that the tokenizer puts around a text; blanks where the model fills them.
     ///
     /// # Errors
-    /// If the text cannot be tokenized.
+    /// If the text cannot be tokenized, or has a blank that the model does not know.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        Ok(self.tokenizer.encode(text)?.ids)
+        match self.generator.infill() {
+            Some(infill) => self.encode_blanks(text, infill.commands()),
+            None => Ok(self.tokenizer.encode(text)?.ids),
+        }
+    }
+
+    /// As [`Writer::encode`], of a text that holds the special tokens around it already, as chat templates make them.
+    ///
+    /// # Errors
+    /// As [`Writer::encode`].
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, Error> {
+        match self.generator.infill() {
+            Some(infill) => self.encode_blanks(text, infill.commands()),
+            None => Ok(self.tokenizer.encode_without_special(text)?.ids),
+        }
+    }
+
+    fn encode_blanks(&self, text: &str, commands: &Commands) -> Result<Vec<u32>, Error> {
+        Ok(Blanks::of_text(text, &self.tokenizer, commands)?.context().to_vec())
+    }
+
+    /// Fills the blanks of a text, `[MASK]`, `[sMASK]` and `[gMASK]`, in order, each with those before it in sight. Without
+    /// a `max_new` all of the room is shared among them.
+    ///
+    /// # Errors
+    /// If the model does not fill blanks or not one of these, or as [`Writer::write`].
+    pub fn fill(&self, text: &str, settings: &Settings, max_new: Option<usize>) -> Result<Filled, Error> {
+        let unable = Error::Task { system: self.system, task: "fill blanks" };
+        let infill = self.generator.infill().ok_or(unable)?;
+        let mut blanks = Blanks::of_text(text, &self.tokenizer, infill.commands())?;
+        let is_blank = |&&token: &&u32| infill.commands().blank(token).is_some();
+        let count = blanks.context().iter().filter(is_blank).count();
+        let room = self.room(&[blanks.context().to_vec()]).map(|room| room.saturating_sub(count) / count);
+        let free = room.map_or(settings.max_new, |room| settings.max_new.min(room.max(1)));
+        let settings = &Settings { max_new: max_new.unwrap_or(free), ..settings.clone() };
+        settings.check()?;
+        let mut spans = Vec::new();
+        infill::fill(&mut blanks, |blanks| -> Result<Vec<u32>, Error> {
+            let mut session = infill.session(std::slice::from_ref(blanks), settings.max_new)?;
+            let before = [blanks.written().0];
+            let watch = &mut |_: Piece| ControlFlow::Continue(());
+            let written = write(session.as_mut(), &before, settings, &|| self.spelling(), watch)?.concat();
+            let tokens = written.first().map(|written| written.tokens.clone()).unwrap_or_default();
+            spans.extend(written.into_iter().next());
+            Ok(tokens)
+        })?;
+        Ok(Filled { text: self.tokenizer.decode(&blanks.written().0, true), spans })
     }
 
     /// How many tokens may follow the longest of the prompts, if there is a limit.
@@ -92,11 +143,14 @@ impl Writer {
     ) -> Result<Vec<Vec<Written>>, Error> {
         settings.check()?;
         let mut session = self.generator.session(prompts, settings.max_new)?;
-        let spell = || Box::new(self.tokenizer.decode_stream(true)) as Box<dyn Spelling>;
-        Ok(write(session.as_mut(), prompts, settings, &spell, watch)?)
+        Ok(write(session.as_mut(), prompts, settings, &|| self.spelling(), watch)?)
     }
 
-    /// How likely a text is, in windows of the model's context, each `stride` tokens after the last: see [`windows`].
+    fn spelling(&self) -> Box<dyn Spelling + '_> {
+        Box::new(self.tokenizer.decode_stream(true))
+    }
+
+    /// How likely all tokens of a text but the first are, in windows of the model's context, each `stride` tokens after the last: see [`windows`].
     /// `done` is told after each window how many tokens were scored.
     ///
     /// # Errors
@@ -116,13 +170,13 @@ impl Writer {
             let problem = format!("the stride is {stride}, expected 1 to {}", context - 1);
             return Err(Error::Prompt { problems: vec![problem] });
         }
-        let mut found = Likelihood { tokens: 0, log_likelihood: 0.0 };
+        let mut found = Likelihood { sum: 0.0, tokens: 0 };
         for Window { before, scored } in windows(tokens.len(), context, stride.min(context - 1)) {
             let text = tokens[scored].to_vec();
             let mut session = self.generator.session(&[tokens[before].to_vec()], text.len())?;
             let scores = log_likelihoods(session.as_mut(), &[text])?;
             found.tokens += scores[0].len();
-            found.log_likelihood += scores[0].iter().sum::<f64>();
+            found.sum += scores[0].iter().sum::<f64>();
             done(found.tokens);
         }
         Ok(found)

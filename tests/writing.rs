@@ -16,49 +16,62 @@ fn volary() -> Command {
     command
 }
 
-/// Special tokens, a space, the bytes of characters that have no token, and characters: as many as the model has.
+/// Characters, and bytes of some that have no token.
+fn characters() -> impl Iterator<Item = String> {
+    let bytes = [0xc3u8, 0xa9, 0xe4, 0xb8, 0xad].map(|byte| format!("<0x{byte:02X}>"));
+    let characters = ('a'..='z').chain('A'..='Z').chain('0'..='9').chain(".,!?'-:;()#\n<>_+*/=[]".chars());
+    ["▁".to_owned()].into_iter().chain(bytes).chain(characters.map(String::from))
+}
+
+/// Special tokens and characters, as many as the model has.
 fn vocabulary() -> Vec<String> {
-    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>", "▁"].map(str::to_owned).to_vec();
-    tokens.extend([0xc3u8, 0xa9, 0xe4, 0xb8, 0xad].map(|byte| format!("<0x{byte:02X}>")));
-    let characters = ('a'..='z').chain('A'..='Z').chain('0'..='9').chain(".,!?'-:;()#\n<>_+*/=".chars());
-    tokens.extend(characters.map(String::from));
-    tokens.truncate(90);
+    let special = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter();
+    let tokens: Vec<String> = special.chain(characters()).take(90).collect();
     assert_eq!(tokens.len(), 90);
     tokens
 }
 
-/// The model of a fixture with a tokenizer like Llama's.
-fn model() -> TempDir {
+/// The model of a fixture with a tokenizer like Llama's, whose first special token is the unknown one; `first` stands
+/// before every text.
+fn folder(name: &str, tokens: &[String], special: &[usize], first: Option<usize>) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
-    copy_folder(&fixture("llama"), folder.path());
-    let vocab: Value = vocabulary().into_iter().enumerate().map(|(id, token)| (token, json!(id))).collect();
-    let special = |id: usize, token: &str| {
-        json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+    copy_folder(&fixture(name), folder.path());
+    let vocab: Value = tokens.iter().enumerate().map(|(id, token)| (token.clone(), json!(id))).collect();
+    let added = |id: &usize| {
+        json!({"id": id, "content": tokens[*id], "single_word": false, "lstrip": false, "rstrip": false,
             "normalized": false, "special": true})
     };
-    let first = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
     let text = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let post_processor = first.map(|first| {
+        let token = &tokens[first];
+        let begin = json!({"SpecialToken": {"id": token, "type_id": 0}});
+        json!({
+            "type": "TemplateProcessing",
+            "single": [begin, text("A")],
+            "pair": [begin, text("A"), text("B")],
+            "special_tokens": {token: {"id": token, "ids": [first], "tokens": [token]}}
+        })
+    });
     let tokenizer = json!({
         "version": "1.0",
-        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "added_tokens": special.iter().map(added).collect::<Vec<_>>(),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": null,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [first, text("A")],
-            "pair": [first, text("A"), text("B")],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
-        },
+        "post_processor": post_processor,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"},
             {"type": "Fuse"}
         ]},
-        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": true, "vocab": vocab, "merges": []}
+        "model": {"type": "BPE", "unk_token": tokens[special[0]], "byte_fallback": true, "vocab": vocab, "merges": []}
     });
     write(folder.path(), "tokenizer.json", &tokenizer.to_string());
-    write(folder.path(), "tokenizer_config.json", r#"{"tokenizer_class": "LlamaTokenizer"}"#);
+    write(folder.path(), "tokenizer_config.json", r#"{"tokenizer_class": "PreTrainedTokenizerFast"}"#);
     folder
+}
+
+fn model() -> TempDir {
+    folder("llama", &vocabulary(), &[0, 1, 2], Some(1))
 }
 
 fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
@@ -186,8 +199,7 @@ fn the_folder_says_how_it_writes_unless_a_flag_does() {
     assert_eq!(tokens(&["Hello", "--max-new", "7", "--min-new", "7"]).as_array().unwrap().len(), 7);
     let output = generate(&model, &["Hello", "--verbose", "--top-p", "0.9"]).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    let line =
-        "from flags: sample, top_p, count; from the folder: max_new, sample, temperature, stop_tokens\n";
+    let line = "from flags: sample, top_p, count; from the folder: max_new, min_new, sample, temperature, stop_tokens\n";
     assert!(said.ends_with(line), "{said}");
 
     write(model.path(), "generation_config.json", r#"{"top_p": 7}"#);
@@ -300,4 +312,154 @@ fn the_perplexity_of_a_file() {
     let mut nothing = volary();
     nothing.arg("perplexity").arg(&empty).arg("--model").arg(model.path());
     assert_eq!(failure(&mut nothing), (1, "error: the text has fewer than two tokens\n".into()));
+}
+
+/// A template for the model: the roles' first letters before what they say.
+const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}\
+    {% if add_generation_prompt %}a:{% endif %}";
+
+fn set_template(model: &TempDir, template: &str) {
+    let config =
+        json!({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "chat_template": template});
+    write(model.path(), "tokenizer_config.json", &config.to_string());
+}
+
+fn chat(model: &TempDir, arguments: &[&str], lines: &str) -> Command {
+    let mut command = volary();
+    command.arg("chat").arg("--model").arg(model.path()).args(["--max-new", "5"]).args(arguments);
+    command.write_stdin(lines.to_owned());
+    command
+}
+
+/// Answers of a conversation, one a line.
+fn conversation(model: &TempDir, arguments: &[&str], lines: &str) -> Vec<Value> {
+    let said = told(chat(model, arguments, lines).arg("--json"));
+    said.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// What `generate` makes of the text that a template is to give.
+fn continued(model: &TempDir, text: &str) -> Value {
+    answers(&mut generate(model, &[text, "--max-new", "5"])).remove(0)["tokens"].clone()
+}
+
+#[test]
+fn a_conversation_is_the_text_of_its_template() {
+    let model = model();
+    set_template(&model, TEMPLATE);
+    let found = conversation(&model, &["--system", "Be.", "--temperature", "0"], "Hi\n\nAnd?\n");
+    let [first, second] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(first["tokens"], continued(&model, "s: Be.\nu: Hi\na:"));
+    let answer = first["text"].as_str().unwrap().trim();
+    assert_eq!(second["tokens"], continued(&model, &format!("s: Be.\nu: Hi\na: {answer}\nu: And?\na:")));
+    assert_eq!((second["prompt"].as_str(), second["forgotten"].as_u64()), (Some("And?"), Some(0)));
+
+    let shown = told(&mut chat(&model, &["--system", "Be.", "--temperature", "0"], "Hi\nAnd?"));
+    assert_eq!(shown, format!("{}\n{}\n", first["text"].as_str().unwrap(), second["text"].as_str().unwrap()));
+}
+
+#[test]
+fn commands_forget_and_keep_in_mind() {
+    let model = model();
+    set_template(&model, TEMPLATE);
+    let lines = "/system Be.\nHi\n/reset\nHi\n/bogus\n/system\n/reset\nHi\n/exit\nHi\n";
+    let output = chat(&model, &["--json", "--temperature", "0"], lines).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "/bogus is no command; there are /reset, /system TEXT and /exit\n");
+    let said = String::from_utf8(output.stdout).unwrap();
+    let found: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let [first, again, without] = &found[..] else { panic!("{found:?}") };
+    assert_eq!(first["tokens"], again["tokens"]);
+    assert_eq!(without["tokens"], continued(&model, "u: Hi\na:"));
+}
+
+/// 64 tokens of context: of three turns the first falls away, the system's sentence stays.
+#[test]
+fn the_oldest_turns_fall_away() {
+    let model = model();
+    set_template(&model, TEMPLATE);
+    let lines = "aaaaaaaaaaaaa\nbbbbbbbbbbbbb\nccccccccccccc\n"; // 25 tokens each with its answer, at most
+    let output = chat(&model, &["--json", "--system", "Be.", "--temperature", "0"], lines).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "(2 of the oldest turns no longer fit and are forgotten)\n");
+    let said = String::from_utf8(output.stdout).unwrap();
+    let found: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(found.iter().map(|turn| turn["forgotten"].as_u64().unwrap()).eq([0, 0, 2]));
+    let answer = found[1]["text"].as_str().unwrap().trim();
+    let text = format!("s: Be.\nu: bbbbbbbbbbbbb\na: {answer}\nu: ccccccccccccc\na:");
+    assert_eq!(found[2]["tokens"], continued(&model, &text));
+}
+
+#[test]
+fn what_is_wrong_with_a_conversation_is_told_in_a_line() {
+    let model = model();
+    let failed = |arguments: &[&str], lines: &str| {
+        let (code, said) = failure(&mut chat(&model, arguments, lines));
+        assert_eq!((code, said.lines().count()), (1, 1), "{said}");
+        said
+    };
+    assert!(failed(&[], "Hi\n").contains("no chat template here"));
+    set_template(
+        &model,
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}x",
+    );
+    let said = failed(&["--system", "Be."], "Hi\n");
+    assert_eq!(said, "error: the chat template refuses this conversation: no system here\n");
+    set_template(&model, "{% for %}");
+    assert!(failed(&[], "Hi\n").contains("chat template, line 1"));
+    set_template(&model, TEMPLATE);
+    assert!(failed(&[], &"x".repeat(70)).contains("prompt 0 has 77 tokens: with 5 more they do not fit"));
+
+    let mut bytes = volary();
+    bytes.arg("chat").arg("--model").arg(model.path()).write_stdin(&b"\nab\xffc\n"[..]);
+    assert_eq!(failure(&mut bytes), (1, "error: standard input: line 2 is not UTF-8 at byte 2\n".into()));
+    let (code, _) = failure(&mut chat(&model, &["--top-p", "2"], ""));
+    assert_eq!(code, 2);
+}
+
+/// GLM's tokens, those of the fixture's configuration among them.
+fn glm() -> TempDir {
+    let special = [
+        "<|endoftext|>",
+        "[SEP]",
+        "[CLS]",
+        "[MASK]",
+        "[UNK]",
+        "<|startofpiece|>",
+        "<|endofpiece|>",
+        "[sMASK]",
+        "[gMASK]",
+    ];
+    let special = special.map(str::to_owned).into_iter();
+    let mut tokens: Vec<String> = characters().collect();
+    let rest = tokens.split_off(80);
+    let filler = (0..).map(|at| format!("{{{at}}}"));
+    let tokens: Vec<String> = tokens.into_iter().chain(special).chain(rest).chain(filler).take(96).collect();
+    folder("glm", &tokens, &[84, 80, 81, 82, 83, 85, 86, 87, 88], None)
+}
+
+/// Each blank is filled with those before it in sight; the whole text is given, and the parts.
+#[test]
+fn blanks_are_filled() {
+    let model = glm();
+    let fill = |text: &str| -> Value {
+        let mut command = volary();
+        command.args(["fill", text, "--max-new", "4", "--json", "--model"]).arg(model.path());
+        serde_json::from_str(&told(&mut command)).unwrap()
+    };
+    let found = &fill("ab [MASK] c [sMASK].")[0];
+    let blanks = found["blanks"].as_array().unwrap();
+    let text = |at: usize| blanks[at]["text"].as_str().unwrap();
+    assert_eq!(blanks.len(), 2);
+    assert_eq!(found["filled"], format!("ab{} c{}.", text(0), text(1)));
+    assert_eq!(fill("ab [MASK] c.")[0]["blanks"].as_array().unwrap().len(), 1);
+    // a text without a blank gets one at its end
+    let continued = &fill("ab")[0];
+    assert_eq!(continued["filled"], format!("ab{}", continued["blanks"][0]["text"].as_str().unwrap()));
+    let generated = answers(&mut generate(&model, &["ab", "--max-new", "4"])).remove(0);
+    assert_eq!(generated["tokens"], continued["blanks"][0]["tokens"]);
+
+    let plain = self::model();
+    let mut command = volary();
+    command.args(["fill", "a [MASK]", "--model"]).arg(plain.path());
+    assert_eq!(failure(&mut command), (1, "error: llama cannot fill blanks\n".into()));
 }

@@ -1,6 +1,5 @@
 //! `volary generate`
 
-use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -8,9 +7,9 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use volary_text::generate::{Method, Rank, Settings, Written, rank};
+use volary_text::generate::{Rank, Written, rank};
 
-use super::writing::{WriterModel, Writing, read_text, told};
+use super::writing::{Live, WriterModel, Writing, read_text, told};
 use super::{Shared, Usage, say, say_json};
 
 /// Arguments of `generate`.
@@ -73,28 +72,16 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let settings = writing.settings(flags, &writer, writer.room(&prompts));
 
     // One text that grows at its end is shown as it is written.
-    let live = !shared.json && prompts.len() == 1 && settings.count == 1 && !is_search(&settings);
-    let mut out = io::stdout().lock();
-    let mut failed = None;
+    let live = !shared.json && prompts.len() == 1 && settings.grows();
+    let mut out = live.then(Live::new);
     let begin = Instant::now();
-    let mut written = writer.write(&prompts, &settings, &mut |piece| {
-        if !live || piece.text.is_empty() {
-            return ControlFlow::Continue(());
-        }
-        match out.write_all(piece.text.as_bytes()).and_then(|()| out.flush()) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                failed = Some(error);
-                ControlFlow::Break(())
-            }
-        }
+    let mut written = writer.write(&prompts, &settings, &mut |piece| match &mut out {
+        Some(out) if !piece.text.is_empty() => out.show(piece.text),
+        _ => ControlFlow::Continue(()),
     })?;
     let seconds = begin.elapsed().as_secs_f64();
-    drop(out);
-    if let Some(error) = failed {
-        return Err(error.into());
-    }
-    if live {
+    if let Some(out) = out {
+        out.finish()?;
         return say("");
     }
 
@@ -158,10 +145,6 @@ impl<'a> Text<'a> {
         let Written { tokens, text, stop, log_likelihood } = written;
         Self { text, tokens, stop: told(stop), log_likelihood: *log_likelihood }
     }
-}
-
-fn is_search(settings: &Settings) -> bool {
-    matches!(settings.method, Method::Beams(_))
 }
 
 /// Texts one after the other, numbered where there are several.

@@ -1,11 +1,13 @@
 //! One file per command; here are the flags that all of them share.
 
+mod chat;
 mod classify;
 mod convert;
 mod doctor;
 mod embed;
 mod eval;
 mod fetch;
+mod fill;
 mod forward;
 mod generate;
 mod info;
@@ -89,6 +91,10 @@ enum Command {
     Search(search::Arguments),
     /// Continue a text.
     Generate(Box<generate::Arguments>),
+    /// Talk with a model.
+    Chat(Box<chat::Arguments>),
+    /// Fill the blanks of a text: [MASK], and for GLM [sMASK] and [gMASK].
+    Fill(Box<fill::Arguments>),
     /// Measure how well a model foretells a text.
     Perplexity(perplexity::Arguments),
     /// Run a checkpoint folder on given tensors: to compare with another implementation.
@@ -126,6 +132,8 @@ pub fn run() -> ExitCode {
         Command::Embed(arguments) => embed::run(arguments, &shared),
         Command::Search(arguments) => search::run(arguments, &shared),
         Command::Generate(arguments) => generate::run(*arguments, &shared),
+        Command::Chat(arguments) => chat::run(*arguments, &shared),
+        Command::Fill(arguments) => fill::run(*arguments, &shared),
         Command::Perplexity(arguments) => perplexity::run(arguments, &shared),
         Command::Forward(arguments) => forward::run(arguments, &shared),
         Command::Preprocess(arguments) => preprocess::run(arguments, &shared),

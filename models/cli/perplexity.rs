@@ -46,13 +46,13 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     );
     let found = writer.likelihood(&tokens, stride, &mut |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
-    let nats_per_token = -found.log_likelihood / found.tokens as f64;
+    let nats_per_token = -found.mean();
     let report = Report {
         tokens: found.tokens,
         bytes: text.len(),
         nats_per_token,
         perplexity: nats_per_token.exp(),
-        bits_per_byte: -found.log_likelihood / std::f64::consts::LN_2 / text.len() as f64,
+        bits_per_byte: -found.sum / std::f64::consts::LN_2 / text.len() as f64,
     };
     if shared.json {
         return say_json(&report);

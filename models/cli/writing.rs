@@ -1,10 +1,12 @@
 //! What the commands that write text share: the model, and how it writes.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use volary::folder::Folder;
 use volary::generation_config::GenerationConfig;
 use volary::writer::Writer;
 use volary_text::generate::{Patience, Settings, Stop};
@@ -37,11 +39,20 @@ impl WriterModel {
         })
     }
 
+    /// Its folder.
+    pub fn folder(&self, shared: &Shared) -> Result<Folder> {
+        Ok(shared.folder(self.name()?)?)
+    }
+
     /// Loads it.
     pub fn load(&self, shared: &Shared) -> Result<Writer> {
-        let folder = shared.folder(self.name()?)?;
-        Ok(Writer::load(&folder, &shared.load_options(), &shared.device()?)?)
+        load(&self.folder(shared)?, shared)
     }
+}
+
+/// Loads the model of a folder.
+pub fn load(folder: &Folder, shared: &Shared) -> Result<Writer> {
+    Ok(Writer::load(folder, &shared.load_options(), &shared.device()?)?)
 }
 
 /// How text is written. What is not given is as the folder's generation_config.json has it.
@@ -49,7 +60,7 @@ impl WriterModel {
 pub struct Writing {
     /// The most tokens to write; 128 unless the folder says otherwise, or as many as fit.
     #[arg(long, value_name = "N")]
-    max_new: Option<usize>,
+    pub max_new: Option<usize>,
     /// No end before so many tokens.
     #[arg(long, value_name = "N")]
     min_new: Option<usize>,
@@ -151,6 +162,38 @@ impl Writing {
             eprintln!("from flags: {}; from the folder: {}", asked.join(", "), folder.join(", "));
         }
         settings
+    }
+}
+
+/// Shows a text as it grows; what fails, as a closed pipe does, ends it and waits to be asked for.
+pub struct Live {
+    out: io::StdoutLock<'static>,
+    failed: Option<io::Error>,
+}
+
+impl Live {
+    /// On standard output.
+    pub fn new() -> Self {
+        Self { out: io::stdout().lock(), failed: None }
+    }
+
+    /// Shows some more.
+    pub fn show(&mut self, text: &str) -> ControlFlow<()> {
+        match self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                self.failed = Some(error);
+                ControlFlow::Break(())
+            }
+        }
+    }
+
+    /// Whether all was shown.
+    ///
+    /// # Errors
+    /// What failed.
+    pub fn finish(self) -> Result<()> {
+        self.failed.map_or(Ok(()), |error| Err(error.into()))
     }
 }
 

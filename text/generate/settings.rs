@@ -185,6 +185,11 @@ impl Settings {
         if problems.is_empty() { Ok(()) } else { Err(GenerateError::Settings { problems }) }
     }
 
+    /// Whether a prompt has one text, which grows at its end only.
+    pub fn grows(&self) -> bool {
+        self.count == 1 && !matches!(self.method, Method::Beams(_))
+    }
+
     /// What changes the scores, in this order: that of `transformers`, which draws from them after the last.
     pub fn processors(&self) -> Vec<Processor> {
         let mut processors = Vec::new();
