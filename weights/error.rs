@@ -152,6 +152,14 @@ pub enum Error {
         /// Its dtype.
         found: String,
     },
+    /// A module that is to be filled has been filled with packed matrices before.
+    #[error(
+        "`{parameter}` is held packed, in 8 or 4 bits, and cannot be filled again: load into a fresh module"
+    )]
+    Packed {
+        /// The module path of the first of them.
+        parameter: String,
+    },
     /// Values that cannot be kept in a file to be written; all tensors that hold some.
     #[error("{}: {}", file.display(), Listing("tensor", "with values that cannot be kept", problems))]
     Values {

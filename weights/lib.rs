@@ -48,7 +48,7 @@ mod testing;
 pub use convert::{ConvertOptions, Overflow, convert};
 pub use error::{Error, Problem};
 pub use format::{Checkpoint, Dtype, Entry, open};
-pub use load::{Kind, LoadOptions, NotFinite, Parameter, check, load, parameters};
+pub use load::{Kind, LoadOptions, NotFinite, Packing, Parameter, check, load, parameters};
 pub use quantized::{Bits, Quantization, QuantizeOptions, quantize};
 pub use rule::{KeyMap, Ones, Rule};
 pub use save::{read_tensors, save, save_tensors};

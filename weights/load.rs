@@ -9,23 +9,41 @@ use std::collections::HashMap;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Bool, BoolStore, Bytes, DType, Device, FloatDType, Int, Shape, Tensor, TensorData};
 use half::{bf16, f16};
+use volary_kernels::layers::Packed;
+use volary_kernels::ops::{PackedMatrix, Quantization};
 
 use crate::cast::{Value, as_stored, find_not_finite, read_into, stored, transposed, zeros};
 use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype};
-use crate::plan::{Plan, Source, Swap};
+use crate::plan::{Part, Plan, Source, Swap};
 use crate::rule::KeyMap;
 
-/// How a module is loaded. The default reads into f32, and wants every parameter, and numbers only.
+/// How a module is loaded. The default reads into f32, keeps matrices packed that are, and wants every parameter, and
+/// numbers only.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
     /// The dtype that the float parameters get; `None` keeps each as it is stored.
     pub dtype: Option<FloatDType>,
+    /// Which matrices are held in 8 or 4 bits.
+    pub packing: Packing,
     /// Module paths (with `{}` and `{*}`, as in rules) that keep their initial values when the checkpoint lacks them,
     /// e.g. a new head.
     pub allow_missing: &'static [&'static str],
     /// What to do about NaN and infinite weights.
     pub not_finite: NotFinite,
+}
+
+/// Which matrices of linear layers and embeddings are held in 8 or 4 bits; see [`Packed`]. All else is floats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Packing {
+    /// Those that are packed in the checkpoint, unless a rule turns them around or cuts their rows apart.
+    #[default]
+    AsStored,
+    /// None: what is packed in the checkpoint is unpacked.
+    Floats,
+    /// All that [`Quantization::fits`], packed one by one as they are read. What is packed so in the checkpoint is
+    /// taken as it is; what is packed otherwise loses twice.
+    Into(Quantization),
 }
 
 /// What to do about weights that are no finite numbers.
@@ -40,7 +58,12 @@ pub enum NotFinite {
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { dtype: Some(FloatDType::F32), allow_missing: &[], not_finite: NotFinite::Refuse }
+        Self {
+            dtype: Some(FloatDType::F32),
+            packing: Packing::AsStored,
+            allow_missing: &[],
+            not_finite: NotFinite::Refuse,
+        }
     }
 }
 
@@ -53,6 +76,8 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// What its values are.
     pub kind: Kind,
+    /// Whether it is the matrix of a linear layer or an embedding, which can be held packed.
+    pub can_pack: bool,
 }
 
 /// What the values of a parameter are.
@@ -101,7 +126,8 @@ pub fn check<M: Module>(
 /// parameters keep their ids, and whether they are trained.
 ///
 /// # Errors
-/// [`Error::Mismatch`] with everything that does not fit; [`Error::Rule`] when a rule cannot be followed.
+/// [`Error::Mismatch`] with everything that does not fit; [`Error::Rule`] when a rule cannot be followed;
+/// [`Error::Packed`] for a module that holds packed matrices already.
 pub fn load<M: Module>(
     module: M,
     checkpoint: &dyn Checkpoint,
@@ -131,19 +157,37 @@ pub fn load<M: Module>(
 
 /// The way from the module's root to the parameter that is being visited.
 #[derive(Default)]
-pub(crate) struct Path(Vec<String>);
+pub(crate) struct Path {
+    names: Vec<String>,
+    /// What Burn calls the modules that have these names inside them.
+    containers: Vec<String>,
+}
 
 impl Path {
-    pub fn enter(&mut self, name: &str) {
-        self.0.push(name.to_owned());
+    pub fn enter(&mut self, name: &str, container: &str) {
+        self.names.push(name.to_owned());
+        self.containers.push(container.to_owned());
     }
 
     pub fn exit(&mut self) {
-        self.0.pop();
+        self.names.pop();
+        self.containers.pop();
     }
 
     pub fn joined(&self) -> String {
-        self.0.join(".")
+        self.names.join(".")
+    }
+
+    /// Whether a float parameter of so many dimensions is a matrix that its layer can compute with packed.
+    pub fn can_pack(&self, dimensions: usize) -> bool {
+        dimensions == 2
+            && self.containers.last().is_some_and(|container| Packed::LAYERS.contains(&container.as_str()))
+    }
+
+    /// The parameter that is held packed, when that is what is being visited.
+    pub fn packed(&self) -> Option<String> {
+        let (last, parameter) = self.names.split_last()?;
+        (last == Packed::NAME).then(|| parameter.join("."))
     }
 }
 
@@ -156,6 +200,13 @@ macro_rules! stored_shape {
     };
 }
 
+/// Whether a parameter holds its values in another layout than checkpoints do.
+fn rearranges<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    let probe: [usize; D] = std::array::from_fn(|dimension| dimension + 1);
+    let probed = Tensor::<D>::zeros(probe, &param.lazy_device());
+    param.clone().transform_for_load(probed, param.id).base().dims() != probe
+}
+
 struct Listing {
     path: Path,
     parameters: Vec<Parameter>,
@@ -163,7 +214,9 @@ struct Listing {
 
 impl Listing {
     fn push(&mut self, shape: Shape, kind: Kind) {
-        self.parameters.push(Parameter { path: self.path.joined(), shape: shape.as_slice().to_vec(), kind });
+        let shape = shape.as_slice().to_vec();
+        let can_pack = kind == Kind::Float && self.path.can_pack(shape.len());
+        self.parameters.push(Parameter { path: self.path.joined(), shape, kind, can_pack });
     }
 }
 
@@ -180,8 +233,8 @@ impl ModuleVisitor for Listing {
         self.push(stored_shape!(param), Kind::Bool);
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.enter(name);
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _: &str, _: &str) {
@@ -214,6 +267,72 @@ impl Loader<'_> {
                 None
             }
         }
+    }
+
+    /// The packed matrix for the parameter at the current path; `None` when it is to be floats, or to stay as it is.
+    fn take_packed<const D: usize>(&mut self, param: &Param<Tensor<D>>) -> Option<PackedMatrix> {
+        let [rows, cols] = param.lazy_shape().as_slice().try_into().ok()?;
+        if self.error.is_some() || !self.path.can_pack(D) || rearranges(param) {
+            return None;
+        }
+        let path = self.path.joined();
+        let source = self.sources.get(&path)?.clone();
+        match self.pack(&source, [rows, cols]) {
+            Ok(None) => None,
+            Ok(Some(matrix)) => {
+                self.sources.remove(&path);
+                Some(matrix)
+            }
+            Err(error) => {
+                self.error = Some(error);
+                None
+            }
+        }
+    }
+
+    fn pack(&mut self, source: &Source, shape: [usize; 2]) -> Result<Option<PackedMatrix>, Error> {
+        let wanted = match self.options.packing {
+            Packing::Floats => return Ok(None),
+            Packing::AsStored => None,
+            Packing::Into(quantization) => Some(quantization),
+        };
+        if let Some(matrix) = self.packed_as_stored(source, shape)?
+            && wanted.is_none_or(|wanted| wanted == matrix.quantization())
+        {
+            return Ok(Some(matrix));
+        }
+        let Some(wanted) = wanted.filter(|wanted| wanted.fits(shape)) else { return Ok(None) };
+        let matrix = PackedMatrix::pack(wanted, shape, &self.assemble::<f32>(source)?);
+        if let Some((count, first_index)) = matrix.not_finite() {
+            let key = source.parts[0].key.clone();
+            self.not_finite.push(Problem::Overflow { key, dtype: Dtype::F16, count, first_index });
+        }
+        Ok(Some(matrix))
+    }
+
+    /// The rows of packed matrices, when whole rows of such are what the source consists of.
+    fn packed_as_stored(
+        &self,
+        source: &Source,
+        [_, cols]: [usize; 2],
+    ) -> Result<Option<PackedMatrix>, Error> {
+        let mut matrices = Vec::new();
+        for Part { key, elements, .. } in &source.parts {
+            let is_whole = |at: usize| cols > 0 && at.is_multiple_of(cols);
+            if source.transpose.is_some() || !is_whole(elements.start) || !is_whole(elements.end) {
+                return Ok(None);
+            }
+            let Some(matrix) = self.checkpoint.packed(key)? else { return Ok(None) };
+            self.checkpoint.release(key);
+            let [rows, width] = matrix.shape();
+            // scales that are no numbers: as floats their places are told
+            if width != cols || matrix.not_finite().is_some() {
+                return Ok(None);
+            }
+            let wanted = elements.start / cols..elements.end / cols;
+            matrices.push(if wanted == (0..rows) { matrix } else { matrix.rows(wanted) });
+        }
+        Ok(PackedMatrix::stack(matrices))
     }
 
     fn read(
@@ -340,6 +459,9 @@ impl Loader<'_> {
 
 impl ModuleMapper for Loader<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if let Some(matrix) = self.take_packed(&param) {
+            return Packed::hold(param, matrix, self.options.dtype.unwrap_or(FloatDType::F32).into());
+        }
         let device = param.lazy_device();
         let Some(data) = self.take(stored_shape!(param), Kind::Float, &device) else { return param };
         let dtype = match self.options.dtype {
@@ -367,8 +489,11 @@ impl ModuleMapper for Loader<'_> {
         param.transform_for_load(tensor, id)
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.enter(name);
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+        if let Some(parameter) = self.path.packed() {
+            self.error.get_or_insert(Error::Packed { parameter });
+        }
     }
 
     fn exit_module(&mut self, _: &str, _: &str) {

@@ -36,13 +36,14 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fmt;
 use std::path::Path;
 
 use burn::tensor::{Bytes, FloatDType};
 use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+pub use volary_kernels::ops::{Bits, Quantization};
+use volary_kernels::ops::{BlockRange, PackedMatrix};
 
 use crate::cast::{read_into, values, zeros};
 use crate::convert::{ConvertOptions, Copier};
@@ -57,54 +58,18 @@ const VERSION: u64 = 1;
 const SCALES: &str = ".scales";
 const MINS: &str = ".mins";
 
-/// How many bits a value takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bits {
-    /// Symmetric about zero.
-    Eight,
-    /// From a minimum upwards.
-    Four,
-}
-
-impl Bits {
-    const ALL: [Bits; 2] = [Bits::Eight, Bits::Four];
-
-    /// The number.
-    pub const fn count(self) -> u64 {
-        match self {
-            Bits::Eight => 8,
-            Bits::Four => 4,
-        }
-    }
-
-    /// What the numbers of a matrix are called after its key.
-    const fn suffix(self) -> &'static str {
-        match self {
-            Bits::Eight => ".q8",
-            Bits::Four => ".q4",
-        }
-    }
-
-    const fn dtype(self) -> Dtype {
-        match self {
-            Bits::Eight => Dtype::I8,
-            Bits::Four => Dtype::U8,
-        }
+/// What the numbers of a matrix are called after its key.
+const fn suffix(bits: Bits) -> &'static str {
+    match bits {
+        Bits::Eight => ".q8",
+        Bits::Four => ".q4",
     }
 }
 
-/// How matrices are packed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Quantization {
-    /// Per value.
-    pub bits: Bits,
-    /// Values that share a scale: an even number from 2 to 65536.
-    pub block: usize,
-}
-
-impl fmt::Display for Quantization {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "int{} in blocks of {}", self.bits.count(), self.block)
+const fn dtype_of(bits: Bits) -> Dtype {
+    match bits {
+        Bits::Eight => Dtype::I8,
+        Bits::Four => Dtype::U8,
     }
 }
 
@@ -118,13 +83,13 @@ struct Description {
     symmetric: bool,
 }
 
-impl Quantization {
-    fn description(self) -> Description {
-        let symmetric = self.bits == Bits::Eight;
-        Description { version: VERSION, bits: self.bits.count(), block: self.block as u64, symmetric }
+impl Description {
+    fn of(Quantization { bits, block }: Quantization) -> Self {
+        let symmetric = bits == Bits::Eight;
+        Self { version: VERSION, bits: bits.count(), block: block as u64, symmetric }
     }
 
-    fn read(description: &str) -> Result<Self, QuantizedError> {
+    fn read(description: &str) -> Result<Quantization, QuantizedError> {
         #[derive(Deserialize)]
         struct Version {
             version: u64,
@@ -146,7 +111,7 @@ impl Quantization {
             }
         };
         match is_block(block) {
-            true => Ok(Self { bits, block: block as usize }),
+            true => Ok(Quantization { bits, block: block as usize }),
             false => Err(QuantizedError::Block { found: block }),
         }
     }
@@ -157,7 +122,7 @@ fn is_block(block: u64) -> bool {
 }
 
 /// A quantized file as if it were not: entries have the original keys and shapes, values are worked out when asked for,
-/// in f32.
+/// in f32. Who wants the numbers themselves gets them from [`Checkpoint::packed`].
 struct Quantized<B> {
     file: Safetensors<B>,
     quantization: Quantization,
@@ -181,7 +146,7 @@ struct Originals {
 pub(crate) fn unpacked<B: Backing + 'static>(file: Safetensors<B>) -> Result<Box<dyn Checkpoint>, Error> {
     let Some(description) = file.metadata().get(METADATA) else { return Ok(Box::new(file)) };
     let quantized = |problems| Error::Quantized { path: file.path().to_owned(), problems };
-    let quantization = Quantization::read(description).map_err(|problem| quantized(vec![problem]))?;
+    let quantization = Description::read(description).map_err(|problem| quantized(vec![problem]))?;
     let Originals { entries, packed } = originals(file.entries(), quantization).map_err(quantized)?;
     let contents = Contents::new(file.path().to_owned(), entries);
     Ok(Box::new(Quantized { file, quantization, contents, packed }))
@@ -212,13 +177,13 @@ fn originals(
         }
     };
     for entry in stored {
-        if let Some(key) = entry.name.strip_suffix(bits.suffix()) {
+        if let Some(key) = entry.name.strip_suffix(suffix(bits)) {
             if by_name.contains_key(key) {
                 problems.push(QuantizedError::Twice { key: key.to_owned() });
             }
-            if entry.dtype != bits.dtype() {
+            if entry.dtype != dtype_of(bits) {
                 let (part, found) = (entry.name.clone(), entry.dtype);
-                problems.push(QuantizedError::Dtype { part, expected: bits.dtype(), found });
+                problems.push(QuantizedError::Dtype { part, expected: dtype_of(bits), found });
             }
             let [rows, width] = entry.shape[..] else {
                 let (part, found) = (entry.name.clone(), entry.shape.clone());
@@ -235,7 +200,7 @@ fn originals(
             entries.push(Entry { name: key.to_owned(), shape: vec![rows, cols], dtype: Dtype::F32 });
             packed.insert(key.to_owned(), [rows, cols]);
         } else if let Some(key) = [SCALES, MINS].iter().find_map(|suffix| entry.name.strip_suffix(suffix)) {
-            let wanted = format!("{key}{}", bits.suffix());
+            let wanted = format!("{key}{}", suffix(bits));
             let has_part = bits == Bits::Four || entry.name.ends_with(SCALES);
             if !by_name.contains_key(wanted.as_str()) || !has_part {
                 problems.push(QuantizedError::Orphan { part: entry.name.clone(), wanted });
@@ -257,32 +222,33 @@ impl<B: Backing> Checkpoint for Quantized<B> {
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
+        let Some(matrix) = self.packed(name)? else { return self.file.bytes(name) };
+        let [rows, cols] = matrix.shape();
+        let mut out = vec![0; rows * cols * size_of::<f32>()];
+        if !out.is_empty() {
+            out.par_chunks_mut(cols * size_of::<f32>()).enumerate().for_each_init(
+                || vec![0.0; cols],
+                |values, (row, out)| {
+                    matrix.unpack_row(row, values);
+                    out.copy_from_slice(bytemuck::cast_slice(values));
+                },
+            );
+        }
+        Ok(Cow::Owned(out))
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
         self.contents.position(name)?;
-        let Some(&[rows, cols]) = self.packed.get(name) else { return self.file.bytes(name) };
+        let Some(&shape) = self.packed.get(name) else { return Ok(None) };
         let Quantization { bits, block } = self.quantization;
-        let codes = self.file.bytes(&format!("{name}{}", bits.suffix()))?;
-        let halves = |part: &str| -> Result<Vec<f32>, Error> {
+        let codes = self.file.bytes(&format!("{name}{}", suffix(bits)))?.into_owned();
+        let halves = |part: &str| -> Result<Vec<f16>, Error> {
             Ok(values(Dtype::F16, &self.file.bytes(&format!("{name}{part}"))?))
         };
-        let scales = halves(SCALES)?;
-        let mins = if bits == Bits::Four { halves(MINS)? } else { Vec::new() };
-        let mut out = vec![0; rows * cols * size_of::<f32>()];
-        if out.is_empty() {
-            return Ok(Cow::Owned(out));
-        }
-        let blocks = cols.div_ceil(block);
-        out.par_chunks_mut(cols * size_of::<f32>()).enumerate().for_each(|(row, out)| {
-            let code = |col: usize| match bits {
-                Bits::Eight => f32::from(codes[row * cols + col] as i8),
-                Bits::Four => f32::from(codes[(row * cols + col) / 2] >> (4 * (col % 2)) & 0xf),
-            };
-            for (col, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
-                let block = row * blocks + col / block;
-                let min = mins.get(block).copied().unwrap_or(0.0);
-                *out = (code(col) * scales[block] + min).to_le_bytes();
-            }
-        });
-        Ok(Cow::Owned(out))
+        Ok(Some(match bits {
+            Bits::Eight => PackedMatrix::symmetric(self.quantization, shape, codes, halves(SCALES)?),
+            Bits::Four => PackedMatrix::from_minima(block, shape, codes, halves(SCALES)?, halves(MINS)?),
+        }))
     }
 
     fn shared(&self, name: &str) -> Option<Bytes> {
@@ -298,7 +264,7 @@ impl<B: Backing> Checkpoint for Quantized<B> {
 
     fn release(&self, name: &str) {
         self.file.release(name);
-        for suffix in [self.quantization.bits.suffix(), SCALES, MINS] {
+        for suffix in [suffix(self.quantization.bits), SCALES, MINS] {
             self.file.release(&format!("{name}{suffix}"));
         }
     }
@@ -344,14 +310,14 @@ pub fn quantize(
     progress: &dyn Fn(u64),
 ) -> Result<Vec<Loss>, Error> {
     let QuantizeOptions { quantization, keep, dtype } = options;
-    let Quantization { bits, block } = *quantization;
+    let block = quantization.block;
     if !is_block(block as u64) {
         let problems = vec![QuantizedError::Block { found: block as u64 }];
         return Err(Error::Quantized { path: path.to_owned(), problems });
     }
     let entries = checkpoint.entries();
     let reserved = |name: &str| {
-        [SCALES, MINS].into_iter().chain(Bits::ALL.map(Bits::suffix)).any(|suffix| name.ends_with(suffix))
+        [SCALES, MINS].into_iter().chain(Bits::ALL.map(suffix)).any(|suffix| name.ends_with(suffix))
     };
     let keys: Vec<String> =
         entries.iter().filter(|entry| reserved(&entry.name)).map(|entry| entry.name.clone()).collect();
@@ -381,9 +347,7 @@ pub fn quantize(
         match entry.shape[..] {
             [rows, cols]
                 if entry.dtype.is_float()
-                    && rows > 0
-                    && cols >= block
-                    && (bits == Bits::Eight || cols.is_multiple_of(2))
+                    && quantization.fits([rows, cols])
                     && !keep.iter().any(|pattern| fits(pattern, &entry.name)) =>
             {
                 tensors.extend(packer.pack(entry, [rows, cols]));
@@ -391,7 +355,7 @@ pub fn quantize(
             _ => tensors.push(copier.copy(entry)),
         }
     }
-    let description = serde_json::json!(quantization.description()).to_string();
+    let description = serde_json::json!(Description::of(*quantization)).to_string();
     let metadata = [("format".to_owned(), "pt".to_owned()), (METADATA.to_owned(), description)];
     let written = write(path, tensors, HashMap::from(metadata));
     let mut losses = packer.losses.take();
@@ -435,16 +399,16 @@ impl Packer<'_> {
     fn pack<'s>(&'s self, entry: &'s Entry, [rows, cols]: [usize; 2]) -> Vec<Pending<'s>> {
         let Quantization { bits, block } = self.quantization;
         let scales = [rows, cols.div_ceil(block)];
-        let part = |suffix: &str, choose: fn(Range) -> f16| {
+        let part = |suffix: &str, choose: fn(BlockRange) -> f16| {
             Pending::new(&format!("{}{suffix}", entry.name), Dtype::F16, &scales, move || {
-                let ranges = self.ranges(&self.values(entry)?.values, cols);
+                let ranges = self.quantization.ranges(cols, &self.values(entry)?.values);
                 Ok(Box::new(Bytes::from_elems(ranges.into_iter().map(choose).collect::<Vec<f16>>())))
             })
         };
         let width = if bits == Bits::Four { cols / 2 } else { cols };
         let codes = Pending::new(
-            &format!("{}{}", entry.name, bits.suffix()),
-            bits.dtype(),
+            &format!("{}{}", entry.name, suffix(bits)),
+            dtype_of(bits),
             &[rows, width],
             move || self.codes(entry, [rows, cols]),
         );
@@ -464,15 +428,6 @@ impl Packer<'_> {
         Ok(Read { values, not_finite })
     }
 
-    /// The range of every block.
-    fn ranges(&self, values: &[f32], cols: usize) -> Vec<Range> {
-        let Quantization { bits, block } = self.quantization;
-        values
-            .par_chunks(cols)
-            .flat_map_iter(|row| row.chunks(block).map(move |block| Range::of(block, bits)))
-            .collect()
-    }
-
     /// The whole numbers, and what they lose.
     fn codes(&self, entry: &Entry, [rows, cols]: [usize; 2]) -> Result<Written<'static>, Error> {
         let Quantization { bits, block } = self.quantization;
@@ -481,30 +436,27 @@ impl Packer<'_> {
         let key = entry.name.clone();
         if let Some((count, first_index)) = not_finite {
             self.copier.note(Problem::NotFinite { key, dtype: Dtype::F32, count, first_index });
-            return Ok(Box::new(vec![0; bits.length(values.len())]));
+            return Ok(Box::new(vec![0; bits.bytes(values.len())]));
         }
-        let ranges = self.ranges(&values, cols);
+        let ranges = self.quantization.ranges(cols, &values);
         if let Some(first) = ranges.iter().position(|range| !range.is_finite()) {
             let count = ranges.iter().filter(|range| !range.is_finite()).count();
             let blocks = cols.div_ceil(block);
             let first_index = first / blocks * cols + first % blocks * block;
             self.copier.note(Problem::Overflow { key, dtype: Dtype::F16, count, first_index });
-            return Ok(Box::new(vec![0; bits.length(values.len())]));
+            return Ok(Box::new(vec![0; bits.bytes(values.len())]));
         }
 
-        let mut codes = vec![0_u8; bits.length(values.len())];
+        let mut codes = vec![0_u8; bits.bytes(values.len())];
         let [max_error, error, max, sum] = codes
-            .par_chunks_mut(bits.length(cols))
+            .par_chunks_mut(bits.bytes(cols))
             .zip(values.par_chunks(cols))
             .zip(ranges.par_chunks(cols.div_ceil(block)))
             .map(|((codes, row), ranges)| {
                 let mut sums = [0.0_f64; 4];
                 for (col, &value) in row.iter().enumerate() {
                     let (code, read) = ranges[col / block].code(value);
-                    match bits {
-                        Bits::Eight => codes[col] = code as i8 as u8,
-                        Bits::Four => codes[col / 2] |= (code as u8) << (4 * (col % 2)),
-                    }
+                    bits.put(codes, col, code);
                     let (error, size) = (f64::from((read - value).abs()), f64::from(value.abs()));
                     sums = [sums[0].max(error), sums[1] + error, sums[2].max(size), sums[3] + size];
                 }
@@ -515,67 +467,6 @@ impl Packer<'_> {
         let (max, mean) = (over(max_error, max), over(error, sum));
         self.losses.borrow_mut().push(Loss { key, shape: [rows, cols], max, mean });
         Ok(Box::new(codes))
-    }
-}
-
-impl Bits {
-    /// The bytes that so many values take.
-    const fn length(self, values: usize) -> usize {
-        match self {
-            Bits::Eight => values,
-            Bits::Four => values / 2,
-        }
-    }
-}
-
-/// What the numbers of a block mean: `q * scale + min`.
-#[derive(Debug, Clone, Copy)]
-struct Range {
-    scale: f16,
-    min: f16,
-    bits: Bits,
-}
-
-impl Range {
-    /// The narrowest range that holds all of `values`.
-    fn of(values: &[f32], bits: Bits) -> Self {
-        match bits {
-            Bits::Eight => {
-                let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-                Self { scale: at_least(largest / 127.0), min: f16::ZERO, bits }
-            }
-            Bits::Four => {
-                let lowest = values.iter().copied().fold(f32::INFINITY, f32::min);
-                let highest = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let min = -at_least(-lowest);
-                Self { scale: at_least((highest - min.to_f32()) / 15.0), min, bits }
-            }
-        }
-    }
-
-    fn is_finite(self) -> bool {
-        self.scale.is_finite() && self.min.is_finite()
-    }
-
-    /// The number for a value, and what will be read for it.
-    fn code(self, value: f32) -> (i32, f32) {
-        let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
-        let code = if scale > 0.0 { ((value - min) / scale).round_ties_even() } else { 0.0 };
-        let code = match self.bits {
-            Bits::Eight => code.clamp(-127.0, 127.0),
-            Bits::Four => code.clamp(0.0, 15.0),
-        };
-        (code as i32, code * scale + min)
-    }
-}
-
-/// The least f16 that is not below `x`.
-fn at_least(x: f32) -> f16 {
-    let rounded = f16::from_f32(x);
-    match rounded.to_f32() < x {
-        true if rounded.is_sign_negative() => f16::from_bits(rounded.to_bits() - 1),
-        true => f16::from_bits(rounded.to_bits() + 1),
-        false => rounded,
     }
 }
 

@@ -26,7 +26,8 @@ use crate::rule::{KeyMap, Line, Rule};
 ///
 /// # Errors
 /// [`Error::Mismatch`] when the rules do not cover the module; [`Error::Uneven`] when a [`Rule::Concat`] cannot be cut
-/// into equal parts; [`Error::Rule`], [`Error::Duplicate`], [`Error::Unsaveable`], [`Error::Io`].
+/// into equal parts; [`Error::Unsaveable`] when a matrix is held packed (`Module::materialize` unpacks it);
+/// [`Error::Rule`], [`Error::Duplicate`], [`Error::Io`].
 pub fn save<M: Module>(
     module: &M,
     keys: &KeyMap,
@@ -35,8 +36,12 @@ pub fn save<M: Module>(
     metadata: Option<HashMap<String, String>>,
 ) -> Result<(), Error> {
     let lines = keys.lines()?;
-    let mut collector = Collector { path: load::Path::default(), held: Vec::new() };
+    let mut collector = Collector { path: load::Path::default(), held: Vec::new(), packed: None };
     module.visit(&mut collector);
+    if let Some(key) = collector.packed {
+        let found = "held packed in 8 or 4 bits".to_owned();
+        return Err(Error::Unsaveable { file: path.to_owned(), key, found });
+    }
     let shelf = Shelf::new(collector.held, path)?;
 
     let (mut files, mut problems) = (Vec::new(), Vec::new());
@@ -116,6 +121,8 @@ struct Held {
 struct Collector {
     path: load::Path,
     held: Vec<Held>,
+    /// The first parameter whose values are not there as floats.
+    packed: Option<String>,
 }
 
 macro_rules! hold {
@@ -123,7 +130,8 @@ macro_rules! hold {
         let tensor = $param.transform_for_save();
         let shape = tensor.lazy_shape().as_slice().to_vec();
         let dtype = tensor.val().dtype();
-        let parameter = Parameter { path: $self.path.joined(), shape, kind: $kind };
+        let can_pack = $kind == Kind::Float && $self.path.can_pack(shape.len());
+        let parameter = Parameter { path: $self.path.joined(), shape, kind: $kind, can_pack };
         $self.held.push(Held { parameter, dtype, data: Box::new(move || tensor.val().into_data()) });
     }};
 }
@@ -141,8 +149,11 @@ impl ModuleVisitor for Collector {
         hold!(self, param, Kind::Bool);
     }
 
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.enter(name);
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+        if let Some(parameter) = self.path.packed() {
+            self.packed.get_or_insert(parameter);
+        }
     }
 
     fn exit_module(&mut self, _: &str, _: &str) {
@@ -177,7 +188,7 @@ impl Shelf {
         held: &'a Held,
         dtype: Option<FloatDType>,
     ) -> Result<Result<Vec<Pending<'a>>, Problem>, Error> {
-        let Parameter { path, shape, kind } = &held.parameter;
+        let Parameter { path, shape, kind, .. } = &held.parameter;
         let float = dtype.unwrap_or_else(|| stored(held.dtype).map_or(FloatDType::F32, as_stored));
         let elements: usize = shape.iter().product();
         let one = |key: &str, shape: Vec<usize>, runs: Vec<Run<'a>>, swap: Option<(usize, usize)>| {

@@ -18,6 +18,11 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// What a parameter's path says between the parameter and this.
+    pub const NAME: &'static str = "packed";
+    /// What Burn calls the layers that compute with packed numbers when it visits their fields.
+    pub const LAYERS: [&'static str; 2] = ["Struct:Linear", "Struct:Embedding"];
+
     /// The parameter with this value, which counts as one of `dtype`.
     ///
     /// # Panics
@@ -43,7 +48,7 @@ impl Packed {
 }
 
 impl Reparameterization for Packed {
-    const NAME: &'static str = "packed";
+    const NAME: &'static str = Packed::NAME;
 
     fn apply<const D: usize>(&self, base: Tensor<D>) -> Tensor<D> {
         let [rows, _] = self.matrix.shape();

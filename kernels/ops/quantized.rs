@@ -268,6 +268,16 @@ impl PackedMatrix {
         self.shape
     }
 
+    /// How many blocks were packed from values too large for f16, and the place of the first value of the first.
+    pub fn not_finite(&self) -> Option<(usize, usize)> {
+        let mins = self.mins.iter().flatten().copied().chain(std::iter::repeat(f16::ZERO));
+        let is_finite = |(scale, min): (&f16, f16)| scale.is_finite() && min.is_finite();
+        let mut bad = self.scales.iter().zip(mins).enumerate().filter(|&(_, range)| !is_finite(range));
+        let (first, _) = bad.next()?;
+        let blocks = self.blocks();
+        Some((1 + bad.count(), first / blocks * self.shape[1] + first % blocks * self.quantization.block))
+    }
+
     /// The bytes it takes.
     pub fn bytes(&self) -> usize {
         self.codes.len() + 2 * (self.scales.len() + self.mins.as_ref().map_or(0, Vec::len))

@@ -32,6 +32,7 @@ use std::sync::Arc;
 
 use burn::tensor::{AllocationProperty, Bytes};
 use memmap2::Mmap;
+use volary_kernels::ops::PackedMatrix;
 
 use crate::error::{Error, Lookalike, nearest};
 use crate::quantized::{Bits, Quantization, unpacked};
@@ -94,6 +95,14 @@ pub trait Checkpoint: Send + Sync {
     /// of any alignment. Whoever writes to it gets a copy first; the file never changes.
     fn shared(&self, _name: &str) -> Option<Bytes> {
         None
+    }
+
+    /// A matrix as it is packed in the file, if it is; [`Checkpoint::bytes`] gives the values that it means.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::bytes`].
+    fn packed(&self, _name: &str) -> Result<Option<PackedMatrix>, Error> {
+        Ok(None)
     }
 
     /// How values are packed, if they are.

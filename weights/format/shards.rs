@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use volary_kernels::ops::PackedMatrix;
 
 use super::{Checkpoint, Contents, Entry, lookalike, map, open_file};
 use crate::error::{Error, Lookalike};
@@ -222,6 +223,11 @@ impl Checkpoint for Sharded {
 
     fn shared(&self, name: &str) -> Option<Bytes> {
         self.shards[self.homes[self.contents.find(name)?]].shared(name)
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
+        let i = self.contents.position(name)?;
+        self.shards[self.homes[i]].packed(name)
     }
 
     fn quantization(&self) -> Option<Quantization> {

@@ -481,3 +481,203 @@ fn weights_inside_the_program_are_views_as_well() {
     assert_eq!(numbers(&loaded), range(1, 7));
     assert_eq!(address(loaded) == place, place.is_multiple_of(4));
 }
+
+mod packed {
+    use volary_kernels::layers::{Embedding, Linear, LinearConfig};
+    use volary_kernels::ops::Bits;
+
+    use super::*;
+    use crate::format::Checkpoint;
+    use crate::quantized::{QuantizeOptions, quantize};
+    use crate::save::save;
+    use crate::testing::Stored;
+
+    const BLOCKS_OF_8: Quantization = Quantization { bits: Bits::Eight, block: 8 };
+    const KEYS: KeyMap = KeyMap::new(&[
+        Rule::Rename("table", "table.weight"),
+        Rule::Rename("up", "up.weight"),
+        Rule::Split("qk", &["query.weight", "key.weight"]),
+        Rule::Concat(&["left", "right"], "both.weight"),
+        Rule::Transpose("turned", "turned.weight"),
+        Rule::Rename("free", "free"),
+        Rule::Rename("bias", "up.bias"),
+    ]);
+
+    #[derive(Module, Debug)]
+    struct Layers {
+        table: Embedding,
+        up: Linear,
+        query: Linear,
+        key: Linear,
+        both: Linear,
+        turned: Linear,
+        /// Of no layer.
+        free: Param<Tensor<2>>,
+    }
+
+    fn layers() -> Layers {
+        let device = &Device::flex();
+        let linear = |rows, cols| LinearConfig::new(cols, rows).with_bias(false).init(device);
+        Layers {
+            table: Embedding::new(5, 16, 1.0, device),
+            up: LinearConfig::new(16, 3).init(device),
+            query: linear(4, 16),
+            key: linear(2, 16),
+            both: linear(4, 16),
+            turned: linear(16, 8),
+            free: Embedding::new(2, 16, 1.0, device).weight,
+        }
+    }
+
+    fn tensors() -> Vec<Stored> {
+        let noise = |key: &str, shape: &[usize]| {
+            let count: usize = shape.iter().product();
+            floats(key, shape, (0..count).map(|i| ((i * 7919 + key.len()) % 1000) as f32 / 500.0 - 1.0))
+        };
+        vec![
+            noise("table", &[5, 16]),
+            noise("up", &[3, 16]),
+            noise("qk", &[6, 16]),
+            noise("left", &[2, 16]),
+            noise("right", &[2, 16]),
+            noise("turned", &[8, 16]),
+            noise("free", &[2, 16]),
+            noise("bias", &[3]),
+        ]
+    }
+
+    fn loaded(checkpoint: &dyn Checkpoint, packing: Packing) -> Layers {
+        let options = LoadOptions { packing, ..LoadOptions::default() };
+        load(layers(), checkpoint, &KEYS, &options).unwrap()
+    }
+
+    /// The packing of each matrix that is packed.
+    fn packings(layers: &Layers) -> Vec<(&'static str, Quantization)> {
+        let all = [
+            ("table", &layers.table.weight),
+            ("up", &layers.up.weight),
+            ("query", &layers.query.weight),
+            ("key", &layers.key.weight),
+            ("both", &layers.both.weight),
+            ("turned", &layers.turned.weight),
+            ("free", &layers.free),
+        ];
+        let packed = |(name, param)| Some((name, Packed::of(param)?.quantization()));
+        all.into_iter().filter_map(packed).collect()
+    }
+
+    fn values(layers: &Layers) -> Vec<Vec<f32>> {
+        let Layers { table, up, query, key, both, turned, free } = layers;
+        let of_layers = [&up.weight, &query.weight, &key.weight, &both.weight, &turned.weight];
+        [&table.weight, free].into_iter().chain(of_layers).map(numbers).collect()
+    }
+
+    fn quantized(quantization: Quantization) -> (tempfile::TempDir, Box<dyn Checkpoint>) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let options = QuantizeOptions { quantization, keep: vec!["free".into()], dtype: None };
+        quantize(&checkpoint(&tensors()), &path, &options, &|_| {}).unwrap();
+        let checkpoint = crate::open(folder.path()).unwrap();
+        (folder, checkpoint)
+    }
+
+    #[test]
+    fn matrices_of_layers_are_packed_while_they_are_read() {
+        let floats = loaded(&checkpoint(&tensors()), Packing::AsStored);
+        assert_eq!(packings(&floats), []);
+        for bits in Bits::ALL {
+            let quantization = Quantization { bits, block: 16 };
+            let packed = loaded(&checkpoint(&tensors()), Packing::Into(quantization));
+            // eight columns are no whole block
+            let expected = ["table", "up", "query", "key", "both"].map(|name| (name, quantization));
+            assert_eq!(packings(&packed), expected);
+            assert_eq!(numbers(&packed.turned.weight), numbers(&floats.turned.weight));
+            let matrix = PackedMatrix::pack(quantization, [4, 16], &numbers(&floats.query.weight));
+            assert_eq!(Packed::of(&packed.query.weight), Some(&matrix));
+            assert_eq!(parameters(&packed), parameters(&floats));
+            assert_eq!(packed.num_params(), floats.num_params());
+        }
+        let turned = loaded(&checkpoint(&tensors()), Packing::Into(BLOCKS_OF_8)).turned;
+        let matrix = PackedMatrix::pack(BLOCKS_OF_8, [16, 8], &numbers(&floats.turned.weight));
+        assert_eq!(Packed::of(&turned.weight), Some(&matrix));
+    }
+
+    #[test]
+    fn what_is_stored_packed_stays_so_unless_floats_are_wanted() {
+        for bits in Bits::ALL {
+            let quantization = Quantization { bits, block: 8 };
+            let (_folder, checkpoint) = quantized(quantization);
+            let packed = loaded(checkpoint.as_ref(), Packing::AsStored);
+            let expected = ["table", "up", "query", "key", "both"].map(|name| (name, quantization));
+            assert_eq!(packings(&packed), expected, "a turned matrix is unpacked");
+            let floats = loaded(checkpoint.as_ref(), Packing::Floats);
+            assert_eq!(packings(&floats), []);
+            assert_eq!(values(&floats), values(&packed));
+            let again = loaded(checkpoint.as_ref(), Packing::Into(quantization));
+            assert_eq!(packings(&again).len(), 6);
+            assert_eq!(Packed::of(&again.up.weight), Packed::of(&packed.up.weight));
+        }
+        let (_folder, checkpoint) = quantized(BLOCKS_OF_8);
+        let four = Quantization { bits: Bits::Four, block: 8 };
+        assert!(
+            packings(&loaded(checkpoint.as_ref(), Packing::Into(four)))
+                .iter()
+                .all(|(_, found)| *found == four)
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_packed_is_listed() {
+        let mut tensors = tensors();
+        let replace = |tensor: &mut Stored, value: f32| {
+            let shape = tensor.shape.clone();
+            let count = shape.iter().product::<usize>();
+            *tensor =
+                floats(&tensor.key.clone(), &shape, (0..count).map(|i| if i == 20 { value } else { 1.0 }));
+        };
+        replace(&mut tensors[0], f32::NAN);
+        replace(&mut tensors[1], 1e30);
+        let options = LoadOptions { packing: Packing::Into(BLOCKS_OF_8), ..LoadOptions::default() };
+        let Err(Error::Mismatch { problems, .. }) = load(layers(), &checkpoint(&tensors), &KEYS, &options)
+        else {
+            panic!()
+        };
+        let problems: Vec<String> = problems.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            problems,
+            [
+                "`table`: 1 NaN or infinite values as F32, the first at index 20",
+                "`up`: 1 numbers too large for F16, the first at index 16",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_packed_module_is_neither_filled_again_nor_saved_as_zeros() {
+        let packed = loaded(&checkpoint(&tensors()), Packing::Into(BLOCKS_OF_8));
+        let again = load(packed.clone(), &checkpoint(&tensors()), &KEYS, &LoadOptions::default());
+        let Err(Error::Packed { parameter }) = again else { panic!("{again:?}") };
+        assert_eq!(parameter, "table.weight");
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let saved = save(&packed, &KEYS, None, &path, None);
+        let Err(Error::Unsaveable { key, .. }) = saved else { panic!("{saved:?}") };
+        assert_eq!(key, "table.weight");
+        save(&packed.clone().materialize(), &KEYS, None, &path, None).unwrap();
+        let back = loaded(crate::open(folder.path()).unwrap().as_ref(), Packing::AsStored);
+        assert_eq!(values(&back), values(&packed));
+    }
+
+    /// The product of a layer in another layout than checkpoints' is not that of its packed rows.
+    #[test]
+    fn layers_of_other_layouts_stay_floats() {
+        let keys = KeyMap::new(&[Rule::Rename("up", "weight"), Rule::Rename("bias", "bias")]);
+        let column = burn::nn::LinearConfig::new(16, 3).with_layout(LinearLayout::Col).init(&Device::flex());
+        let options = LoadOptions { packing: Packing::Into(BLOCKS_OF_8), ..LoadOptions::default() };
+        let kept: Vec<Stored> =
+            tensors().into_iter().filter(|tensor| ["up", "bias"].contains(&tensor.key.as_str())).collect();
+        let loaded = load(column, &checkpoint(&kept), &keys, &options).unwrap();
+        assert!(Packed::of(&loaded.weight).is_none());
+        assert_eq!(loaded.weight.val().dims(), [16, 3]);
+    }
+}

@@ -116,7 +116,7 @@ proptest! {
     /// Text that is no description is an error and no panic.
     #[test]
     fn any_description_is_read_or_refused(text in "\\PC{0,40}|\\{\"version\":1,\"bits\":[0-9]{1,3},\"block\":[0-9]{1,25},\"symmetric\":(true|false)\\}") {
-        let _ = Quantization::read(&text);
+        let _ = Description::read(&text);
     }
 }
 
