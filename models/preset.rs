@@ -1,7 +1,7 @@
 //! Published sizes as rows of data.
 
 use burn::tensor::Device;
-use volary_weights::{Parameter, parameters};
+use volary_weights::{Parameter, Quantization, parameters};
 
 /// A published size of a system.
 pub struct Preset {
@@ -84,11 +84,28 @@ pub fn count(parameters: &[Parameter]) -> usize {
     learned.map(|parameter| parameter.shape.iter().product::<usize>()).sum()
 }
 
+/// The bytes of all parameters, running statistics included: floats of so many bytes, but matrices of linear layers and
+/// embeddings packed if that is wanted.
+pub fn bytes(parameters: &[Parameter], float: usize, packing: Option<Quantization>) -> usize {
+    let of_one = |parameter: &Parameter| match (packing, &parameter.shape[..]) {
+        (Some(quantization), &[rows, cols]) if parameter.can_pack && quantization.fits([rows, cols]) => {
+            quantization.bytes([rows, cols])
+        }
+        (_, shape) => float * shape.iter().product::<usize>(),
+    };
+    parameters.iter().map(of_one).sum()
+}
+
 impl Shape {
     /// Counts the parameters without allocating them.
     pub fn count(&self) -> usize {
+        count(&self.parameters())
+    }
+
+    /// Lists the parameters without allocating them.
+    pub fn parameters(&self) -> Vec<Parameter> {
         let device = Device::flex();
-        count(&match self {
+        match self {
             Shape::Clip(config) => parameters(&config.init(&device)),
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Ernie(config) => parameters(&config.init(&device)),
@@ -102,6 +119,6 @@ impl Shape {
             Shape::Pangu(config) => parameters(&config.init(&device)),
             Shape::T5(config) => parameters(&config.init(&device)),
             Shape::Glm130b(config) => parameters(&config.init(&device)),
-        })
+        }
     }
 }

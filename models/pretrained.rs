@@ -184,6 +184,12 @@ impl Pretrained {
         self
     }
 
+    /// How the weights are read: what may be packed in 8 or 4 bits, what may be missing.
+    pub fn options(mut self, options: LoadOptions) -> Self {
+        self.options = options;
+        self
+    }
+
     /// Reads the folder onto `device`, after downloading what the cache lacks.
     ///
     /// # Errors

@@ -243,6 +243,21 @@ fn search_indexes_only_what_changed() {
 }
 
 #[test]
+fn a_model_is_packed_while_it_is_loaded() {
+    let probability = |dtype| {
+        let picture = example("bicycle.png");
+        let arguments = ["--labels", "bicycle,cat,house", "--json", "--dtype", dtype];
+        let told: Value =
+            serde_json::from_str(&stdout(volary().arg("classify").arg(picture).args(arguments))).unwrap();
+        assert_eq!(told[0]["labels"][0]["label"], "bicycle", "{dtype}: {told}");
+        told[0]["labels"][1]["probability"].as_f64().unwrap()
+    };
+    let [float, eight, four] = ["f32", "int8", "int4"].map(probability);
+    assert!(eight != float && (eight / float - 1.0).abs() < 0.05, "{eight} for {float}");
+    assert!(four != eight && (four / float - 1.0).abs() < 0.5, "{four} for {float}");
+}
+
+#[test]
 fn info_shows_what_a_folder_is() {
     let told = stdout(volary().arg("info").arg(fixture("clip")).arg("--json"));
     let info: Value = serde_json::from_str(&told).unwrap();
@@ -251,6 +266,12 @@ fn info_shows_what_a_folder_is() {
     let info: Value = serde_json::from_str(&told).unwrap();
     assert_eq!(info["parameters"].as_u64(), Some(109_482_240));
     assert_eq!(info["memory"]["f16"].as_u64(), Some(2 * 109_482_240));
+    let told = stdout(volary().args(["info", "BAAI/AquilaChat-7B", "--json"]));
+    let info: Value = serde_json::from_str(&told).unwrap();
+    // 65 norms stay in f32; matrices take 17 / 16 bytes a value, or 5 / 8
+    let (norms, matrices) = (65 * 4096, 2 * 100_008 * 4096 + 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008));
+    assert_eq!(info["memory"]["int8"].as_u64(), Some(matrices * 17 / 16 + 4 * norms));
+    assert_eq!(info["memory"]["int4"].as_u64(), Some(matrices * 5 / 8 + 4 * norms));
 }
 
 #[test]

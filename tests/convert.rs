@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use volary::folder::Folder;
 use volary::registry::{SYSTEMS, forward};
 use volary_weights::format::SafetensorsFile;
-use volary_weights::{Dtype, LoadOptions, open, read_tensors, save_tensors};
+use volary_weights::{Dtype, LoadOptions, Packing, Quantization, open, read_tensors, save_tensors};
 
 use crate::support::{copy_folder, fixture, json};
 
@@ -47,9 +47,14 @@ fn tensors(folder: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
 }
 
 fn outputs(folder: &Path, inputs: &Path) -> BTreeMap<String, TensorData> {
+    outputs_as(folder, inputs, Packing::AsStored)
+}
+
+fn outputs_as(folder: &Path, inputs: &Path, packing: Packing) -> BTreeMap<String, TensorData> {
     let inputs = read_tensors(&inputs.join("inputs.safetensors")).unwrap();
     let folder = Folder::Disk(folder.into());
-    forward(&folder, &inputs, &LoadOptions::default(), &Device::flex()).unwrap().into_iter().collect()
+    let options = LoadOptions { packing, ..LoadOptions::default() };
+    forward(&folder, &inputs, &options, &Device::flex()).unwrap().into_iter().collect()
 }
 
 fn names(folder: &Path) -> Vec<String> {
@@ -386,11 +391,16 @@ fn a_pipeline_comes_through_part_by_part() {
 fn sizes_that_are_none_are_wrong_use() {
     let scratch = tempfile::tempdir().unwrap();
     let source = fixture("bert");
-    for arguments in [&["--max-shard-size", "big"][..], &["--max-shard-size", "0"], &["--to", "gguf"]] {
+    for arguments in [
+        &["--max-shard-size", "big"][..],
+        &["--max-shard-size", "0"],
+        &["--to", "gguf"],
+        &["--dtype", "int8"],
+    ] {
         let output = volary("convert", &source, &scratch.path().join("out"), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     }
-    for arguments in [&["--bits", "3"][..], &["--block", "31"]] {
+    for arguments in [&["--bits", "3"][..], &["--block", "31"], &["--dtype", "int4"]] {
         let output = volary("quantize", &source, &scratch.path().join("out"), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
     }
@@ -416,7 +426,16 @@ fn every_fixture_runs_quantized() {
             let worst = found.map(|(output, data)| cosine(&data, &reference[&output])).fold(1.0, f64::min);
             println!("{name}: {bits} bits: cosine {worst:.5}");
             assert!(worst > least, "{name}: {bits} bits: {worst}");
+            // packed as it is computed with, or unpacked beforehand: the same numbers
+            let unpacked = floats(outputs_as(&out, &source, Packing::Floats));
+            let packed = outputs(&out, &source);
+            let worst = unpacked.map(|(output, data)| cosine(&data, &packed[&output])).fold(1.0, f64::min);
+            assert!(worst > 0.999_999, "{name}: {bits} bits: {worst} of what the packed numbers mean");
         }
+        // without a quantized file
+        let packed = floats(outputs_as(&source, &source, Packing::Into(Quantization::INT8)));
+        let worst = packed.map(|(output, data)| cosine(&data, &reference[&output])).fold(1.0, f64::min);
+        assert!(worst > 0.99, "{name}: packed while it is read: {worst}");
     }
 }
 

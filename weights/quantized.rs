@@ -23,6 +23,11 @@
 //! The values, in f32, are `q * scale` with 8 bits and `q * scale + min` with 4. Every other tensor is stored under its own
 //! key as it is; no key of the original ends in `.q8`, `.q4`, `.scales` or `.mins`. A reader refuses other versions.
 //!
+//! # How it is read
+//!
+//! [`load()`](crate::load()) gives linear layers and embeddings their matrices as they are packed
+//! ([`Packed`](volary_kernels::layers::Packed)), unless floats are asked for; everything else is unpacked.
+//!
 //! # How it is written
 //!
 //! Two-dimensional floats with at least one block of columns (4 bits: an even number of columns) are quantized, unless a

@@ -45,7 +45,7 @@ enum To {
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let Arguments { source, out, max_shard_size, to: To::Safetensors, force, .. } = arguments;
     let options = ConvertOptions {
-        dtype: shared.chosen_dtype(),
+        dtype: shared.written_dtype()?,
         max_shard_size,
         not_finite: if arguments.allow_not_finite { NotFinite::Allow } else { NotFinite::Refuse },
         overflow: if arguments.allow_overflow { Overflow::Allow } else { Overflow::Refuse },

@@ -7,10 +7,11 @@ use clap::Args;
 use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
-use volary::preset::{Preset, count};
+use volary::preset::{Preset, bytes, count};
 use volary::pretrained::{EMBEDDED, Place, locate};
 use volary::registry::{Description, SYSTEMS, System};
 use volary_weights::hub::{Choice, HubError, Outline};
+use volary_weights::{Parameter, Quantization};
 
 use super::{Shared, say, say_json};
 
@@ -131,12 +132,13 @@ fn preset(name: &str) -> Option<(&'static System, &'static Preset)> {
 }
 
 fn of_preset(system: &System, preset: &Preset) -> Info {
+    let parameters = preset.shape.parameters();
     Info {
         name: preset.name.into(),
         system: system.name,
         file: system.file,
-        parameters: preset.shape.count(),
-        memory: memory(preset.shape.count()),
+        parameters: count(&parameters),
+        memory: memory(&parameters),
         license: Some(preset.license.into()),
         download: None,
         stored: None,
@@ -147,7 +149,6 @@ fn of_preset(system: &System, preset: &Preset) -> Info {
 fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     let system = System::of(folder)?;
     let Description { parameters, problems, dtypes, quantization } = (system.describe)(folder)?;
-    let count = count(&parameters);
     let preprocessor = match folder.preprocessor() {
         Ok(preprocessor) => match preprocessor.image_size() {
             Some([height, width]) => format!("{height}x{width} pixels"),
@@ -163,8 +164,8 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
         name: name.into(),
         system: system.name,
         file: system.file,
-        parameters: count,
-        memory: memory(count),
+        parameters: count(&parameters),
+        memory: memory(&parameters),
         license: preset(name).map(|(_, preset)| preset.license.to_owned()).or_else(|| folder.license()),
         download: None,
         stored: Some(Stored {
@@ -178,6 +179,13 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     })
 }
 
-fn memory(parameters: usize) -> BTreeMap<&'static str, usize> {
-    BTreeMap::from([("f32", 4 * parameters), ("bf16", 2 * parameters), ("f16", 2 * parameters)])
+/// In 8 and 4 bits as `--dtype` has it: matrices in blocks of 32, all else in f32.
+fn memory(parameters: &[Parameter]) -> BTreeMap<&'static str, usize> {
+    BTreeMap::from([
+        ("f32", bytes(parameters, 4, None)),
+        ("bf16", bytes(parameters, 2, None)),
+        ("f16", bytes(parameters, 2, None)),
+        ("int8", bytes(parameters, 4, Some(Quantization::INT8))),
+        ("int4", bytes(parameters, 4, Some(Quantization::INT4))),
+    ])
 }

@@ -34,8 +34,8 @@ use serde::Serialize;
 use volary::folder::Folder;
 use volary::pretrained::{EMBEDDED, resolve};
 use volary::{Clip, Error};
-use volary_weights::LoadOptions;
 use volary_weights::hub::{Environment, Hub, LOCK_FILE, Pins, Reach};
+use volary_weights::{LoadOptions, Packing, Quantization};
 
 /// A multimodal model zoo: pictures and text, in Chinese and English.
 #[derive(Parser)]
@@ -53,8 +53,9 @@ pub struct Shared {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
-    /// The numbers that weights are held and computed in, f32 unless said otherwise; for `convert` those that are
-    /// written.
+    /// The numbers that weights are held and computed in, f32 unless said otherwise; int8 and int4: matrices in 8 or 4
+    /// bits, in blocks of 32, and all else in f32. Without it what is quantized stays so; the others unpack it. For
+    /// `convert` and `quantize` those that floats are written in.
     #[arg(long, global = true, value_enum)]
     dtype: Option<Dtype>,
     /// The variant of the weights, e.g. `fp16` for `model.fp16.safetensors`.
@@ -79,6 +80,8 @@ enum Dtype {
     F32,
     Bf16,
     F16,
+    Int8,
+    Int4,
 }
 
 #[derive(Subcommand)]
@@ -207,19 +210,29 @@ impl Shared {
 
     /// How weights are loaded.
     pub fn load_options(&self) -> LoadOptions {
-        LoadOptions { dtype: Some(self.float_dtype()), ..LoadOptions::default() }
+        let (dtype, packing) = match self.dtype {
+            None => (FloatDType::F32, Packing::AsStored),
+            Some(Dtype::F32) => (FloatDType::F32, Packing::Floats),
+            Some(Dtype::Bf16) => (FloatDType::BF16, Packing::Floats),
+            Some(Dtype::F16) => (FloatDType::F16, Packing::Floats),
+            Some(Dtype::Int8) => (FloatDType::F32, Packing::Into(Quantization::INT8)),
+            Some(Dtype::Int4) => (FloatDType::F32, Packing::Into(Quantization::INT4)),
+        };
+        LoadOptions { dtype: Some(dtype), packing, ..LoadOptions::default() }
     }
 
-    fn float_dtype(&self) -> FloatDType {
-        self.chosen_dtype().unwrap_or(FloatDType::F32)
-    }
-
-    /// The dtype that was asked for, if one was.
-    pub fn chosen_dtype(&self) -> Option<FloatDType> {
-        self.dtype.map(|dtype| match dtype {
-            Dtype::F32 => FloatDType::F32,
-            Dtype::Bf16 => FloatDType::BF16,
-            Dtype::F16 => FloatDType::F16,
+    /// The dtype that floats are to be written in, if one was asked for.
+    pub fn written_dtype(&self) -> Result<Option<FloatDType>, Usage> {
+        Ok(match self.dtype {
+            None => None,
+            Some(Dtype::F32) => Some(FloatDType::F32),
+            Some(Dtype::Bf16) => Some(FloatDType::BF16),
+            Some(Dtype::F16) => Some(FloatDType::F16),
+            Some(Dtype::Int8 | Dtype::Int4) => {
+                let told =
+                    "--dtype int8 and int4 say how weights are held; `volary quantize --bits` writes them";
+                return Err(Usage(told.into()));
+            }
         })
     }
 }
@@ -250,7 +263,7 @@ impl Model {
         if system.name != "clip" {
             return Err(Error::Task { system: system.name, task: "compare pictures with text" }.into());
         }
-        Ok(Clip::in_folder(folder).dtype(shared.float_dtype()).load(&shared.device()?)?)
+        Ok(Clip::in_folder(folder).options(shared.load_options()).load(&shared.device()?)?)
     }
 }
 

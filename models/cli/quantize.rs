@@ -76,7 +76,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         Block::B128 => 128,
     };
     let quantization = Quantization { bits, block };
-    let options = QuantizeOptions { quantization, keep, dtype: shared.chosen_dtype() };
+    let options = QuantizeOptions { quantization, keep, dtype: shared.written_dtype()? };
     let bar = Bar::default();
     let (export, losses) = quantize_folder(&shared.folder(&source)?, &out, existing(force), &options, &bar)?;
     drop(bar);

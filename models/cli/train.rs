@@ -11,6 +11,7 @@ use volary::pretrained::Clip;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
+use volary_weights::{LoadOptions, Packing};
 
 use super::{Shared, say};
 
@@ -94,7 +95,8 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
 /// The folder and the model that a run starts from.
 fn start(name: &str, shared: &Shared, device: &Device) -> Result<(Folder, Clip)> {
     let folder = shared.folder(name)?;
-    let clip = Clip::in_folder(folder.clone()).load(&device.clone().autodiff())?;
+    let floats = LoadOptions { packing: Packing::Floats, ..LoadOptions::default() }; // packed ones are constants
+    let clip = Clip::in_folder(folder.clone()).options(floats).load(&device.clone().autodiff())?;
     if clip.config != EMOJI {
         bail!("{}: a model of another shape than this recipe's", folder.path().display());
     }
