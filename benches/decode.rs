@@ -15,11 +15,11 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
 use half::f16;
 use rayon::prelude::*;
-use volary::llama::LlamaConfig;
+use volary::llama::{Llama, LlamaCache, LlamaConfig, LlamaInput};
 use volary::preset::{Shape, bytes};
 use volary::registry::SYSTEMS;
 use volary_kernels::layers::Packed;
-use volary_kernels::ops::{Bits, PackedMatrix, Quantization};
+use volary_kernels::ops::{Bits, Mask, PackedMatrix, Positions, Quantization};
 
 const MODEL: &str = "BAAI/AquilaChat-7B";
 const PROMPT: usize = 64;
@@ -50,7 +50,7 @@ fn main() -> Result<()> {
     let prompt: Vec<i64> = (0..PROMPT as i64).map(|i| i * 1543 % config.vocab_size as i64).collect();
     let prompt = Tensor::<1, Int>::from_data(&prompt[..], &device).unsqueeze();
     let start = Instant::now();
-    let mut next = model.next(prompt, &mut cache);
+    let mut token = next(&model, prompt, &mut cache);
     let seconds = start.elapsed().as_secs_f64();
     println!("prompt of {PROMPT}: {seconds:.2} s, {:.1} tokens/s", PROMPT as f64 / seconds);
 
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     for _ in 0..ROUNDS {
         let start = Instant::now();
         for _ in 0..tokens {
-            next = model.next(next, &mut cache);
+            token = next(&model, token, &mut cache);
         }
         let rate = tokens as f64 / start.elapsed().as_secs_f64();
         let speed = rate * gb(read);
@@ -85,18 +85,12 @@ fn gb(bytes: usize) -> f64 {
     bytes as f64 / 1e9
 }
 
-/// One greedy step.
-trait Next {
-    /// The likeliest token after `ids`, `[1, seq] -> [1, 1]`.
-    fn next(&self, ids: Tensor<2, Int>, cache: &mut volary::llama::LlamaCache) -> Tensor<2, Int>;
-}
-
-impl Next for volary::llama::Llama {
-    fn next(&self, ids: Tensor<2, Int>, cache: &mut volary::llama::LlamaCache) -> Tensor<2, Int> {
-        let [_, seq] = ids.dims();
-        let states = self.decode(ids, cache).narrow(1, seq - 1, 1); // [1, 1, d_model]
-        self.logits(states).argmax(2).reshape([1, 1])
-    }
+/// The likeliest token after `ids`, `[1, seq] -> [1, 1]`.
+fn next(model: &Llama, ids: Tensor<2, Int>, cache: &mut LlamaCache) -> Tensor<2, Int> {
+    let [_, seq] = ids.dims();
+    let input = LlamaInput { ids, positions: Positions::From(cache.len()), mask: Mask::Full };
+    let states = model.decode(input, cache).narrow(1, seq - 1, 1); // [1, 1, d_model]
+    model.logits(states).argmax(2).reshape([1, 1])
 }
 
 /// Gives every matrix random packed values, about as large as those of a trained model.

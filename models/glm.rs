@@ -15,7 +15,6 @@
 
 use burn::module::Module;
 use burn::tensor::activation::log_softmax;
-use burn::tensor::module::linear;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Mlp, MlpConfig};
 use volary_kernels::ops::{Activation, Mask};
@@ -163,7 +162,7 @@ impl Glm {
 
     /// Scores of the next token: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.
     pub fn logits(&self, states: Tensor<3>) -> Tensor<3> {
-        linear(states, self.tokens.weight.val().transpose(), None)
+        self.tokens.scores(states)
     }
 
     /// Texts whose next blanks are being filled, each by at most `max_new` tokens. A text without an open blank goes on

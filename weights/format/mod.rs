@@ -131,6 +131,10 @@ impl<C: Checkpoint + ?Sized> Checkpoint for Box<C> {
         (**self).shared(name)
     }
 
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
+        (**self).packed(name)
+    }
+
     fn quantization(&self) -> Option<Quantization> {
         (**self).quantization()
     }

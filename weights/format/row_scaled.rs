@@ -11,7 +11,9 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use burn::tensor::Bytes;
+use half::f16;
 use rayon::prelude::*;
+use volary_kernels::ops::PackedMatrix;
 
 use super::{Checkpoint, Contents, Dtype, Entry};
 use crate::cast::values;
@@ -22,7 +24,8 @@ use crate::quantized::{Bits, Quantization};
 const SCALE: &str = "_scale";
 
 /// A checkpoint as if it were not quantized: matrices beside which scales stand are f32, worked out when they are asked
-/// for; the scales are not among the entries.
+/// for; the scales are not among the entries. Who wants the numbers themselves gets them from [`Checkpoint::packed`], if
+/// the scales are f16.
 #[derive(Debug)]
 pub struct RowScaled<C> {
     stored: C,
@@ -75,6 +78,29 @@ impl<C: Checkpoint> RowScaled<C> {
         }
         Ok(Self { contents: Contents::new(path, entries), stored, bits, packed })
     }
+
+    /// Bits and shape of a matrix that is quantized.
+    fn packing(&self, name: &str) -> Result<Option<(Bits, [usize; 2])>, Error> {
+        let entry = &self.contents.entries[self.contents.position(name)?];
+        Ok(match (self.bits, &entry.shape[..]) {
+            (Some(bits), &[rows, columns]) if self.packed.contains(name) => Some((bits, [rows, columns])),
+            _ => None,
+        })
+    }
+
+    /// Of what is stored.
+    fn dtype(&self, name: &str) -> Dtype {
+        let entry = self.stored.entries().iter().find(|entry| entry.name == name);
+        entry.map_or(Dtype::F32, |entry| entry.dtype)
+    }
+}
+
+/// Whole numbers as they are stored. Those of any width are exact in f32 up to 2^24, and only bytes count.
+fn numbers(dtype: Dtype, stored: &[u8]) -> Vec<f32> {
+    match dtype.is_float() {
+        true => values(dtype, stored),
+        false => values::<i64>(dtype, stored).into_iter().map(|number| number as f32).collect(),
+    }
 }
 
 /// The byte that a stored number stands for; `None` where it is none. Some files have them as floats.
@@ -98,29 +124,17 @@ impl<C: Checkpoint> Checkpoint for RowScaled<C> {
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        let entry = &self.contents.entries[self.contents.position(name)?];
-        let (Some(bits), [rows, columns], true) = (self.bits, &entry.shape[..], self.packed.contains(name))
-        else {
-            return self.stored.bytes(name);
-        };
-        let dtype = |name: &str| {
-            let entry = self.stored.entries().iter().find(|entry| entry.name == name);
-            entry.map_or(Dtype::F32, |entry| entry.dtype)
-        };
+        let Some((bits, [rows, columns])) = self.packing(name)? else { return self.stored.bytes(name) };
         let scale = format!("{name}{SCALE}");
-        let scales: Vec<f32> = values(dtype(&scale), &self.stored.bytes(&scale)?);
-        let (stored, dtype) = (self.stored.bytes(name)?, dtype(name));
+        let scales: Vec<f32> = values(self.dtype(&scale), &self.stored.bytes(&scale)?);
+        let (stored, dtype) = (self.stored.bytes(name)?, self.dtype(name));
         let mut out = vec![0; rows * columns * size_of::<f32>()];
         if out.is_empty() {
             return Ok(Cow::Owned(out));
         }
         let rows = stored.par_chunks(stored.len() / rows).zip(&scales);
         out.par_chunks_mut(columns * size_of::<f32>()).zip(rows).for_each(|(out, (row, scale))| {
-            // whole numbers of any width are exact in f32 up to 2^24, and only bytes count
-            let numbers: Vec<f32> = match dtype.is_float() {
-                true => values(dtype, row),
-                false => values::<i64>(dtype, row).into_iter().map(|number| number as f32).collect(),
-            };
+            let numbers = numbers(dtype, row);
             let number = |column: usize| match bits {
                 Bits::Eight => byte(numbers[column]),
                 Bits::Four => byte(numbers[column / 2]).map(|byte| match column % 2 {
@@ -135,6 +149,35 @@ impl<C: Checkpoint> Checkpoint for RowScaled<C> {
             }
         });
         Ok(Cow::Owned(out))
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
+        let Some((bits, [rows, columns])) = self.packing(name)? else { return self.stored.packed(name) };
+        let scale = format!("{name}{SCALE}");
+        if self.dtype(&scale) != Dtype::F16 || columns == 0 {
+            return Ok(None);
+        }
+        let scales: Vec<f16> = values(Dtype::F16, &self.stored.bytes(&scale)?);
+        let (stored, dtype) = (self.stored.bytes(name)?, self.dtype(name));
+        let codes = |stored: &[u8]| -> Option<Vec<u8>> {
+            let code = |number| {
+                let code = byte(number)? as u8;
+                Some(match bits {
+                    Bits::Eight => code,
+                    // the even column in the low half, and 8 for 0
+                    Bits::Four => code.rotate_left(4) ^ 0x88,
+                })
+            };
+            numbers(dtype, stored).into_iter().map(code).collect()
+        };
+        // by rows, for numbers are wide on their way
+        let row = (stored.len() / rows.max(1)).max(1);
+        let codes: Option<Vec<Vec<u8>>> = stored.par_chunks(row).map(codes).collect();
+        let quantization = Quantization { bits, block: columns };
+        let matrix = |codes: Vec<Vec<u8>>| {
+            PackedMatrix::symmetric(quantization, [rows, columns], codes.concat(), scales)
+        };
+        Ok(codes.map(matrix))
     }
 
     fn quantization(&self) -> Option<Quantization> {
@@ -203,6 +246,32 @@ mod tests {
         let odd = floats("w", &[1, 3], [0.5, 300.0, f32::NAN]);
         let read = RowScaled::new(checkpoint(&[odd, scale()]), Some(Bits::Four)).unwrap();
         assert!(numbers(&read, "w").iter().all(|value| value.is_nan()));
+    }
+
+    /// The packed numbers mean the same values.
+    #[test]
+    fn rows_stay_packed_when_their_scales_are_f16() {
+        let half = |values: &[f32]| -> Vec<u8> {
+            values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect()
+        };
+        let stored = [
+            bytes("w", &[2, 3], safetensors::Dtype::I8, &[0x78, 0xf0, 0x12, 0x81, 0, 0xff]),
+            bytes("w_scale", &[2], safetensors::Dtype::F16, &half(&[0.5, 3.0])),
+            floats("v", &[1, 2], [1.0, 0.5]),
+            bytes("v_scale", &[1], safetensors::Dtype::F16, &half(&[1.0])),
+            bytes("u", &[1, 2], safetensors::Dtype::I8, &[1, 2]),
+            floats("u_scale", &[1], [1.0]),
+            floats("bias", &[2], [1.0, 2.0]),
+        ];
+        for (bits, columns) in [(Bits::Eight, 3), (Bits::Four, 6)] {
+            let read = RowScaled::new(checkpoint(&stored), Some(bits)).unwrap();
+            let matrix = read.packed("w").unwrap().unwrap();
+            assert_eq!((matrix.shape(), matrix.quantization().block), ([2, columns], columns));
+            assert_eq!(matrix.unpack(0..2), numbers(&read, "w"));
+            for (name, why) in [("v", "no whole numbers"), ("u", "wide scales"), ("bias", "not quantized")] {
+                assert_eq!(read.packed(name).unwrap(), None, "{why}");
+            }
+        }
     }
 
     #[test]
