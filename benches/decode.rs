@@ -54,20 +54,30 @@ fn main() -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     println!("prompt of {PROMPT}: {seconds:.2} s, {:.1} tokens/s", PROMPT as f64 / seconds);
 
-    println!("| decoded | tokens/s | GB/s | memory GB/s | of it |\n| --- | --- | --- | --- | --- |");
+    println!("| tokens/s | GB/s | memory GB/s | CPU s a token | GB a CPU s | memory GB a CPU s |");
+    println!("| --- | --- | --- | --- | --- | --- |");
     let mut peak = 0.0;
     for _ in 0..ROUNDS {
-        let start = Instant::now();
-        for _ in 0..tokens {
-            token = next(&model, token, &mut cache);
-        }
-        let rate = tokens as f64 / start.elapsed().as_secs_f64();
-        let speed = rate * gb(read);
+        let decoding = timed(|| {
+            for _ in 0..tokens {
+                token = next(&model, token.clone(), &mut cache);
+            }
+            Ok(())
+        })?;
         if peak == 0.0 {
             peak = peak_mib()?; // without what is allocated next
         }
-        let memory = memory_speed();
-        println!("| {tokens} | {rate:.2} | {speed:.1} | {memory:.1} | {:.0} % |", 100.0 * speed / memory);
+        let [memory, memory_of_cpu] = memory_speed()?;
+        let bytes = tokens as f64 * gb(read);
+        println!(
+            "| {:.2} | {:.1} | {:.1} | {:.3} | {:.1} | {:.1} |",
+            tokens as f64 / decoding.wall,
+            bytes / decoding.wall,
+            memory,
+            decoding.cpu / tokens as f64,
+            bytes / decoding.cpu,
+            memory_of_cpu,
+        );
     }
     println!("peak memory {peak:.0} MiB");
     Ok(())
@@ -133,13 +143,35 @@ fn random(quantization: Quantization, [rows, cols]: [usize; 2], seed: u64) -> Pa
     }
 }
 
-/// GB a second that all cores read, each in eight places at once: the best of three.
-fn memory_speed() -> f64 {
+/// By the clock, and of all cores together: on a machine that others use only the latter can be compared.
+struct Time {
+    wall: f64,
+    cpu: f64,
+}
+
+/// Seconds that `work` takes.
+fn timed(work: impl FnOnce() -> Result<()>) -> Result<Time> {
+    let (start, cpu) = (Instant::now(), cpu_seconds()?);
+    work()?;
+    Ok(Time { wall: start.elapsed().as_secs_f64(), cpu: cpu_seconds()? - cpu })
+}
+
+/// What Linux counts of this process so far, in hundredths.
+fn cpu_seconds() -> Result<f64> {
+    let status = std::fs::read_to_string("/proc/self/stat").context("/proc is read for CPU time")?;
+    let (_, fields) = status.rsplit_once(')').context("no name in /proc/self/stat")?;
+    let ticks: Vec<f64> = fields.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+    // after the state, which is no number, come ten others
+    Ok(ticks.get(10..12).context("no times in /proc/self/stat")?.iter().sum::<f64>() / 100.0)
+}
+
+/// GB that all cores read, each in eight places at once: a second, and a CPU second.
+fn memory_speed() -> Result<[f64; 2]> {
     const WORDS: usize = 1 << 26; // 512 MiB
+    const PASSES: usize = 8;
     let words = vec![1_u64; WORDS];
     let cores = rayon::current_num_threads();
     let pass = || {
-        let start = Instant::now();
         words.par_chunks(WORDS / cores).for_each(|part| {
             let streams: Vec<&[[u64; 8]]> =
                 part.chunks(part.len() / 8).map(|stream| stream.as_chunks().0).collect();
@@ -153,9 +185,13 @@ fn memory_speed() -> f64 {
             }
             black_box(sums);
         });
-        gb(8 * WORDS) / start.elapsed().as_secs_f64()
     };
-    (0..3).map(|_| pass()).fold(0.0, f64::max)
+    let Time { wall, cpu } = timed(|| {
+        (0..PASSES).for_each(|_| pass());
+        Ok(())
+    })?;
+    let read = gb(8 * WORDS * PASSES);
+    Ok([read / wall, read / cpu])
 }
 
 /// The peak of this process's resident set, as Linux counts it.
