@@ -13,7 +13,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Embedding, GatedMlp, GatedMlpConfig, KvCache, LayerNorm, Linear, LinearConfig};
 use volary_kernels::ops::{self, Activation, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling};
@@ -198,7 +197,7 @@ impl Glm130b {
 
     /// Scores of the next token: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.
     pub fn logits(&self, states: Tensor<3>) -> Tensor<3> {
-        linear(states, self.tokens.weight.val().transpose(), None)
+        self.tokens.scores(states)
     }
 
     /// Texts that go on, each by at most `max_new` tokens.

@@ -9,7 +9,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{
     AttentionConfig, Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, PreNormBlock,
@@ -124,7 +123,7 @@ impl Decoder for Gpt2 {
     fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         match &self.head {
             Some(head) => head.forward(states),
-            None => linear(states, self.tokens.weight.val().transpose(), None),
+            None => self.tokens.scores(states),
         }
     }
 

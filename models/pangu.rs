@@ -15,7 +15,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{
     Embedding, KvCache, LayerNorm, LearnedPositions, Linear, LinearConfig, PreNormBlock,
@@ -106,7 +105,7 @@ impl Decoder for Pangu {
     fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         match &self.head {
             Some(head) => head.forward(states),
-            None => linear(states, self.tokens.weight.val().transpose(), None),
+            None => self.tokens.scores(states),
         }
     }
 

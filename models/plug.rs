@@ -10,7 +10,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig,
@@ -246,7 +245,7 @@ impl Plug {
 
     /// The decoder's scores of the next token: `[..., d_model] -> [..., vocab_size]`.
     pub fn logits<const D: usize>(&self, states: Tensor<D>) -> Tensor<D> {
-        linear(states, self.tokens.weight.val().transpose(), None)
+        self.tokens.scores(states)
     }
 
     /// The encoder's scores of the token at every place: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.

@@ -10,7 +10,6 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::module::linear;
 use burn::tensor::{Bool, Device, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, Mlp,
@@ -396,7 +395,7 @@ impl T5 {
             None => {
                 let [_, _, d_model] = states.dims();
                 let states = states / (d_model as f64).sqrt();
-                linear(states, self.encoder.tokens.weight.val().transpose(), None)
+                self.encoder.tokens.scores(states)
             }
         }
     }
