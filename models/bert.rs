@@ -397,7 +397,7 @@ pub const SYSTEM: System = System {
     name: "bert",
     about: "bidirectional text encoders: BERT, RoBERTa, XLM-RoBERTa",
     file: "models/bert.rs",
-    tasks: &["embed", "forward"],
+    tasks: &["embed", "fill", "forward"],
     proved: &["bert", "bert_legacy_bin", "roberta", "xlm_roberta", "bert_mlm", "roberta_mlm"],
     presets: PRESETS,
     recognises: |_, config| {

@@ -17,6 +17,8 @@ pub struct Style {
     pub template: ChatTemplate,
     /// What ends an answer besides the model's stop tokens.
     pub stops: &'static [&'static str],
+    /// Whether the text is to end where the answer begins; PLATO begins it by itself.
+    pub begins: bool,
 }
 
 impl Style {
@@ -25,7 +27,7 @@ impl Style {
     /// # Errors
     /// [`Error::NoTemplate`] if there is none, or what is wrong with it.
     pub fn of(folder: &Folder, writer: &Writer) -> Result<Self, Error> {
-        let plain = |template| Self { template, stops: &[] };
+        let plain = |template| Self { template, stops: &[], begins: true };
         if let Folder::Disk(path) = folder
             && let Some(template) = ChatTemplate::from_folder(path)?
         {
@@ -36,8 +38,8 @@ impl Style {
         match (System::of(folder)?.name, family) {
             ("glm" | "alm", _) if speaks_chinese(writer) => Ok(plain(ChatTemplate::glm())),
             ("glm" | "alm", _) => Ok(plain(ChatTemplate::glm_english())),
-            ("plato", _) => Ok(plain(ChatTemplate::plato())),
-            (_, Some("aquila")) => Ok(Self { template: ChatTemplate::aquila(), stops: &["###"] }),
+            ("plato", _) => Ok(Self { begins: false, ..plain(ChatTemplate::plato()) }),
+            (_, Some("aquila")) => Ok(Self { stops: &["###"], ..plain(ChatTemplate::aquila()) }),
             _ => Err(Error::NoTemplate { folder: folder.path().into() }),
         }
     }
@@ -119,13 +121,12 @@ impl<'a> Chat<'a> {
 
     /// The conversation's tokens, and how many turns had to be forgotten.
     fn fitting(&mut self, max_new: usize) -> Result<(Vec<u32>, usize), Error> {
-        let context = self.writer.generator.context();
         let mut forgotten = 0;
         loop {
             let messages: Vec<Message> = self.system.iter().chain(&self.turns).cloned().collect();
-            let text = self.style.template.render(&messages, true)?;
+            let text = self.style.template.render(&messages, self.style.begins)?;
             let tokens = self.writer.encode_rendered(&text)?;
-            let fits = context.is_none_or(|context| tokens.len() + max_new <= context);
+            let fits = self.writer.generator.room(tokens.len()).is_none_or(|room| max_new <= room);
             if fits || self.turns.len() < 3 {
                 return Ok((tokens, forgotten));
             }

@@ -15,6 +15,17 @@ pub trait Generator {
     /// How many tokens a prompt and what follows it may have together, if there is a limit.
     fn context(&self) -> Option<usize>;
 
+    /// How many tokens may follow a prompt of so many, if there is a limit.
+    fn room(&self, prompt: usize) -> Option<usize> {
+        self.context().map(|context| context.saturating_sub(prompt))
+    }
+
+    /// What stands before the new tokens in the text that is written, as penalties for repetition see it: the prompt, or
+    /// nothing where an encoder reads that.
+    fn before<'a>(&self, prompt: &'a [u32]) -> &'a [u32] {
+        prompt
+    }
+
     /// Rows that go on after these prompts, each by at most `max_new` tokens.
     ///
     /// # Errors

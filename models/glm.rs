@@ -633,6 +633,11 @@ impl Generator for Runner {
         Some(self.config.n_positions)
     }
 
+    /// The token that begins what fills a blank has a position too.
+    fn room(&self, prompt: usize) -> Option<usize> {
+        Some(self.config.n_positions.saturating_sub(prompt + 1))
+    }
+
     /// What is written fills the first blank of a prompt, or one put at its end.
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         check_prompts(self, prompts, max_new)?;

@@ -541,6 +541,15 @@ impl Generator for Runner {
         Some(self.config.n_positions)
     }
 
+    /// The token that begins a response has a position too.
+    fn room(&self, prompt: usize) -> Option<usize> {
+        let room = self.config.n_positions.saturating_sub(prompt + 1);
+        Some(match self.config.numbering {
+            Numbering::Relative(response) => room.min(response.saturating_sub(1)),
+            Numbering::Continuous => room,
+        })
+    }
+
     /// A prompt is a dialogue of two, whose turns each end with the end token. The last is the other's.
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         let PlatoConfig { numbering, n_positions, end, .. } = self.config;

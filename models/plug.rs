@@ -681,6 +681,14 @@ impl Generator for Runner {
         Some(self.config.n_positions)
     }
 
+    fn room(&self, _: usize) -> Option<usize> {
+        Some(self.config.n_positions - 1)
+    }
+
+    fn before<'a>(&self, _: &'a [u32]) -> &'a [u32] {
+        &[]
+    }
+
     /// A prompt is a passage between its special tokens.
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         check_prompts(self, prompts, 0)?;

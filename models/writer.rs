@@ -108,7 +108,8 @@ impl Writer {
         let mut blanks = Blanks::of_text(text, &self.tokenizer, infill.commands())?;
         let is_blank = |&&token: &&u32| infill.commands().blank(token).is_some();
         let count = blanks.context().iter().filter(is_blank).count();
-        let room = self.room(&[blanks.context().to_vec()]).map(|room| room.saturating_sub(count) / count);
+        let room =
+            self.room(&[blanks.context().to_vec()]).map(|room| (room + 1).saturating_sub(count) / count);
         let free = room.map_or(settings.max_new, |room| settings.max_new.min(room.max(1)));
         let settings = &Settings { max_new: max_new.unwrap_or(free), ..settings.clone() };
         settings.check()?;
@@ -128,7 +129,7 @@ impl Writer {
     /// How many tokens may follow the longest of the prompts, if there is a limit.
     pub fn room(&self, prompts: &[Vec<u32>]) -> Option<usize> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-        self.generator.context().map(|context| context.saturating_sub(longest))
+        self.generator.room(longest)
     }
 
     /// Continues the prompts: [`write`].
@@ -143,7 +144,9 @@ impl Writer {
     ) -> Result<Vec<Vec<Written>>, Error> {
         settings.check()?;
         let mut session = self.generator.session(prompts, settings.max_new)?;
-        Ok(write(session.as_mut(), prompts, settings, &|| self.spelling(), watch)?)
+        let before: Vec<Vec<u32>> =
+            prompts.iter().map(|prompt| self.generator.before(prompt).to_vec()).collect();
+        Ok(write(session.as_mut(), &before, settings, &|| self.spelling(), watch)?)
     }
 
     fn spelling(&self) -> Box<dyn Spelling + '_> {

@@ -59,7 +59,8 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let writer = load(&folder, shared)?;
     let style = Style::of(&folder, &writer)?;
     // at least half of the context is for what was said before
-    let room = writer.generator.context().map(|context| context / 2);
+    let half = writer.generator.context().map_or(usize::MAX, |context| context / 2);
+    let room = writer.generator.room(0).map(|room| room.min(half));
     let settings = writing.settings(flags, &writer, room);
     let mut chat = Chat::new(&writer, style);
     chat.set_system(system.as_deref().unwrap_or_default());

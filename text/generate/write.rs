@@ -55,7 +55,8 @@ impl Written {
     }
 }
 
-/// Continues the prompts that `session` was made of, [`Settings::count`] texts each; with [`Method::Beams`] the best
+/// Continues the prompts that `session` was made of, [`Settings::count`] texts each; where an encoder reads them, empty ones
+/// stand for them here; with [`Method::Beams`] the best
 /// first, and fewer where there are no more.
 ///
 /// `spell` begins the spelling of one text. `watch` sees every token as it is written and may end it all; beams are shown
