@@ -343,6 +343,10 @@ impl Generator for Runner {
         None
     }
 
+    fn before<'a>(&self, _: &'a [u32]) -> &'a [u32] {
+        &[]
+    }
+
     fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         check_prompts(self, prompts, max_new)?;
         Ok(Box::new(self.model.session(prompts, self.config.start, max_new)))

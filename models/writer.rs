@@ -65,8 +65,8 @@ impl Writer {
         let tokenizer = folder.tokenizer()?;
         let generator = open(folder, options, device)?;
         let mut config = GenerationConfig::of(folder, generator.vocab_size())?;
-        if let Some(infill) = generator.infill() {
-            config.stop_tokens.get_or_insert_default().extend(infill.commands().ends());
+        if let Some(commands) = generator.commands() {
+            config.stop_tokens.get_or_insert_default().extend(commands.ends());
         }
         Ok(Self { tokenizer, generator, config, system: system.name })
     }
@@ -76,8 +76,8 @@ impl Writer {
     /// # Errors
     /// If the text cannot be tokenized, or has a blank that the model does not know.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
-        match self.generator.infill() {
-            Some(infill) => self.encode_blanks(text, infill.commands()),
+        match self.generator.commands() {
+            Some(commands) => self.encode_blanks(text, commands),
             None => Ok(self.tokenizer.encode(text)?.ids),
         }
     }
@@ -87,8 +87,8 @@ impl Writer {
     /// # Errors
     /// As [`Writer::encode`].
     pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>, Error> {
-        match self.generator.infill() {
-            Some(infill) => self.encode_blanks(text, infill.commands()),
+        match self.generator.commands() {
+            Some(commands) => self.encode_blanks(text, commands),
             None => Ok(self.tokenizer.encode_without_special(text)?.ids),
         }
     }
@@ -104,9 +104,9 @@ impl Writer {
     /// If the model does not fill blanks or not one of these, or as [`Writer::write`].
     pub fn fill(&self, text: &str, settings: &Settings, max_new: Option<usize>) -> Result<Filled, Error> {
         let unable = Error::Task { system: self.system, task: "fill blanks" };
-        let infill = self.generator.infill().ok_or(unable)?;
-        let mut blanks = Blanks::of_text(text, &self.tokenizer, infill.commands())?;
-        let is_blank = |&&token: &&u32| infill.commands().blank(token).is_some();
+        let commands = self.generator.commands().ok_or(unable)?;
+        let mut blanks = Blanks::of_text(text, &self.tokenizer, commands)?;
+        let is_blank = |&&token: &&u32| commands.blank(token).is_some();
         let count = blanks.context().iter().filter(is_blank).count();
         let room =
             self.room(&[blanks.context().to_vec()]).map(|room| (room + 1).saturating_sub(count) / count);
@@ -115,7 +115,7 @@ impl Writer {
         settings.check()?;
         let mut spans = Vec::new();
         infill::fill(&mut blanks, |blanks| -> Result<Vec<u32>, Error> {
-            let mut session = infill.session(std::slice::from_ref(blanks), settings.max_new)?;
+            let mut session = self.generator.fill(std::slice::from_ref(blanks), settings.max_new)?;
             let before = [blanks.written().0];
             let watch = &mut |_: Piece| ControlFlow::Continue(());
             let written = write(session.as_mut(), &before, settings, &|| self.spelling(), watch)?.concat();
@@ -153,23 +153,40 @@ impl Writer {
         Box::new(self.tokenizer.decode_stream(true))
     }
 
-    /// How likely all tokens of a text but the first are, in windows of the model's context, each `stride` tokens after the last: see [`windows`].
-    /// `done` is told after each window how many tokens were scored.
+    /// How likely all tokens of a text but the first are, in windows of the model's context, each `stride` tokens after the
+    /// last: see [`windows`]. `done` is told after each window how many of how many tokens were scored.
     ///
     /// # Errors
-    /// If the text has fewer than two tokens, one outside the vocabulary, or the stride leaves no token in sight.
+    /// If the text has fewer than two tokens, one outside the vocabulary, the stride leaves no token in sight, or the model
+    /// does not go on in the text that it reads, as those with an encoder.
     pub fn likelihood(
         &self,
-        tokens: &[u32],
+        text: &str,
         stride: Option<usize>,
-        done: &mut dyn FnMut(usize),
+        done: &mut dyn FnMut(usize, usize),
     ) -> Result<Likelihood, Error> {
-        let context = self.generator.context().unwrap_or(tokens.len()).min(tokens.len());
+        // a model of blanks continues a text in one at its end
+        let blank = usize::from(self.generator.commands().is_some());
+        let tokens = match blank {
+            0 => self.encode(text)?,
+            _ => self.tokenizer.encode_without_special(text)?.ids,
+        };
+        if self.generator.before(&[0]).is_empty() {
+            return Err(Error::Task { system: self.system, task: "foretell the text that it reads" });
+        }
+        let known = self.generator.vocab_size();
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= known) {
+            return Err(Error::Prompt {
+                problems: vec![format!("the text holds {id}, expected 0 to {}", known - 1)],
+            });
+        }
+        let room = self.generator.room(blank).unwrap_or(tokens.len());
+        let context = room.min(tokens.len());
         if context < 2 {
             return Err(Error::Prompt { problems: vec!["the text has fewer than two tokens".into()] });
         }
         let stride = stride.unwrap_or_else(|| (context / 2).max(1));
-        if stride == 0 || stride > context.max(2) - 1 && context < tokens.len() {
+        if stride == 0 || stride >= context && context < tokens.len() {
             let problem = format!("the stride is {stride}, expected 1 to {}", context - 1);
             return Err(Error::Prompt { problems: vec![problem] });
         }
@@ -180,7 +197,7 @@ impl Writer {
             let scores = log_likelihoods(session.as_mut(), &[text])?;
             found.tokens += scores[0].len();
             found.sum += scores[0].iter().sum::<f64>();
-            done(found.tokens);
+            done(found.tokens, tokens.len() - 1);
         }
         Ok(found)
     }

@@ -276,6 +276,9 @@ fn what_cannot_be_continued_is_told_in_a_line() {
     fs::write(model.path().join("tokenizer.json"), json.replace("\"z\":34", "\"z\":90,\"zz\":34")).unwrap();
     let said = failed(&["fizz"]);
     assert!(said.contains("prompt 0 holds 90, expected 0 to 89"), "{said}");
+    let file = write(model.path(), "text.txt", "fizz");
+    let (code, said) = failure(volary().arg("perplexity").arg(&file).arg("--model").arg(model.path()));
+    assert_eq!((code, said.as_str()), (1, "error: the text holds 90, expected 0 to 89\n"));
 
     let (code, said) = failure(volary().args(["generate", "Hello", "--model"]).arg(fixture("vit")));
     assert_eq!((code, said.as_str()), (1, "error: vit cannot write text\n"));

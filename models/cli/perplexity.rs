@@ -39,12 +39,14 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     model.name()?;
     let text = read_text(&file)?;
     let writer = model.load(shared)?;
-    let tokens = writer.encode(&text)?;
-    let bar = ProgressBar::new(tokens.len() as u64).with_style(
+    let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("{bar:30} {pos}/{len} tokens {per_sec} eta {eta}")
             .expect("the template is valid"),
     );
-    let found = writer.likelihood(&tokens, stride, &mut |done| bar.set_position(done as u64))?;
+    let found = writer.likelihood(&text, stride, &mut |done, of| {
+        bar.set_length(of as u64);
+        bar.set_position(done as u64);
+    })?;
     bar.finish_and_clear();
     let nats_per_token = -found.mean();
     let report = Report {
