@@ -274,7 +274,7 @@ pub const SYSTEM: System = System {
     name: "ernie",
     about: "bidirectional text encoders that are told the task: ERNIE 2.0, the released sizes of ERNIE 3.0",
     file: "models/ernie.rs",
-    tasks: &["embed", "forward"],
+    tasks: &["embed", "fill", "forward"],
     proved: &["ernie", "ernie3_small", "ernie_mlm"],
     presets: PRESETS,
     recognises: |_, config| {

@@ -14,7 +14,10 @@ use crate::tensors::Inputs;
 /// How a masked word is written, whatever the model's own token is.
 pub const MASK: &str = "[MASK]";
 
-/// A model that foretells masked tokens, loaded: any whose forward pass gives `logits` for `input_ids`.
+/// What a forward pass calls the scores of tokens: transformers, and Paddle.
+const SCORES: [&str; 2] = ["logits", "prediction_scores"];
+
+/// A model that foretells masked tokens, loaded: any whose forward pass gives such scores for `input_ids`.
 pub struct Masked {
     system: &'static System,
     tokenizer: Tokenizer,
@@ -76,7 +79,8 @@ impl Masked {
             ("attention_mask".to_owned(), TensorData::new(vec![1i64; ids.len()], shape)),
         ]);
         let outputs = self.model.forward(Inputs::new(self.system.name, &inputs, &self.device))?;
-        let logits = outputs.into_iter().find(|(name, _)| name == "logits").map(|(_, logits)| logits);
+        let logits =
+            outputs.into_iter().find(|(name, _)| SCORES.contains(&name.as_str())).map(|(_, logits)| logits);
         let headless = Error::Task { system: self.system.name, task: "fill masks without a head for them" };
         let logits = logits.filter(|logits| logits.shape()[..2] == shape).ok_or(headless)?;
         let vocab_size = logits.shape()[2];
@@ -152,6 +156,7 @@ mod tests {
     fn every_mask_has_its_candidates() {
         let found = masked("logits").fill("a [MASK] c h[MASK]", 3).unwrap();
         assert_eq!(found.text, "a b c h i");
+        assert_eq!(masked("prediction_scores").fill("a [MASK] c h[MASK]", 3).unwrap(), found);
         let texts =
             |mask: usize| found.masks[mask].iter().map(|found| found.text.as_str()).collect::<Vec<_>>();
         assert_eq!((texts(0)[0], texts(1)[0]), ("b", "i"));
