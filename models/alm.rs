@@ -24,6 +24,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.is_some_and(|config| glm::is_glm(config) && config.text("model_type") == Some("alm"))
     },
+    checkpoint: glm::weights,
     describe: glm::describe_folder,
     open: |folder, options, device| Ok(Box::new(glm::Runner::load(folder, options, device)?)),
     generator: Some(glm::generator),

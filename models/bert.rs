@@ -407,6 +407,7 @@ pub const SYSTEM: System = System {
         let series = |architecture: &str| architecture.starts_with("RobertaSeries");
         config.text("model_type").is_some_and(is) && !config.first_of("architectures").is_some_and(series)
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let config = BertConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())

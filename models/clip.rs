@@ -762,6 +762,7 @@ pub const SYSTEM: System = System {
     proved: &["clip", "clip_gelu", "open_clip_vit", "open_clip_resnet"],
     presets: PRESETS,
     recognises: |folder, config| Layout::of(folder, config).is_some(),
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, layout) = ClipConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), layout.keys(&config.vision))

@@ -168,6 +168,7 @@ pub const SYSTEM: System = System {
                 && steps.is_some_and(|steps| steps.poolings.contains(&Pooling::MeanLastTwo))
         }
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, checkpoint) = config(folder)?;
         describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), config.keys())

@@ -191,6 +191,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.is_some_and(|config| matches!(config.text("model_type"), Some("cpm1" | "gpt")))
     },
+    checkpoint: |folder| checkpoint(folder, &CpmConfig::of(folder)?.decoder),
     describe: |folder| {
         let CpmConfig { decoder, .. } = CpmConfig::of(folder)?;
         describe_with(checkpoint(folder, &decoder)?.as_ref(), &decoder.init(&Device::flex()), &KEYS)

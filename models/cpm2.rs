@@ -226,6 +226,7 @@ pub const SYSTEM: System = System {
             None => theirs.iter().all(|field| config.has(field)),
         })
     },
+    checkpoint: |folder| checkpoint(folder, Some(config_of(folder)?.vocab_size)),
     describe: |folder| {
         let config = config_of(folder)?;
         let checkpoint = checkpoint(folder, Some(config.vocab_size))?;

@@ -280,6 +280,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.and_then(|config| config.text("model_type")).is_some_and(|family| FAMILIES.contains(&family))
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, layout) = ErnieConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), layout.keys(&config))

@@ -359,6 +359,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.is_some_and(|config| config.text("model_type") == Some("ernie3_universal"))
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &Ernie3Config::of(folder)?.init(&Device::flex()), &KEYS),
     open: |folder, options, device| {
         let config = Ernie3Config::of(folder)?;

@@ -12,6 +12,7 @@ use volary_weights::{Checkpoint, ConvertOptions, QuantizeOptions, convert, quant
 
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::registry::System;
 
 /// What was written.
 pub struct Export {
@@ -58,7 +59,12 @@ pub fn convert_folder(
     options: &ConvertOptions,
     progress: &dyn Progress,
 ) -> Result<Export, Error> {
-    export(source, out, existing, options.dtype, progress, &mut |checkpoint, folder, stem| {
+    let open = |folder: &Folder| match folder.checkpoint() {
+        // tensor-parallel ranks, which only their system can merge
+        Err(error) => meant(folder).map_err(|_| error),
+        checkpoint => checkpoint,
+    };
+    export(source, out, existing, options.dtype, progress, &open, &mut |checkpoint, folder, stem| {
         let shards = (stem != OPEN_CLIP).then_some(MAX_SHARD_SIZE);
         let options = ConvertOptions { max_shard_size: options.max_shard_size.or(shards), ..*options };
         Ok(convert(checkpoint, folder, stem, &options, &|bytes| progress.done(bytes)).map(drop)?)
@@ -78,12 +84,20 @@ pub fn quantize_folder(
     progress: &dyn Progress,
 ) -> Result<(Export, Vec<Loss>), Error> {
     let mut losses = Vec::new();
-    let export = export(source, out, existing, None, progress, &mut |checkpoint, folder, stem| {
+    let export = export(source, out, existing, None, progress, &meant, &mut |checkpoint, folder, stem| {
         let path = folder.join(format!("{stem}.safetensors"));
         losses.extend(quantize(checkpoint, &path, options, &|bytes| progress.done(bytes))?);
         Ok(())
     })?;
     Ok((export, losses))
+}
+
+/// The weights of a folder as its system takes them; where there is none, as they are stored.
+fn meant(folder: &Folder) -> Result<Box<dyn Checkpoint>, Error> {
+    match System::of(folder) {
+        Ok(system) => (system.checkpoint)(folder),
+        Err(_) => folder.checkpoint(),
+    }
 }
 
 /// Who wants to know how far it is.
@@ -93,6 +107,9 @@ pub trait Progress {
     /// So many more have been.
     fn done(&self, bytes: u64);
 }
+
+/// Opens the weights of a folder.
+type OpenWeights<'a> = &'a dyn Fn(&Folder) -> Result<Box<dyn Checkpoint>, Error>;
 
 /// Writes a checkpoint into a folder under a stem.
 type WriteWeights<'a> = &'a mut dyn FnMut(&dyn Checkpoint, &Path, &str) -> Result<(), Error>;
@@ -104,11 +121,12 @@ fn export(
     existing: Existing,
     dtype: Option<FloatDType>,
     progress: &dyn Progress,
+    open: OpenWeights,
     write: WriteWeights,
 ) -> Result<Export, Error> {
     let staging = Staging::new(source, out, existing)?;
-    let export =
-        fill(source, &staging.path, dtype, progress, write).map_err(|error| staging.by_its_name(error))?;
+    let export = fill(source, &staging.path, dtype, progress, open, write)
+        .map_err(|error| staging.by_its_name(error))?;
     staging.publish()?;
     Ok(export)
 }
@@ -119,6 +137,7 @@ fn fill(
     path: &Path,
     dtype: Option<FloatDType>,
     progress: &dyn Progress,
+    open: OpenWeights,
     write: WriteWeights,
 ) -> Result<Export, Error> {
     let mut parts = vec![(String::new(), source.clone())];
@@ -128,7 +147,7 @@ fn fill(
     let mut opened = Vec::new();
     let is_pipeline = parts.len() > 1;
     for (prefix, folder) in &parts {
-        opened.push(match folder.checkpoint() {
+        opened.push(match open(folder) {
             Ok(checkpoint) => Some(checkpoint),
             // A component without weights, e.g. a tokenizer. Beside the index of a pipeline there may be the whole of
             // it as one file under any name, which is no component.

@@ -444,6 +444,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.is_some_and(|config| is_glm(config) && config.text("model_type") != Some("alm"))
     },
+    checkpoint: weights,
     describe: describe_folder,
     open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
     generator: Some(generator),
@@ -456,6 +457,10 @@ pub(crate) fn is_glm(config: &Config) -> bool {
         None => config.has("block_position_encoding"),
     };
     family && config.has("num_layers")
+}
+
+pub(crate) fn weights(folder: &Folder) -> Result<Box<dyn Checkpoint>, Error> {
+    checkpoint(folder, &GlmConfig::of(folder)?)
 }
 
 pub(crate) fn describe_folder(folder: &Folder) -> Result<Description, Error> {

@@ -443,6 +443,10 @@ pub const SYSTEM: System = System {
         let family = config.and_then(|config| config.text("model_type"));
         family.is_some_and(|family| ["glm130b", "glm-130b"].contains(&family))
     },
+    checkpoint: |folder| {
+        let (config, bits) = Glm130bConfig::of(folder)?;
+        checkpoint(folder, &config, bits)
+    },
     describe: |folder| {
         let (config, bits) = Glm130bConfig::of(folder)?;
         describe_with(checkpoint(folder, &config, bits)?.as_ref(), &config.init(&Device::flex()), &KEYS)

@@ -270,6 +270,7 @@ pub const SYSTEM: System = System {
             family => family == Some("gpt2"),
         })
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let config = Gpt2Config::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())

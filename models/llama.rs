@@ -472,6 +472,7 @@ pub const SYSTEM: System = System {
             None => original::is(config),
         })
     },
+    checkpoint: |folder| Ok(read(folder)?.1),
     describe: |folder| {
         let (config, checkpoint, keys) = read(folder)?;
         describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), keys)

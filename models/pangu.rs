@@ -318,6 +318,7 @@ pub const SYSTEM: System = System {
     proved: &["pangu_alpha"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("gpt_pangu")),
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let config = PanguConfig::of(folder)?;
         let checkpoint = folder.checkpoint()?;

@@ -434,6 +434,7 @@ pub const SYSTEM: System = System {
             family => family == Some("unified_transformer"),
         })
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &PlatoConfig::of(folder)?.init(&Device::flex()), &KEYS),
     open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
     generator: Some(|folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?))),

@@ -575,6 +575,7 @@ pub const SYSTEM: System = System {
     proved: &["plug"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("plug")),
+    checkpoint: |folder| checkpoint(folder, &PlugConfig::of(folder)?),
     describe: |folder| {
         let config = PlugConfig::of(folder)?;
         let checkpoint = checkpoint(folder, &config)?;

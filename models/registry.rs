@@ -33,6 +33,8 @@ pub struct System {
     pub presets: &'static [Preset],
     /// Whether a folder holds this system. Called with the folder and its first configuration file, if any.
     pub recognises: fn(&Folder, Option<&Config>) -> bool,
+    /// The folder's weights: of ranks merged, of scaled whole numbers what they stand for.
+    pub checkpoint: fn(&Folder) -> Result<Box<dyn Checkpoint>, Error>,
     /// What loading the folder would do, without reading a weight.
     pub describe: fn(&Folder) -> Result<Description, Error>,
     /// Loads the folder for a forward pass.

@@ -671,6 +671,7 @@ pub const SYSTEM: System = System {
     recognises: |_, config| {
         config.and_then(|config| config.text("model_type")).is_some_and(|family| FAMILIES.contains(&family))
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let config = T5Config::of(folder)?;
         match is_encoder(folder)? {

@@ -797,6 +797,7 @@ pub const SYSTEM: System = System {
     proved: &["vit", "vit_f16", "timm_vit"],
     presets: PRESETS,
     recognises: |_, config| config.and_then(Layout::of).is_some(),
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, layout) = VitConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), layout.keys(config.head))

@@ -72,6 +72,7 @@ pub const SYSTEM: System = System {
     proved: &["yuan_prefix"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("yuan1")),
+    checkpoint: |folder| checkpoint(folder, &YuanConfig::of(folder)?.decoder),
     describe: |folder| {
         let YuanConfig { decoder, .. } = YuanConfig::of(folder)?;
         describe_with(checkpoint(folder, &decoder)?.as_ref(), &decoder.init(&Device::flex()), &KEYS)
