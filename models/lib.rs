@@ -15,6 +15,7 @@ pub mod device;
 pub mod ernie;
 pub mod ernie3;
 mod error;
+pub mod eva;
 pub mod export;
 pub mod folder;
 pub mod generation_config;

@@ -35,6 +35,8 @@ pub enum Shape {
     Ernie3(crate::ernie3::Ernie3Config),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
+    /// [`crate::eva`]
+    Eva(crate::eva::EvaConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]
@@ -113,6 +115,7 @@ impl Shape {
             Shape::Plug(config) => parameters(&config.init(&device)),
             Shape::Ernie3(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
+            Shape::Eva(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
             Shape::Gpt2(config) => parameters(&config.init(&device)),

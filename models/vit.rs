@@ -469,16 +469,10 @@ impl VitConfig {
         let fixed =
             pretrained.flag_or("fixed_input_size", false)? && !args.flag_or("dynamic_img_size", false)?;
         let input_size = input.filter(|_| fixed).map(|(_, size)| size);
-        let classes = if config.has("num_classes") { config } else { &pretrained };
-        let classes = classes.integer_or("num_classes", 1000)?;
-        let classes = if classes < 0 { 1000 } else { classes };
-        let classes = args.integer_or("num_classes", classes)?;
+        let classes = timm_classes(config, &pretrained, &args)?;
 
         let d_model = args.size_or("embed_dim", own.d_model)?;
-        let d_ff = match args.number_or("mlp_ratio", own.mlp_ratio)? * d_model as f64 {
-            d_ff @ 1.0..=2_147_483_648.0 => d_ff as usize,
-            _ => return Err(args.error("mlp_ratio", "a ratio that leaves the MLP a width")),
-        };
+        let d_ff = mlp_width(&args, own.mlp_ratio, d_model)?;
         let n_heads = args.size_or("num_heads", own.n_heads)?;
         args.divides("num_heads", n_heads, d_model)?;
         let class_token = args.flag_or("class_token", true)?;
@@ -539,8 +533,7 @@ impl VitConfig {
             pooling,
             head: match classes {
                 0 => Head::Absent,
-                1..=0x8000_0000 => Head::Classes(classes as usize),
-                _ => return Err(args.error("num_classes", "a whole number from 0 to 2147483648")),
+                classes => Head::Classes(classes),
             },
         }
         .checked(&args)
@@ -558,11 +551,36 @@ impl VitConfig {
     }
 }
 
+/// The number of classes of a timm model, 0 without a head: of `model_args`, of the file, or of `pretrained_cfg`.
+pub(crate) fn timm_classes(
+    config: &Config,
+    pretrained: &Config,
+    args: &Config,
+) -> Result<usize, ConfigError> {
+    let classes = if config.has("num_classes") { config } else { pretrained };
+    let classes = match classes.integer_or("num_classes", 1000)? {
+        classes if classes < 0 => 1000,
+        classes => classes,
+    };
+    match args.integer_or("num_classes", classes)? {
+        classes @ 0..=0x8000_0000 => Ok(classes as usize),
+        _ => Err(args.error("num_classes", "a whole number from 0 to 2147483648")),
+    }
+}
+
+/// The width of an MLP by its `mlp_ratio` to the model's, rounded down.
+pub(crate) fn mlp_width(config: &Config, ratio: f64, d_model: usize) -> Result<usize, ConfigError> {
+    match config.number_or("mlp_ratio", ratio)? * d_model as f64 {
+        d_ff @ 1.0..=2_147_483_648.0 => Ok(d_ff as usize),
+        _ => Err(config.error("mlp_ratio", "a ratio that leaves the MLP a width")),
+    }
+}
+
 /// Sides beyond this are no pictures.
 const MAX_SIDE: usize = 65536;
 
 /// A side in pixels, alone or as two that are equal.
-fn side_or(config: &Config, field: &str, default: usize) -> Result<usize, ConfigError> {
+pub(crate) fn side_or(config: &Config, field: &str, default: usize) -> Result<usize, ConfigError> {
     match sides_or(config, field, default)? {
         [height, width] if height == width => Ok(height),
         _ => Err(config.error(field, "a square (others are not supported)")),
@@ -570,7 +588,7 @@ fn side_or(config: &Config, field: &str, default: usize) -> Result<usize, Config
 }
 
 /// Height and width in pixels, or the one side of a square.
-fn sides_or(config: &Config, field: &str, default: usize) -> Result<[usize; 2], ConfigError> {
+pub(crate) fn sides_or(config: &Config, field: &str, default: usize) -> Result<[usize; 2], ConfigError> {
     match config.sizes(field).as_deref() {
         Some(&[height @ 1..=MAX_SIDE, width @ 1..=MAX_SIDE]) => Ok([height, width]),
         None if !config.has(field) => Ok([default; 2]),

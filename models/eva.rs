@@ -1,0 +1,932 @@
+//! EVA: vision transformers that learned to see by predicting CLIP's features at masked patches. EVA-01 (Fang et al.
+//! 2022, <https://arxiv.org/abs/2211.07636>), EVA-02 with gated MLPs, sub-norms and rotary positions (Fang et al. 2023,
+//! <https://arxiv.org/abs/2303.11331>), and the towers of EVA-CLIP up to 18B (Sun et al. 2023, 2024,
+//! <https://arxiv.org/abs/2303.15389>, <https://arxiv.org/abs/2402.04252>), whose two-tower half is [`crate::eva_clip`].
+//!
+//! The numbers match timm (`Eva`), and for the masked pretraining the authors' own code (`baaivision/EVA`, without
+//! xformers and apex), whose names of weights are read beside timm's.
+//!
+//! ```sh
+//! volary forward path/to/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k --input in.safetensors --output out.safetensors
+//! ```
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Bool, Device, Tensor, TensorData};
+use volary_kernels::layers::{
+    Attention, AttentionConfig, GatedMlp, GatedMlpConfig, LayerNorm, LearnedPositions, Linear, LinearConfig,
+    Mlp, MlpConfig, RmsNorm,
+};
+use volary_kernels::ops::{self, Activation, GridRopeConfig, Mask, Positions, Rope};
+use volary_vision::patch::PatchEmbedding;
+use volary_weights::{KeyMap, Ones, Rule};
+
+use Rule::{Ignore, Rename, Reshape, Split, Under};
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output};
+use crate::vit::{LastNorm, Pooling, mlp_width, side_or, timm_classes};
+
+/// Shape of an EVA.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EvaConfig {
+    /// Side of the square input in pixels.
+    pub image_size: usize,
+    /// Side of a patch in pixels.
+    pub patch_size: usize,
+    /// Colours of a pixel.
+    pub channels: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Width of the MLP.
+    pub d_ff: usize,
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Number of attention heads.
+    pub n_heads: usize,
+    /// What all norms are.
+    pub norm: NormKind,
+    /// Added to variances, or mean squares.
+    pub norm_eps: f64,
+    /// Where the norms of a block stand.
+    pub wiring: Wiring,
+    /// Whether queries and values have a bias; keys never do.
+    pub qkv_bias: bool,
+    /// Whether there is a norm before the attention's output projection (Wang et al. 2022, "Foundation Transformers").
+    pub attention_norm: bool,
+    /// The MLP.
+    pub mlp: MlpKind,
+    /// Whether queries and keys turn by their patch's row and column.
+    pub rope: Option<GridRope>,
+    /// Where the last norm stands.
+    pub last_norm: LastNorm,
+    /// What stands for the picture.
+    pub pooling: Pooling,
+    /// What is done with it.
+    pub head: Head,
+}
+
+/// What a norm is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// With mean and bias.
+    Layer,
+    /// Without either.
+    Rms,
+}
+
+/// Where the norms of a block stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wiring {
+    /// `x + f(norm(x))`
+    Pre,
+    /// `x + norm(f(x))`
+    Post,
+}
+
+/// The MLP of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MlpKind {
+    /// Two projections with GELU between them.
+    Plain,
+    /// Three projections, gated with SiLU.
+    Gated,
+    /// The same with a norm before the last one.
+    GatedNormed,
+}
+
+/// Rotary positions over the grid of patches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GridRope {
+    /// Side of the grid of the pretraining, over which the patches are spread. `None` is the model's own.
+    pub pretrained_side: Option<usize>,
+}
+
+/// What is done with what stands for the picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// Nothing.
+    Absent,
+    /// A projection to this width: scores of classes, or an embedding.
+    Projection(usize),
+    /// The same without a bias.
+    UnbiasedProjection(usize),
+    /// Every masked patch is projected to the width of the features that it should predict.
+    Masked(usize),
+}
+
+/// An EVA.
+#[derive(Module, Debug)]
+pub struct Eva {
+    /// `[d_model, channels, patch_size, patch_size]`.
+    pub patches: PatchEmbedding,
+    /// `[d_model]`.
+    pub class_token: Param<Tensor<1>>,
+    /// What stands in the place of a masked patch, `[d_model]`.
+    pub mask_token: Option<Param<Tensor<1>>>,
+    /// `[1 + patches, d_model]`.
+    pub positions: LearnedPositions,
+    /// The blocks.
+    pub blocks: Vec<EvaBlock>,
+    /// After the blocks, on all tokens.
+    pub norm: Option<Norm>,
+    /// After the pooling.
+    pub pooled_norm: Option<Norm>,
+    /// `[width of the head, d_model]`.
+    pub head: Option<Linear>,
+    #[module(skip)]
+    rope: Option<GridRopeConfig>,
+    #[module(skip)]
+    pooling: Pooling,
+}
+
+/// A transformer block, pre- or post-norm.
+#[derive(Module, Debug)]
+pub struct EvaBlock {
+    /// Of the attention: before it, or after it.
+    pub norm1: Norm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Before the attention's output projection.
+    pub attention_norm: Option<Norm>,
+    /// Of the MLP: before it, or after it.
+    pub norm2: Norm,
+    /// The MLP.
+    pub mlp: EvaMlp,
+    #[module(skip)]
+    wiring: Wiring,
+}
+
+/// A layer norm, or one by root mean squares.
+#[derive(Module, Debug)]
+pub enum Norm {
+    /// With mean and bias.
+    Layer(LayerNorm),
+    /// Without either.
+    Rms(RmsNorm),
+}
+
+/// The MLP of a block.
+#[derive(Module, Debug)]
+pub enum EvaMlp {
+    /// `down(gelu(up(x)))`
+    Plain(Mlp),
+    /// `down(norm(silu(gate(x)) * up(x)))`
+    Gated(NormedGatedMlp),
+}
+
+/// A gated MLP, maybe with a norm before its last projection.
+#[derive(Module, Debug)]
+pub struct NormedGatedMlp {
+    /// Three projections.
+    pub projections: GatedMlp,
+    /// `[d_ff]`.
+    pub norm: Option<Norm>,
+}
+
+/// What stands for a picture, and what the head makes of it.
+#[derive(Clone, Debug)]
+pub struct HeadOutput {
+    /// `[batch, d_model]`.
+    pub pooled: Tensor<2>,
+    /// `[batch, width of the head]`; `pooled` itself without a head.
+    pub output: Tensor<2>,
+}
+
+impl EvaConfig {
+    /// How many patches a side has.
+    pub const fn side(&self) -> usize {
+        self.image_size / self.patch_size
+    }
+
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> Eva {
+        let Self { d_model, .. } = *self;
+        let normal = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let side = self.side();
+        let head = |width, bias| LinearConfig::new(d_model, width).with_bias(bias).init(device);
+        Eva {
+            patches: PatchEmbedding::new(self.channels, self.patch_size, d_model, device),
+            class_token: normal.init([d_model], device),
+            mask_token: matches!(self.head, Head::Masked(_)).then(|| normal.init([d_model], device)),
+            positions: LearnedPositions::new(1 + side * side, d_model, 0.02, device),
+            blocks: (0..self.n_layers).map(|_| self.block(device)).collect(),
+            norm: (self.last_norm == LastNorm::Tokens).then(|| self.norm(d_model, device)),
+            pooled_norm: (self.last_norm == LastNorm::Pooled).then(|| self.norm(d_model, device)),
+            head: match self.head {
+                Head::Absent => None,
+                Head::Projection(width) | Head::Masked(width) => Some(head(width, true)),
+                Head::UnbiasedProjection(width) => Some(head(width, false)),
+            },
+            rope: self.rope.map(|GridRope { pretrained_side }| {
+                GridRopeConfig::new(d_model / self.n_heads, side, side)
+                    .with_class_tokens(1)
+                    .with_pretrained_side(pretrained_side)
+            }),
+            pooling: self.pooling,
+        }
+    }
+
+    fn block(&self, device: &Device) -> EvaBlock {
+        let Self { d_model, d_ff, n_heads, .. } = *self;
+        let mut attention = AttentionConfig::new(d_model, n_heads).with_bias(self.qkv_bias).init(device);
+        attention.key = LinearConfig::new(d_model, d_model).with_bias(false).init(device);
+        let gated = |norm| {
+            let projections = GatedMlpConfig::new(d_model, d_ff).init(device);
+            EvaMlp::Gated(NormedGatedMlp { projections, norm })
+        };
+        EvaBlock {
+            norm1: self.norm(d_model, device),
+            attention,
+            attention_norm: self.attention_norm.then(|| self.norm(d_model, device)),
+            norm2: self.norm(d_model, device),
+            mlp: match self.mlp {
+                MlpKind::Plain => EvaMlp::Plain(MlpConfig::new(d_model, d_ff).init(device)),
+                MlpKind::Gated => gated(None),
+                MlpKind::GatedNormed => gated(Some(self.norm(d_ff, device))),
+            },
+            wiring: self.wiring,
+        }
+    }
+
+    fn norm(&self, width: usize, device: &Device) -> Norm {
+        match self.norm {
+            NormKind::Layer => Norm::Layer(LayerNorm::new(width, self.norm_eps, device)),
+            NormKind::Rms => Norm::Rms(RmsNorm::new(width, self.norm_eps, device)),
+        }
+    }
+}
+
+impl Norm {
+    /// `[..., width] -> [..., width]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Norm::Layer(norm) => norm.forward(x),
+            Norm::Rms(norm) => norm.forward(x),
+        }
+    }
+}
+
+fn normed<const D: usize>(norm: &Option<Norm>, x: Tensor<D>) -> Tensor<D> {
+    norm.iter().fold(x, |x, norm| norm.forward(x))
+}
+
+impl EvaMlp {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        match self {
+            EvaMlp::Plain(mlp) => mlp.forward(x, Activation::Gelu),
+            EvaMlp::Gated(NormedGatedMlp { projections: GatedMlp { gate, up, down }, norm }) => {
+                let gated = Activation::Silu.forward(gate.forward(x.clone())) * up.forward(x);
+                down.forward(normed(norm, gated))
+            }
+        }
+    }
+}
+
+impl EvaBlock {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>, rope: Option<&Rope>) -> Tensor<3> {
+        match self.wiring {
+            Wiring::Pre => {
+                let x = x.clone() + self.attend(self.norm1.forward(x), rope);
+                x.clone() + self.mlp.forward(self.norm2.forward(x))
+            }
+            Wiring::Post => {
+                let x = x.clone() + self.norm1.forward(self.attend(x, rope));
+                x.clone() + self.norm2.forward(self.mlp.forward(x))
+            }
+        }
+    }
+
+    fn attend(&self, x: Tensor<3>, rope: Option<&Rope>) -> Tensor<3> {
+        let turned = |x: Tensor<4>| rope.iter().fold(x, |x, rope| rope.apply(x, &Positions::From(0)));
+        let query = turned(self.attention.queries(x.clone()));
+        let (key, value) = self.attention.keys_values(x); // [batch, n_heads, seq, d_head]
+        let x = ops::attention(query, turned(key), value, &Mask::Full, None);
+        let [batch, n_heads, seq, d_head] = x.dims();
+        let x = x.swap_dims(1, 2).reshape([batch, seq, n_heads * d_head]);
+        self.attention.output.forward(normed(&self.attention_norm, x))
+    }
+}
+
+impl Eva {
+    /// Pixels `[batch, channels, height, width]`, normalised, to tokens `[batch, 1 + patches, d_model]`: the class token,
+    /// then the patches row by row.
+    ///
+    /// # Panics
+    /// If the pictures are not of the model's size.
+    pub fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
+        normed(&self.norm, self.encode(self.patches.forward(pixels)))
+    }
+
+    /// The same of pictures some of whose patches are hidden (`true`): `masked` is `[batch, patches]`.
+    ///
+    /// # Panics
+    /// If the model has no mask token, or shapes differ.
+    pub fn forward_masked(&self, pixels: Tensor<4>, masked: Tensor<2, Bool>) -> Tensor<3> {
+        let mask_token =
+            self.mask_token.as_ref().expect("a model of masked pretraining has a mask token").val();
+        let patches = self.patches.forward(pixels); // [batch, patches, d_model]
+        let shape = patches.dims();
+        let hidden = masked.unsqueeze_dim::<3>(2).expand(shape);
+        let patches = patches.mask_where(hidden, mask_token.unsqueeze::<3>().expand(shape));
+        normed(&self.norm, self.encode(patches))
+    }
+
+    /// The tokens of [`Eva::forward`] before the last norm, `[batch, 1 + patches, d_model]`, of patches that are projected:
+    /// `[batch, patches, d_model]`.
+    pub fn encode(&self, patches: Tensor<3>) -> Tensor<3> {
+        let [batch, _, d_model] = patches.dims();
+        let class = self.class_token.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
+        let x = self.positions.forward(Tensor::cat(vec![class, patches], 1)); // [batch, 1 + patches, d_model]
+        let rope = self.rope.as_ref().map(|rope| rope.init(&x.device()));
+        self.blocks.iter().fold(x, |x, block| block.forward(x, rope.as_ref()))
+    }
+
+    /// What stands for the picture in the tokens of [`Eva::forward`], and what the head makes of it.
+    ///
+    /// # Panics
+    /// If the model does not pool ([`Pooling::Nothing`]).
+    pub fn pool(&self, x: Tensor<3>) -> HeadOutput {
+        let [batch, tokens, d_model] = x.dims();
+        let x = match self.pooling {
+            Pooling::Class => x.narrow(1, 0, 1),
+            Pooling::MeanOfPatches => x.narrow(1, 1, tokens - 1).mean_dim(1),
+            Pooling::MeanOfAll => x.mean_dim(1),
+            Pooling::Nothing => panic!("this model does not pool its tokens"),
+        };
+        let pooled = normed(&self.pooled_norm, x.reshape([batch, d_model]));
+        let output = self.head.iter().fold(pooled.clone(), |x, head| head.forward(x));
+        HeadOutput { pooled, output }
+    }
+
+    /// What is predicted at the masked patches, row by row of the batch: `[batch, 1 + patches, d_model] -> [masked, width]`;
+    /// `None` where nothing is masked.
+    pub fn predict(&self, tokens: Tensor<3>, masked: Tensor<2, Bool>) -> Option<Tensor<2>> {
+        let [batch, seq, d_model] = tokens.dims();
+        let patches = tokens.narrow(1, 1, seq - 1).reshape([batch * (seq - 1), d_model]);
+        let at: Vec<i64> = (0..)
+            .zip(masked.into_data().iter::<bool>())
+            .filter(|(_, hidden)| *hidden)
+            .map(|(at, _)| at)
+            .collect();
+        let count = at.len();
+        if count == 0 {
+            return None;
+        }
+        let at = Tensor::from_data(TensorData::new(at, [count]), &patches.device());
+        let chosen = patches.select(0, at);
+        Some(self.head.iter().fold(chosen, |x, head| head.forward(x)))
+    }
+}
+
+/// The loss of the masked pretraining: the mean of `-cos(prediction, target)`, `[1]` (EVA-01, section 2.1).
+///
+/// - `predictions`, `targets`: `[masked, width]`.
+pub fn negative_cosine(predictions: Tensor<2>, targets: Tensor<2>) -> Tensor<1> {
+    let length = |x: &Tensor<2>| x.clone().square().sum_dim(1).sqrt().clamp_min(1e-8); // [masked, 1]
+    let product = (predictions.clone() * targets.clone()).sum_dim(1);
+    -(product / (length(&predictions) * length(&targets))).mean()
+}
+
+/// How a folder describes an EVA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// timm's `config.json`, with an `architecture` `eva*`.
+    Timm,
+    /// The arguments of the authors' code for masked pretraining, as `model_type` `eva_mim` or `eva02_mim`.
+    Masked,
+}
+
+impl Layout {
+    /// The layout of a configuration, if it is one of an EVA.
+    pub fn of(config: &Config) -> Option<Self> {
+        match (config.text("model_type"), config.text("architecture")) {
+            (Some("eva_mim" | "eva02_mim"), _) => Some(Self::Masked),
+            (_, Some(name)) if name.starts_with("eva_") || name.starts_with("eva02_") => Some(Self::Timm),
+            _ => None,
+        }
+    }
+}
+
+impl EvaConfig {
+    /// The configuration of a folder and its layout.
+    ///
+    /// # Errors
+    /// If it is missing, malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<(Self, Layout), Error> {
+        let config = folder.config("config.json")?;
+        match Layout::of(&config) {
+            Some(Layout::Timm) => Ok((Self::timm(&config)?, Layout::Timm)),
+            Some(Layout::Masked) => Ok((Self::masked(&config)?, Layout::Masked)),
+            None => Err(config.error("model_type", "eva_mim, eva02_mim, or an `architecture` eva*").into()),
+        }
+    }
+
+    /// `config.json` of timm: `model_args` over the architecture's own arguments, and over what `pretrained_cfg` says of
+    /// classes.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn timm(config: &Config) -> Result<Self, ConfigError> {
+        let pretrained = config.object_or_empty("pretrained_cfg")?;
+        let args = config.object_or_empty("model_args")?;
+        let own = config.text("architecture").and_then(architecture);
+        let own = own.ok_or_else(|| config.error("architecture", KNOWN))?;
+        let classes = timm_classes(config, &pretrained, &args)?;
+        Self::timm_args(own, &args, classes)
+    }
+
+    /// The architecture that timm knows by this name, with `args` over its own arguments, and so many `classes`: scores, or
+    /// the width of an embedding; 0 without a head.
+    ///
+    /// # Errors
+    /// If there is none, or `args` are malformed or ask for what is not built.
+    pub fn timm_args(own: Self, args: &Config, classes: usize) -> Result<Self, ConfigError> {
+        for (field, allowed) in ARGS_FIXED {
+            args.only(field, allowed)?;
+        }
+        let is_fixed = |field: &str| ARGS_FIXED.iter().any(|(name, _)| *name == field);
+        let is_known = |field: &str| ARGS.contains(&field) || is_fixed(field);
+        if let Some(field) = args.fields().find(|&field| args.has(field) && !is_known(field)) {
+            return Err(args.error(field, "no such argument (it is not supported)"));
+        }
+        let d_model = args.size_or("embed_dim", own.d_model)?;
+        let pooling = match args.text("global_pool") {
+            None if args.has("global_pool") => return Err(args.error("global_pool", "a text")),
+            None => own.pooling,
+            Some("token") => Pooling::Class,
+            Some("avg") => Pooling::MeanOfPatches,
+            Some(_) => return Err(args.error("global_pool", "token or avg (others are not supported)")),
+        };
+        let ratio = match own.mlp {
+            MlpKind::Plain => own.d_ff as f64 / own.d_model as f64,
+            _ => 4.0 * 2.0 / 3.0, // EVA-02 L's width is rounded down from it
+        };
+        let gated = args.flag_or("swiglu_mlp", own.mlp != MlpKind::Plain)?;
+        let normed = args.flag_or("scale_mlp", own.mlp == MlpKind::GatedNormed)?;
+        let pretrained_side = match args.sizes("ref_feat_shape").as_deref() {
+            Some(&[height, width]) if height == width && height > 0 => Some(height),
+            None if !args.has("ref_feat_shape") => own.rope.and_then(|rope| rope.pretrained_side),
+            _ => return Err(args.error("ref_feat_shape", "a square (others are not supported)")),
+        };
+        let rope = args.flag_or("use_rot_pos_emb", own.rope.is_some())?;
+        let after = args.flag_or("use_post_norm", own.wiring == Wiring::Post)?;
+        Self {
+            image_size: side_or(args, "img_size", own.image_size)?,
+            patch_size: side_or(args, "patch_size", own.patch_size)?,
+            channels: args.size_or("in_chans", 3)?,
+            d_model,
+            d_ff: mlp_width(args, ratio, d_model)?,
+            n_layers: args.blocks_or("depth", own.n_layers)?,
+            n_heads: args.size_or("num_heads", own.n_heads)?,
+            wiring: if after { Wiring::Post } else { Wiring::Pre },
+            qkv_bias: args.flag_or("qkv_bias", own.qkv_bias)?,
+            attention_norm: args.flag_or("scale_attn_inner", own.attention_norm)?,
+            mlp: match (gated, normed) {
+                (false, false) => MlpKind::Plain,
+                (true, false) => MlpKind::Gated,
+                (true, true) => MlpKind::GatedNormed,
+                (false, true) => return Err(args.error("scale_mlp", "false without `swiglu_mlp`")),
+            },
+            rope: rope.then_some(GridRope { pretrained_side }),
+            last_norm: match pooling {
+                Pooling::MeanOfPatches => LastNorm::Pooled,
+                _ => LastNorm::Tokens,
+            },
+            pooling,
+            head: match classes {
+                0 => Head::Absent,
+                classes => Head::Projection(classes),
+            },
+            ..own
+        }
+        .checked(args, "num_heads")
+    }
+
+    /// The arguments of the authors' `VisionTransformerForMaskedImageModeling`.
+    ///
+    /// # Errors
+    /// If they are malformed, or ask for what is not built.
+    pub fn masked(config: &Config) -> Result<Self, ConfigError> {
+        for (field, allowed) in MASKED_FIXED {
+            config.only(field, allowed)?;
+        }
+        let d_model = config.size_or("embed_dim", 768)?;
+        let gated = config.flag_or("naiveswiglu", false)?;
+        let sub_norms = config.flag_or("subln", false)?;
+        Self {
+            image_size: side_or(config, "img_size", 224)?,
+            patch_size: side_or(config, "patch_size", 16)?,
+            channels: config.size_or("in_chans", 3)?,
+            d_model,
+            d_ff: mlp_width(config, 4.0, d_model)?,
+            n_layers: config.blocks_or("depth", 12)?,
+            n_heads: config.size_or("num_heads", 12)?,
+            norm_eps: config.number_or("layer_norm_eps", 1e-6)?,
+            qkv_bias: config.flag_or("qkv_bias", true)?,
+            // the sub-norms of the masked pretraining are those of the MLP alone
+            attention_norm: false,
+            mlp: match (gated, sub_norms) {
+                (true, true) => MlpKind::GatedNormed,
+                (true, false) => MlpKind::Gated,
+                (false, false) => MlpKind::Plain,
+                (false, true) => return Err(config.error("subln", "false without `naiveswiglu`")),
+            },
+            rope: config.flag_or("rope", false)?.then_some(GridRope { pretrained_side: None }),
+            last_norm: LastNorm::Tokens,
+            pooling: Pooling::Class,
+            head: Head::Masked(config.size_or("predict_feature_dim", 768)?),
+            ..GIANT
+        }
+        .checked(config, "num_heads")
+    }
+
+    /// That a picture has patches and a head whole pairs.
+    pub(crate) fn checked(self, config: &Config, heads: &str) -> Result<Self, ConfigError> {
+        if self.patch_size > self.image_size {
+            return Err(
+                config.error("patch_size", &format!("at most the picture's {} pixels", self.image_size))
+            );
+        }
+        config.divides(heads, self.n_heads, self.d_model)?;
+        if self.rope.is_some() && !(self.d_model / self.n_heads).is_multiple_of(4) {
+            return Err(
+                config.error(heads, "heads of a multiple of 4 channels, as they turn by rows and columns")
+            );
+        }
+        Ok(self)
+    }
+
+    /// The key map of a model of this shape.
+    pub const fn keys(&self) -> &'static KeyMap {
+        match (self.norm, self.mlp) {
+            (NormKind::Layer, MlpKind::Plain) => &KEYS,
+            (NormKind::Layer, _) => &KEYS_GATED,
+            (NormKind::Rms, MlpKind::Plain) => &KEYS_RMS,
+            (NormKind::Rms, _) => &KEYS_RMS_GATED,
+        }
+    }
+}
+
+/// What timm calls the architectures here.
+const KNOWN: &str = "eva_giant_patch14_{N}, eva02_{tiny,small,base,large}_patch14_{N}, or a tower of EVA-CLIP, \
+                     eva_giant_patch14_clip_224, eva02_base_patch16_clip_224, eva02_large_patch14_clip_{N}, \
+                     eva02_enormous_patch14_clip_224";
+
+/// Arguments of timm's `Eva` that are read, or only matter for training.
+const ARGS: &[&str] = &[
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "global_pool",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "qkv_bias",
+    "qkv_fused",
+    "mlp_ratio",
+    "swiglu_mlp",
+    "scale_mlp",
+    "scale_attn_inner",
+    "use_rot_pos_emb",
+    "use_post_norm",
+    "ref_feat_shape",
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+    "dynamic_img_size",
+];
+
+/// Those of which only these values are built.
+const ARGS_FIXED: &[(&str, &[&str])] = &[
+    ("class_token", &["true"]),
+    ("use_abs_pos_emb", &["true"]),
+    ("init_values", &[]),
+    ("num_reg_tokens", &["0"]),
+    ("swiglu_align_to", &["0"]),
+    ("attn_type", &["\"eva\""]),
+    ("qk_norm", &["false"]),
+    ("dynamic_img_pad", &["false"]),
+];
+
+/// Arguments of the authors' code of which only these values are built; `init_values` would be a scale per channel.
+const MASKED_FIXED: &[(&str, &[&str])] = &[
+    ("init_values", &["0", "0.0"]),
+    ("use_abs_pos_emb", &["true"]),
+    ("use_rel_pos_bias", &["false"]),
+    ("use_shared_rel_pos_bias", &["false"]),
+    ("postnorm", &["false"]),
+    ("deepnorm", &["false"]),
+    ("swiglu", &["false"]),
+    ("decoupled_rope", &["false"]),
+];
+
+/// The architecture of timm's name, without classes.
+pub(crate) fn architecture(name: &str) -> Option<EvaConfig> {
+    let numbered = |rest: &str| rest.parse::<usize>().ok().filter(|&side| side >= 14);
+    let (family, rest) = name.split_once("_patch")?;
+    let (patch_size, rest) = rest.split_once('_')?;
+    let patch_size = numbered(patch_size)?;
+    let (clip, size) = match rest.strip_prefix("clip_") {
+        Some(size) => (true, numbered(size)?),
+        None => (false, numbered(rest)?),
+    };
+    let own = match (family, clip) {
+        ("eva_giant", false) => GIANT,
+        ("eva_giant", true) => CLIP_GIANT,
+        ("eva02_tiny", false) => TINY,
+        ("eva02_small", false) => SMALL,
+        ("eva02_base", false) => BASE,
+        ("eva02_base", true) => CLIP_BASE,
+        ("eva02_large", false) => LARGE,
+        ("eva02_large", true) => CLIP_LARGE,
+        ("eva02_enormous", true) => CLIP_ENORMOUS,
+        _ => return None,
+    };
+    Some(EvaConfig { image_size: size, patch_size, ..own })
+}
+
+const PAIR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+const LAYER: &[Rule] = &[Rename("weight", "Layer.weight"), Rename("bias", "Layer.bias")];
+const RMS: &[Rule] = &[Rename("weight", "Rms.weight")];
+
+/// timm fuses the three projections or not; the authors too, and keep the biases apart.
+const ATTENTION: &[Rule] = &[
+    Rename("q_proj.weight", "query.weight"),
+    Rename("k_proj.weight", "key.weight"),
+    Rename("v_proj.weight", "value.weight"),
+    Split("qkv.weight", &["query.weight", "key.weight", "value.weight"]),
+    Rename("q_bias", "query.bias"),
+    Rename("v_bias", "value.bias"),
+    Rename("q_proj.bias", "query.bias"),
+    Rename("v_proj.bias", "value.bias"),
+    Under("proj.", "output.", PAIR),
+    Ignore("rope.{*}"),
+];
+
+const PLAIN: &[Rule] = &[Under("fc1.", "Plain.up.", PAIR), Under("fc2.", "Plain.down.", PAIR)];
+
+macro_rules! gated {
+    ($norm:expr) => {
+        &[
+            // the authors, in one piece and in three
+            Under("w1.", "Gated.projections.gate.", PAIR),
+            Under("w2.", "Gated.projections.up.", PAIR),
+            Under("w3.", "Gated.projections.down.", PAIR),
+            Split("w12.weight", &["Gated.projections.gate.weight", "Gated.projections.up.weight"]),
+            Split("w12.bias", &["Gated.projections.gate.bias", "Gated.projections.up.bias"]),
+            Under("ffn_ln.", "Gated.norm.", $norm),
+            // timm
+            Under("fc1_g.", "Gated.projections.gate.", PAIR),
+            Under("fc1_x.", "Gated.projections.up.", PAIR),
+            Split("fc1.weight", &["Gated.projections.gate.weight", "Gated.projections.up.weight"]),
+            Split("fc1.bias", &["Gated.projections.gate.bias", "Gated.projections.up.bias"]),
+            Under("fc2.", "Gated.projections.down.", PAIR),
+            Under("norm.", "Gated.norm.", $norm),
+        ]
+    };
+}
+
+macro_rules! trunk {
+    ($norm:expr, $mlp:expr) => {
+        &[
+            Under("patch_embed.proj.", "patches.", PAIR),
+            Reshape("cls_token", "class_token", Ones::Before(2)),
+            Reshape("mask_token", "mask_token", Ones::Before(2)),
+            Reshape("pos_embed", "positions.weight", Ones::Before(1)),
+            Under(
+                "blocks.{}.",
+                "blocks.{}.",
+                &[
+                    Under("norm1.", "norm1.", $norm),
+                    Under("attn.", "attention.", ATTENTION),
+                    Under("attn.inner_attn_ln.", "attention_norm.", $norm),
+                    Under("attn.norm.", "attention_norm.", $norm),
+                    Under("norm2.", "norm2.", $norm),
+                    Under("mlp.", "mlp.", $mlp),
+                ],
+            ),
+            Under("norm.", "norm.", $norm),
+            Under("fc_norm.", "pooled_norm.", $norm),
+            Under("head.", "head.", PAIR),
+            Under("lm_head.", "head.", PAIR),
+            Ignore("rope.{*}"),
+        ]
+    };
+}
+
+/// Keys of an EVA with layer norms and plain MLPs, of timm and of the authors.
+pub const TRUNK: &[Rule] = trunk!(LAYER, PLAIN);
+/// The same with gated MLPs.
+pub const TRUNK_GATED: &[Rule] = trunk!(LAYER, gated!(LAYER));
+/// The same with norms by root mean squares.
+pub const TRUNK_RMS: &[Rule] = trunk!(RMS, PLAIN);
+/// The same with both.
+pub const TRUNK_RMS_GATED: &[Rule] = trunk!(RMS, gated!(RMS));
+
+/// [`TRUNK`] as a whole file.
+pub const KEYS: KeyMap = KeyMap::new(TRUNK);
+/// [`TRUNK_GATED`] as a whole file.
+pub const KEYS_GATED: KeyMap = KeyMap::new(TRUNK_GATED);
+/// [`TRUNK_RMS`] as a whole file.
+pub const KEYS_RMS: KeyMap = KeyMap::new(TRUNK_RMS);
+/// [`TRUNK_RMS_GATED`] as a whole file.
+pub const KEYS_RMS_GATED: KeyMap = KeyMap::new(TRUNK_RMS_GATED);
+
+/// EVA as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "eva",
+    about: "vision transformers that predict CLIP's features: EVA-01, EVA-02",
+    file: "models/eva.rs",
+    tasks: &["forward"],
+    proved: &["timm_eva_giant", "timm_eva02", "timm_eva02_packed", "eva_mim", "eva02_mim"],
+    presets: PRESETS,
+    recognises: |_, config| config.and_then(Layout::of).is_some(),
+    describe: |folder| {
+        let (config, _) = EvaConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), config.keys())
+    },
+    open: |folder, options, device| {
+        let (config, layout) = EvaConfig::of(folder)?;
+        let model = fill(folder, config.init(device), config.keys(), options)?;
+        Ok(Box::new(Runner { model, config, layout }))
+    },
+    generator: None,
+};
+
+/// An EVA behind the forward contract.
+struct Runner {
+    model: Eva,
+    config: EvaConfig,
+    layout: Layout,
+}
+
+impl Forward for Runner {
+    /// timm's layout takes `pixel_values`; the masked pretraining `image`, `bool_masked_pos` and, for the loss,
+    /// `clip_targets` `[masked, width]`.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        match self.layout {
+            Layout::Timm => self.pooled(inputs),
+            Layout::Masked => {
+                let pixels = self.config.pixels(&mut inputs, "image");
+                let masked = inputs.mask("bool_masked_pos");
+                let targets = inputs.float::<2>("clip_targets");
+                inputs.missing("bool_masked_pos");
+                self.masked(inputs, pixels, masked, targets)
+            }
+        }
+    }
+}
+
+impl EvaConfig {
+    /// The pictures of the input `name`, if they fit; a problem is noted if not.
+    pub(crate) fn pixels(&self, inputs: &mut Inputs, name: &'static str) -> Option<Tensor<4>> {
+        let pixels = inputs.float::<4>(name);
+        inputs.missing(name);
+        let expected = [self.channels, self.image_size, self.image_size];
+        if let Some([_, found @ ..]) = pixels.as_ref().map(Tensor::dims)
+            && found != expected
+        {
+            inputs.problem(format!("`{name}` has pictures of {found:?}, expected {expected:?}"));
+        }
+        pixels
+    }
+}
+
+impl Runner {
+    fn pooled(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let pixels = self.config.pixels(&mut inputs, "pixel_values");
+        inputs.finish()?;
+        let Some(pixels) = pixels else { return Ok(Outputs::new()) }; // finished with an error
+        let hidden = self.model.forward(pixels.cast(self.model.patches.weight.val().dtype()));
+        let HeadOutput { pooled, output: logits } = self.model.pool(hidden.clone());
+        Ok(vec![output("forward_features", hidden), output("pre_logits", pooled), output("logits", logits)])
+    }
+
+    fn masked(
+        &self,
+        mut inputs: Inputs,
+        pixels: Option<Tensor<4>>,
+        masked: Option<Tensor<2, Bool>>,
+        targets: Option<Tensor<2>>,
+    ) -> Result<Outputs, Error> {
+        let patches = self.config.side().pow(2);
+        if let (Some(pixels), Some(masked)) = (&pixels, &masked)
+            && masked.dims() != [pixels.dims()[0], patches]
+        {
+            let expected = [pixels.dims()[0], patches];
+            inputs.problem(format!("`bool_masked_pos` is {:?}, expected {expected:?}", masked.dims()));
+        }
+        let hidden =
+            masked.as_ref().map_or(0, |masked| masked.clone().int().sum().into_scalar::<i64>() as usize);
+        if let (Some(targets), Head::Masked(width)) = (&targets, self.config.head)
+            && targets.dims() != [hidden, width]
+        {
+            inputs.problem(format!("`clip_targets` is {:?}, expected [{hidden}, {width}]", targets.dims()));
+        }
+        inputs.finish()?;
+        let (Some(pixels), Some(masked)) = (pixels, masked) else { return Ok(Outputs::new()) }; // as above
+        let pixels = pixels.cast(self.model.patches.weight.val().dtype());
+        let features = self.model.forward_masked(pixels, masked.clone());
+        let mut outputs = vec![output("features", features.clone())];
+        if let Some(predictions) = self.model.predict(features, masked) {
+            outputs.push(output("predictions", predictions.clone()));
+            outputs.extend(targets.map(|targets| {
+                output(
+                    "loss",
+                    negative_cosine(predictions, targets.to_device(&self.model.class_token.device())),
+                )
+            }));
+        }
+        Ok(outputs)
+    }
+}
+
+/// EVA-01, section 2.2: g, with 14 x 14 patches.
+pub(crate) const GIANT: EvaConfig = EvaConfig {
+    image_size: 224,
+    patch_size: 14,
+    channels: 3,
+    d_model: 1408,
+    d_ff: 6144,
+    n_layers: 40,
+    n_heads: 16,
+    norm: NormKind::Layer,
+    norm_eps: 1e-6,
+    wiring: Wiring::Pre,
+    qkv_bias: true,
+    attention_norm: false,
+    mlp: MlpKind::Plain,
+    rope: None,
+    last_norm: LastNorm::Pooled,
+    pooling: Pooling::MeanOfPatches,
+    head: Head::Absent,
+};
+
+/// EVA-02, table 3; its MLPs are 8/3 as wide as the model.
+const TINY: EvaConfig = EvaConfig {
+    d_model: 192,
+    d_ff: 512,
+    n_layers: 12,
+    n_heads: 3,
+    mlp: MlpKind::Gated,
+    rope: Some(GridRope { pretrained_side: Some(16) }),
+    ..GIANT
+};
+const SMALL: EvaConfig = EvaConfig { d_model: 384, d_ff: 1024, n_heads: 6, ..TINY };
+const BASE: EvaConfig =
+    EvaConfig { d_model: 768, d_ff: 2048, n_heads: 12, mlp: MlpKind::GatedNormed, ..TINY };
+const LARGE: EvaConfig = EvaConfig { d_model: 1024, d_ff: 2730, n_layers: 24, n_heads: 16, ..BASE };
+
+/// EVA-CLIP, tables of section 3: the class token stands for the picture.
+const CLIP_GIANT: EvaConfig = EvaConfig { last_norm: LastNorm::Tokens, pooling: Pooling::Class, ..GIANT };
+const CLIP_BASE: EvaConfig =
+    EvaConfig { attention_norm: true, last_norm: LastNorm::Tokens, pooling: Pooling::Class, ..BASE };
+const CLIP_LARGE: EvaConfig = EvaConfig { d_model: 1024, d_ff: 2730, n_layers: 24, n_heads: 16, ..CLIP_BASE };
+const CLIP_ENORMOUS: EvaConfig =
+    EvaConfig { d_model: 1792, d_ff: 15360, n_layers: 64, wiring: Wiring::Post, ..CLIP_GIANT };
+
+const fn timm(name: &'static str, config: EvaConfig, parameters: usize) -> Preset {
+    let (weights, license, source) = (Weights::Hub, "MIT", "timm, sum over the parameters");
+    Preset { name, shape: Shape::Eva(config), weights, license, parameters, source }
+}
+
+const fn classes(config: EvaConfig, image_size: usize, classes: usize) -> EvaConfig {
+    EvaConfig { image_size, head: Head::Projection(classes), ..config }
+}
+
+/// Published sizes. Several of the authors' trainings have one size; the name is of one of them.
+pub const PRESETS: &[Preset] = &[
+    timm("timm/eva_giant_patch14_224.clip_ft_in1k", classes(GIANT, 224, 1000), 1_012_555_112),
+    timm("timm/eva_giant_patch14_336.m30m_ft_in22k_in1k", classes(GIANT, 336, 1000), 1_013_005_672),
+    timm("timm/eva_giant_patch14_560.m30m_ft_in22k_in1k", classes(GIANT, 560, 1000), 1_014_447_464),
+    timm("timm/eva_giant_patch14_clip_224.merged2b", classes(CLIP_GIANT, 224, 1024), 1_012_588_928),
+    timm("timm/eva02_tiny_patch14_224.mim_in22k", TINY, 5_502_144),
+    timm("timm/eva02_tiny_patch14_336.mim_in22k_ft_in1k", classes(TINY, 336, 1000), 5_756_584),
+    timm("timm/eva02_small_patch14_224.mim_in22k", SMALL, 21_621_120),
+    timm("timm/eva02_small_patch14_336.mim_in22k_ft_in1k", classes(SMALL, 336, 1000), 22_129_000),
+    timm("timm/eva02_base_patch14_224.mim_in22k", BASE, 85_758_720),
+    timm("timm/eva02_base_patch14_448.mim_in22k_ft_in22k", classes(BASE, 448, 21841), 103_144_273),
+    timm("timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", classes(BASE, 448, 1000), 87_117_544),
+    timm("timm/eva02_large_patch14_224.mim_m38m", LARGE, 303_268_800),
+    timm("timm/eva02_large_patch14_448.mim_m38m_ft_in22k", classes(LARGE, 448, 21841), 326_442_257),
+    timm("timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", classes(LARGE, 448, 1000), 305_080_232),
+    timm("timm/eva02_base_patch16_clip_224.merged2b", CLIP_BASE_16, 86_263_040),
+    timm("timm/eva02_large_patch14_clip_224.merged2b", classes(CLIP_LARGE, 224, 768), 304_105_152),
+    timm("timm/eva02_large_patch14_clip_336.merged2b", classes(CLIP_LARGE, 336, 768), 304_432_832),
+    timm(
+        "timm/eva02_enormous_patch14_clip_224.laion2b_plus",
+        classes(CLIP_ENORMOUS, 224, 1024),
+        4_350_556_928,
+    ),
+];
+const CLIP_BASE_16: EvaConfig = EvaConfig { patch_size: 16, ..classes(CLIP_BASE, 224, 512) };
