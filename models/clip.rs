@@ -223,7 +223,8 @@ impl VitConfig {
 }
 
 impl TextConfig {
-    fn init(&self, d_embed: usize, device: &Device) -> TextTower {
+    /// An untrained tower. Nothing is allocated before first use.
+    pub(crate) fn init(&self, d_embed: usize, device: &Device) -> TextTower {
         let TransformerConfig { d_model, layer_norm_eps, .. } = self.transformer;
         TextTower {
             tokens: Embedding::new(self.vocab_size, d_model, 0.02, device),
@@ -326,7 +327,12 @@ impl Layout {
     fn of(folder: &Folder, config: Option<&Config>) -> Option<Self> {
         match config {
             Some(config) if config.text("model_type") == Some("clip") => Some(Self::Transformers),
-            Some(config) if config.has("model_cfg") => Some(Self::OpenClip),
+            Some(config) if config.has("model_cfg") => {
+                let vision = config.object("model_cfg").and_then(|model| model.object("vision_cfg"));
+                // EVA-CLIP is another system
+                let is_eva = vision.is_ok_and(|vision| crate::eva_clip::is_eva(&vision));
+                (!is_eva).then_some(Self::OpenClip)
+            }
             Some(_) => None,
             None => {
                 let checkpoint = folder.checkpoint().ok()?;
@@ -413,17 +419,6 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
     }
     let quick_gelu = model.flag_or("quick_gelu", false)?;
     let activation = if quick_gelu { Activation::QuickGelu } else { Activation::Gelu };
-    let blocks = |config: &Config, width, layers, n_heads| -> Result<TransformerConfig, ConfigError> {
-        let d_model: usize = config.size_or("width", width)?;
-        Ok(TransformerConfig {
-            d_model,
-            d_ff: (d_model as f64 * config.number_or("mlp_ratio", 4.0)?) as usize,
-            n_layers: layers,
-            n_heads,
-            activation,
-            layer_norm_eps: config.object_or_empty("norm_kwargs")?.number_or("eps", 1e-5)?,
-        })
-    };
     let d_embed = model.size("embed_dim")?;
     let image_size = vision.size_or("image_size", 224)?;
     let head_width = vision.size_or("head_width", 64)?;
@@ -454,32 +449,52 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
             return Err(vision.error("patch_size", "at most image_size"));
         }
         let layers = vision.blocks_or("layers", 12)?;
-        let transformer = blocks(&vision, 768, layers, width / head_width)?;
+        let transformer = open_clip_blocks(&vision, 768, layers, width / head_width, activation)?;
         VisionConfig::Vit(VitConfig { image_size, patch_size, transformer })
     };
-    known(&text, TEXT_FIELDS)?;
+    Ok(ClipConfig { vision: vision_config, text: open_clip_text(&text, activation)?, d_embed })
+}
+
+/// `text_cfg` of open_clip; the code of EVA-CLIP has two more settings, which change no number.
+pub(crate) fn open_clip_text(text: &Config, activation: Activation) -> Result<TextConfig, ConfigError> {
+    known(text, TEXT_FIELDS)?;
     text.only("ls_init_value", &[])?;
     for field in ["embed_cls", "no_causal_mask", "final_ln_after_pool", "proj_bias", "output_tokens"] {
         text.only(field, &["false"])?;
     }
     text.only("proj_type", &["\"linear\""])?;
     let n_heads = text.size_or("heads", 8)?;
-    let transformer = blocks(&text, 512, text.blocks_or("layers", 12)?, n_heads)?;
+    let transformer = open_clip_blocks(text, 512, text.blocks_or("layers", 12)?, n_heads, activation)?;
     text.divides("heads", n_heads, transformer.d_model)?;
     let pooling = match text.text("pool_type") {
         None | Some("argmax") => Pooling::HighestId,
         Some("eos") => Pooling::First(text.integer_or("eos_id", 2)?),
         Some(_) => return Err(text.error("pool_type", "argmax or eos (others are not supported)")),
     };
-    Ok(ClipConfig {
-        vision: vision_config,
-        text: TextConfig {
-            context_length: text.size_or("context_length", 77)?,
-            vocab_size: text.size_or("vocab_size", 49408)?,
-            transformer,
-            pooling,
-        },
-        d_embed,
+    Ok(TextConfig {
+        context_length: text.size_or("context_length", 77)?,
+        vocab_size: text.size_or("vocab_size", 49408)?,
+        transformer,
+        pooling,
+    })
+}
+
+/// The blocks of a tower of open_clip, `width` wide if it says nothing else.
+fn open_clip_blocks(
+    config: &Config,
+    width: usize,
+    layers: usize,
+    n_heads: usize,
+    activation: Activation,
+) -> Result<TransformerConfig, ConfigError> {
+    let d_model: usize = config.size_or("width", width)?;
+    Ok(TransformerConfig {
+        d_model,
+        d_ff: (d_model as f64 * config.number_or("mlp_ratio", 4.0)?) as usize,
+        n_layers: layers,
+        n_heads,
+        activation,
+        layer_norm_eps: config.object_or_empty("norm_kwargs")?.number_or("eps", 1e-5)?,
     })
 }
 
@@ -526,6 +541,8 @@ const TEXT_FIELDS: &[&str] = &[
     "hf_tokenizer_name",
     "tokenizer_kwargs",
     "tokenizer_mode",
+    "xattn",
+    "fusedLN",
 ];
 
 /// Refuses settings that would change the numbers and are not built.
@@ -688,16 +705,21 @@ const BOTTLENECK: &[Rule] = &[
     Under("downsample.1.", "shortcut.bn.", BATCH_NORM),
 ];
 
-/// What open_clip and OpenAI name alike in both kinds of towers.
-const TEXT_OPEN_CLIP: &[Rule] = &[
-    Reshape("logit_scale", "logit_scale", Ones::Scalar),
-    Rename("token_embedding.weight", "text.tokens.weight"),
-    Rename("positional_embedding", "text.positions.weight"),
-    Under("transformer.resblocks.{}.", "text.blocks.{}.", BLOCK_OPEN_CLIP),
-    Rename("ln_final.weight", "text.final_norm.weight"),
-    Rename("ln_final.bias", "text.final_norm.bias"),
-    Transpose("text_projection", "text.projection.weight"),
+/// The text tower of open_clip and OpenAI.
+pub(crate) const TEXT_OPEN_CLIP: &[Rule] = &[
+    Rename("token_embedding.weight", "tokens.weight"),
+    Rename("positional_embedding", "positions.weight"),
+    Under("transformer.resblocks.{}.", "blocks.{}.", BLOCK_OPEN_CLIP),
+    Rename("ln_final.weight", "final_norm.weight"),
+    Rename("ln_final.bias", "final_norm.bias"),
+    Transpose("text_projection", "projection.weight"),
     Ignore("attn_mask"),
+];
+
+/// What open_clip and OpenAI name alike whatever the tower for pictures.
+const SHARED_OPEN_CLIP: &[Rule] = &[
+    Reshape("logit_scale", "logit_scale", Ones::Scalar),
+    Under("", "text.", TEXT_OPEN_CLIP),
     Ignore("input_resolution"),
     Ignore("context_length"),
     Ignore("vocab_size"),
@@ -705,7 +727,7 @@ const TEXT_OPEN_CLIP: &[Rule] = &[
 
 /// Keys of open_clip and OpenAI with a vision transformer.
 pub const KEYS_OPEN_CLIP_VIT: KeyMap = KeyMap::new(&[
-    Under("", "", TEXT_OPEN_CLIP),
+    Under("", "", SHARED_OPEN_CLIP),
     Under(
         "visual.",
         "vision.Vit.",
@@ -725,7 +747,7 @@ pub const KEYS_OPEN_CLIP_VIT: KeyMap = KeyMap::new(&[
 
 /// Keys of open_clip and OpenAI with a convolutional tower.
 pub const KEYS_OPEN_CLIP_RESNET: KeyMap = KeyMap::new(&[
-    Under("", "", TEXT_OPEN_CLIP),
+    Under("", "", SHARED_OPEN_CLIP),
     Under(
         "visual.",
         "vision.ResNet.",

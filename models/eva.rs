@@ -171,6 +171,7 @@ pub enum Norm {
 
 /// The MLP of a block.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)]
 pub enum EvaMlp {
     /// `down(gelu(up(x)))`
     Plain(Mlp),
@@ -320,7 +321,12 @@ impl Eva {
     /// # Panics
     /// If the pictures are not of the model's size.
     pub fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
-        normed(&self.norm, self.encode(self.patches.forward(pixels)))
+        self.normed(self.encode(self.patches.forward(pixels)))
+    }
+
+    /// The last norm, where it is on all tokens: `[batch, 1 + patches, d_model]` to the same.
+    pub fn normed(&self, x: Tensor<3>) -> Tensor<3> {
+        normed(&self.norm, x)
     }
 
     /// The same of pictures some of whose patches are hidden (`true`): `masked` is `[batch, patches]`.
@@ -334,7 +340,7 @@ impl Eva {
         let shape = patches.dims();
         let hidden = masked.unsqueeze_dim::<3>(2).expand(shape);
         let patches = patches.mask_where(hidden, mask_token.unsqueeze::<3>().expand(shape));
-        normed(&self.norm, self.encode(patches))
+        self.normed(self.encode(patches))
     }
 
     /// The tokens of [`Eva::forward`] before the last norm, `[batch, 1 + patches, d_model]`, of patches that are projected:
@@ -888,11 +894,13 @@ const BASE: EvaConfig =
 const LARGE: EvaConfig = EvaConfig { d_model: 1024, d_ff: 2730, n_layers: 24, n_heads: 16, ..BASE };
 
 /// EVA-CLIP, tables of section 3: the class token stands for the picture.
-const CLIP_GIANT: EvaConfig = EvaConfig { last_norm: LastNorm::Tokens, pooling: Pooling::Class, ..GIANT };
+pub(crate) const CLIP_GIANT: EvaConfig =
+    EvaConfig { last_norm: LastNorm::Tokens, pooling: Pooling::Class, ..GIANT };
 const CLIP_BASE: EvaConfig =
     EvaConfig { attention_norm: true, last_norm: LastNorm::Tokens, pooling: Pooling::Class, ..BASE };
-const CLIP_LARGE: EvaConfig = EvaConfig { d_model: 1024, d_ff: 2730, n_layers: 24, n_heads: 16, ..CLIP_BASE };
-const CLIP_ENORMOUS: EvaConfig =
+pub(crate) const CLIP_LARGE: EvaConfig =
+    EvaConfig { d_model: 1024, d_ff: 2730, n_layers: 24, n_heads: 16, ..CLIP_BASE };
+pub(crate) const CLIP_ENORMOUS: EvaConfig =
     EvaConfig { d_model: 1792, d_ff: 15360, n_layers: 64, wiring: Wiring::Post, ..CLIP_GIANT };
 
 const fn timm(name: &'static str, config: EvaConfig, parameters: usize) -> Preset {
@@ -929,4 +937,147 @@ pub const PRESETS: &[Preset] = &[
         4_350_556_928,
     ),
 ];
-const CLIP_BASE_16: EvaConfig = EvaConfig { patch_size: 16, ..classes(CLIP_BASE, 224, 512) };
+pub(crate) const CLIP_BASE_16: EvaConfig = EvaConfig { patch_size: 16, ..classes(CLIP_BASE, 224, 512) };
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use burn::tensor::{Distribution, Tolerance};
+    use volary_weights::parameters;
+
+    use super::*;
+
+    const TOY: EvaConfig = EvaConfig {
+        image_size: 8,
+        patch_size: 2,
+        d_model: 16,
+        d_ff: 24,
+        n_layers: 2,
+        n_heads: 2,
+        head: Head::Masked(5),
+        last_norm: LastNorm::Tokens,
+        ..BASE
+    };
+
+    fn variants() -> Vec<EvaConfig> {
+        let mut variants = Vec::new();
+        for norm in [NormKind::Layer, NormKind::Rms] {
+            for mlp in [MlpKind::Plain, MlpKind::Gated, MlpKind::GatedNormed] {
+                for wiring in [Wiring::Pre, Wiring::Post] {
+                    let attention_norm = mlp == MlpKind::GatedNormed;
+                    variants.push(EvaConfig { norm, mlp, wiring, attention_norm, ..TOY });
+                }
+            }
+        }
+        variants
+    }
+
+    fn pixels(batch: usize) -> Tensor<4> {
+        Tensor::random([batch, 3, 8, 8], Distribution::Normal(0.0, 1.0), &Device::flex())
+    }
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new("config.json"), text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_leads_back() {
+        for config in variants() {
+            let keys = config.keys();
+            for parameter in parameters(&config.init(&Device::flex())) {
+                let found = keys.keys(&parameter.path).unwrap();
+                assert_eq!(found.len(), 1, "{}", parameter.path);
+                assert!(keys.paths(&found[0]).unwrap().contains(&parameter.path), "{}", parameter.path);
+            }
+        }
+    }
+
+    /// Rows of a batch do not see each other.
+    #[test]
+    fn a_picture_alone_gives_what_it_gives_in_a_batch() {
+        for config in variants() {
+            let (model, pixels) = (config.init(&Device::flex()), pixels(3));
+            let whole = model.forward(pixels.clone()).narrow(0, 1, 1).into_data();
+            let alone = model.forward(pixels.narrow(0, 1, 1)).into_data();
+            alone.assert_approx_eq::<f32>(&whole, Tolerance::absolute(1e-5));
+        }
+    }
+
+    /// What is under a mask changes nothing; what is beside it does.
+    #[test]
+    fn masked_patches_are_not_seen() {
+        let model = TOY.init(&Device::flex());
+        let mut hidden = [false; 16];
+        hidden[5] = true; // row 1, column 1: pixels 2 and 3 of both axes
+        let masked = || Tensor::<1, Bool>::from_data(hidden, &Device::flex()).unsqueeze();
+        let pixels = pixels(1);
+        let features = |pixels: Tensor<4>| model.forward_masked(pixels, masked()).into_data();
+        let expected = features(pixels.clone());
+        let painted = |at: usize| pixels.clone().slice_fill([0..1, 0..3, at..at + 2, at..at + 2], 9.0);
+        features(painted(2)).assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-6));
+        let beside = features(painted(4));
+        let differ = beside.iter::<f32>().zip(expected.iter::<f32>()).any(|(a, b)| (a - b).abs() > 1e-3);
+        assert!(differ);
+        let predicted = model.predict(model.forward_masked(pixels.clone(), masked()), masked());
+        assert_eq!(predicted.unwrap().dims(), [1, 5]);
+        let nothing = Tensor::<2, Bool>::full([1, 16], false, &Device::flex());
+        assert!(model.predict(model.forward(pixels), nothing).is_none());
+    }
+
+    /// The same direction is -1, the opposite 1, a right angle 0; lengths do not matter.
+    #[test]
+    fn the_loss_is_the_mean_negative_cosine() {
+        let rows = |rows: [[f32; 2]; 3]| Tensor::<2>::from_data(rows, &Device::flex());
+        let of = |a, b| negative_cosine(rows(a), rows(b)).into_scalar::<f32>();
+        let x = [[3.0, 4.0], [1.0, 0.0], [0.0, 2.0]];
+        assert!((of(x, [[6.0, 8.0], [5.0, 0.0], [0.0, 0.1]]) + 1.0).abs() < 1e-6);
+        assert!((of(x, [[-3.0, -4.0], [0.0, 7.0], [0.0, 1.0]]) - 0.0).abs() < 1e-6);
+    }
+
+    /// EVA-02 L's MLP is 8/3 as wide as the model, rounded down, at every width.
+    #[test]
+    fn the_width_of_a_gated_mlp_follows_that_of_the_model() {
+        let width = |d_model: usize| {
+            let args = format!(r#"{{"embed_dim": {d_model}, "num_heads": 4}}"#);
+            EvaConfig::timm_args(LARGE, &config(&args), 0).unwrap().d_ff
+        };
+        assert_eq!([width(1024), width(96), width(32)], [2730, 256, 85]);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (text, named) in [
+            (r#"{"architecture": "eva02_colossal_patch14_224"}"#, "`architecture`"),
+            (
+                r#"{"architecture": "eva02_base_patch14_224", "model_args": {"qk_norm": true}}"#,
+                "`model_args.qk_norm`",
+            ),
+            (
+                r#"{"architecture": "eva02_base_patch14_224", "model_args": {"num_heads": 7}}"#,
+                "`model_args.num_heads`: expected a divisor of 768",
+            ),
+            (
+                r#"{"architecture": "eva02_base_patch14_224", "model_args": {"num_heads": 384}}"#,
+                "a multiple of 4 channels",
+            ),
+            (
+                r#"{"architecture": "eva02_base_patch14_224", "model_args": {"img_size": 8}}"#,
+                "at most the picture's 8 pixels",
+            ),
+            (
+                r#"{"architecture": "eva02_base_patch14_224", "model_args": {"color": 8}}"#,
+                "`model_args.color`",
+            ),
+            (
+                r#"{"architecture": "eva_giant_patch14_224", "model_args": {"scale_mlp": true}}"#,
+                "`model_args.scale_mlp`",
+            ),
+        ] {
+            let message = EvaConfig::timm(&config(text)).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        let message = EvaConfig::masked(&config(r#"{"subln": true}"#)).unwrap_err().to_string();
+        assert!(message.contains("`subln`"), "{message}");
+    }
+}

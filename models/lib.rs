@@ -16,6 +16,7 @@ pub mod ernie;
 pub mod ernie3;
 mod error;
 pub mod eva;
+pub mod eva_clip;
 pub mod export;
 pub mod folder;
 pub mod generation_config;

@@ -37,6 +37,8 @@ pub enum Shape {
     Vit(crate::vit::VitConfig),
     /// [`crate::eva`]
     Eva(crate::eva::EvaConfig),
+    /// [`crate::eva_clip`]
+    EvaClip(crate::eva_clip::EvaClipConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]
@@ -116,6 +118,7 @@ impl Shape {
             Shape::Ernie3(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Eva(config) => parameters(&config.init(&device)),
+            Shape::EvaClip(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
             Shape::Gpt2(config) => parameters(&config.init(&device)),
