@@ -757,6 +757,7 @@ pub const SYSTEM: System = System {
     proved: &["timm_eva_giant", "timm_eva02", "timm_eva02_packed", "eva_mim", "eva02_mim"],
     presets: PRESETS,
     recognises: |_, config| config.and_then(Layout::of).is_some(),
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, _) = EvaConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())

@@ -278,6 +278,7 @@ pub const SYSTEM: System = System {
     ],
     presets: PRESETS,
     recognises: |_, config| config.and_then(Layout::of).is_some(),
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let (config, _) = EvaClipConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())

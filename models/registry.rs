@@ -12,7 +12,10 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
-use crate::{alm, aquila, bert, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, pangu, plato, plug, t5, vit, yuan};
+use crate::{
+    alm, aquila, bert, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama,
+    pangu, plato, plug, t5, vit, yuan,
+};
 
 /// What the zoo says of one system.
 pub struct System {
