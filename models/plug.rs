@@ -447,13 +447,69 @@ impl Chunks {
             return Drawn::Done;
         }
         if self.drawn.is_multiple_of(Self::CHUNK) {
-            self.passage.pop(); // the end token moves to the new end
-            self.passage.append(&mut self.chunk);
-            self.passage.push(end);
-            self.passage.drain(..self.passage.len().saturating_sub(Self::PASSAGE));
+            grow(&mut self.passage, &mut self.chunk, end, Self::PASSAGE);
             return Drawn::Restart;
         }
         if token == end { Drawn::Again } else { Drawn::Read(token) }
+    }
+}
+
+/// Appends what was written to a passage, before its end token, and keeps the last `most` tokens.
+fn grow(passage: &mut Vec<u32>, written: &mut Vec<u32>, end: u32, most: usize) {
+    passage.pop_if(|last| *last == end);
+    passage.append(written);
+    passage.push(end);
+    passage.drain(..passage.len().saturating_sub(most));
+}
+
+/// Texts of any length: after every [`Chunks::CHUNK`] tokens the passages grow by them, and the decoder begins anew.
+struct LongSession<'a> {
+    model: &'a Plug,
+    session: PlugSession<'a>,
+    passages: Vec<Vec<u32>>,
+    /// Of each row, what was read since its passage last grew.
+    written: Vec<Vec<u32>>,
+    /// How many tokens the decoder writes before it begins anew, and how many a passage has at most.
+    limits: [usize; 2],
+    end: u32,
+}
+
+impl<'a> LongSession<'a> {
+    fn new(model: &'a Plug, passages: &[Vec<u32>], config: &PlugConfig) -> Self {
+        let limits = [Chunks::CHUNK.min(config.n_positions - 1), Chunks::PASSAGE.min(config.n_positions)];
+        Self {
+            model,
+            session: model.session(passages, limits[0]),
+            passages: passages.to_vec(),
+            written: vec![Vec::new(); passages.len()],
+            limits,
+            end: config.special.end,
+        }
+    }
+}
+
+impl Session for LongSession<'_> {
+    fn start(&mut self) -> Tensor<2> {
+        self.session.start()
+    }
+
+    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
+        self.written.iter_mut().zip(tokens).for_each(|(written, &token)| written.push(token));
+        let [chunk, passage] = self.limits;
+        if self.written.iter().all(|written| written.len() < chunk) {
+            return self.session.read(tokens);
+        }
+        for (grown, written) in self.passages.iter_mut().zip(&mut self.written) {
+            grow(grown, written, self.end, passage);
+        }
+        self.session = self.model.session(&self.passages, chunk);
+        self.session.start()
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        self.session.select(rows);
+        self.passages = rows.iter().map(|&row| self.passages[row].clone()).collect();
+        self.written = rows.iter().map(|&row| self.written[row].clone()).collect();
     }
 }
 
@@ -682,8 +738,9 @@ impl Generator for Runner {
         Some(self.config.n_positions)
     }
 
+    /// Passages grow with what is written, and forget what is too far back.
     fn room(&self, _: usize) -> Option<usize> {
-        Some(self.config.n_positions - 1)
+        None
     }
 
     fn before<'a>(&self, _: &'a [u32]) -> &'a [u32] {
@@ -691,25 +748,18 @@ impl Generator for Runner {
     }
 
     /// A prompt is a passage between its special tokens.
-    fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
+    fn session<'a>(&'a self, prompts: &[Vec<u32>], _max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
         check_prompts(self, prompts, 0)?;
-        let PlugConfig { n_positions, vocab_size, special: Special { start, .. }, .. } = self.config;
-        let mut problems = Vec::new();
-        if start as usize >= vocab_size {
-            problems.push(format!(
-                "the token that begins a text, {start}, is not among the model's {vocab_size}"
-            ));
-        }
-        if max_new >= n_positions {
-            problems.push(format!(
-                "{max_new} new tokens are too many: there are positions for {}",
-                n_positions - 1
-            ));
-        }
+        let PlugConfig { vocab_size, special: Special { start, end, .. }, .. } = self.config;
+        let unknown = |(what, id): &(&str, u32)| {
+            (*id as usize >= vocab_size)
+                .then(|| format!("the token that {what} a text, {id}, is not among the model's {vocab_size}"))
+        };
+        let problems: Vec<String> = [("begins", start), ("ends", end)].iter().filter_map(unknown).collect();
         if !problems.is_empty() {
             return Err(Error::Prompt { problems });
         }
-        Ok(Box::new(self.model.session(prompts, max_new)))
+        Ok(Box::new(LongSession::new(&self.model, prompts, &self.config)))
     }
 }
 
@@ -841,6 +891,46 @@ mod tests {
 
     const SPECIAL: Special = Special { start: 1, end: 2, unknown: 0, words: 1000 };
 
+    /// Two rows, of which the second goes on alone: each chunk is what a new session of the grown passage writes.
+    #[test]
+    fn a_long_text_is_written_chunk_by_chunk() {
+        let model = trained();
+        let config = PlugConfig {
+            n_positions: model.positions.weight.dims()[0],
+            special: Special { start: 1, end: 2, unknown: 0, words: 80 },
+            ..LARGE
+        };
+        let prompts = [vec![1, 5, 6, 2], vec![1, 7, 9, 11, 2]];
+        let mut session = LongSession { limits: [3, 7], ..LongSession::new(&model, &prompts, &config) };
+        let mut found = vec![session.start()];
+        for tokens in [[20, 30], [21, 31], [22, 32], [23, 33]] {
+            found.push(session.read(&tokens));
+        }
+        session.select(&[1]);
+        found.extend([session.read(&[34]), session.read(&[35]), session.read(&[36])]);
+        let alone = |passage: &[u32], read: &[u32]| {
+            let mut session = model.session(&[passage], 9);
+            read.iter().fold(session.start(), |_, &token| session.read(&[token]))
+        };
+        let grown = [7, 9, 11, 30, 31, 32, 2]; // the last seven
+        let again = [30, 31, 32, 33, 34, 35, 2];
+        let expected = [
+            alone(&prompts[1], &[]),
+            alone(&prompts[1], &[30]),
+            alone(&prompts[1], &[30, 31]),
+            alone(&grown, &[]),
+            alone(&grown, &[33]),
+            alone(&grown, &[33, 34]),
+            alone(&again, &[]),
+            alone(&again, &[36]),
+        ];
+        for (found, expected) in found.into_iter().zip(expected) {
+            let last = found.dims()[0] - 1;
+            let found = found.narrow(0, last, 1).into_data();
+            found.assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(1e-4));
+        }
+    }
+
     #[test]
     fn an_end_counts_only_after_four_fifths() {
         let mut chunks = Chunks::new(&[5], 10, SPECIAL);
@@ -949,6 +1039,6 @@ mod tests {
             Runner::load(&Folder::Disk(fixture()), &LoadOptions::default(), &Device::flex()).unwrap();
         let error = runner.session(&[vec![5]], 32).err().unwrap().to_string();
         assert!(error.contains("begins a text, 101, is not among the model's 80"), "{error}");
-        assert!(error.contains("32 new tokens are too many: there are positions for 31"), "{error}");
+        assert!(error.contains("ends a text, 102, is not among the model's 80"), "{error}");
     }
 }
