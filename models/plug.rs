@@ -10,13 +10,13 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig,
     PreNormBlock, TiedHead,
 };
 use volary_kernels::ops::{self, Activation, Mask};
-use volary_text::generate::{Session, column, indices};
+use volary_text::generate::{RightPadded, Session, column, indices};
 use volary_weights::format::{Checkpoint, MegatronLayout, Merge, OpenOptions, RankOptions};
 use volary_weights::{KeyMap, LoadOptions, Rule, load};
 
@@ -264,8 +264,8 @@ impl Plug {
     /// # Panics
     /// If there is no passage, one is empty, too long, or an id is outside the vocabulary.
     pub fn session(&self, passages: &[impl AsRef<[u32]>], max_new: usize) -> PlugSession<'_> {
-        let (ids, real) = right_padded(passages, &self.tokens.weight.device());
-        let mask = Mask::Padding(real);
+        let RightPadded { ids, real } = RightPadded::new(passages, &self.tokens.weight.device());
+        let mask = real.map_or(Mask::Full, Mask::Padding);
         let states = self.encode(PlugInput { ids, token_types: None, mask: mask.clone() }, FinalNorm::Twice);
         let caches = self.decoder.iter().map(|_| KvCache::new(1 + max_new)).collect();
         PlugSession { model: self, rows: passages.len(), memory: self.remember(&states, mask), caches }
@@ -300,22 +300,6 @@ impl Plug {
             + self.token_types.forward(token_types);
         self.embedding_norm.forward(x)
     }
-}
-
-/// Rows of tokens with any tokens after the shorter ones, and which are real: both `[rows, longest]`.
-fn right_padded(rows: &[impl AsRef<[u32]>], device: &Device) -> (Tensor<2, Int>, Tensor<2, Bool>) {
-    let longest = rows.iter().map(|row| row.as_ref().len()).max().unwrap_or(0);
-    let (mut ids, mut real) = (Vec::new(), Vec::new());
-    for row in rows.iter().map(AsRef::as_ref) {
-        assert!(!row.is_empty(), "an empty passage");
-        ids.extend(row.iter().map(|&id| i64::from(id)).chain(std::iter::repeat_n(0, longest - row.len())));
-        real.extend((0..longest).map(|place| place < row.len()));
-    }
-    let shape = [rows.len(), longest];
-    (
-        Tensor::from_data(TensorData::new(ids, shape), device),
-        Tensor::from_data(TensorData::new(real, shape), device),
-    )
 }
 
 /// Texts that the decoder is writing.
@@ -793,7 +777,7 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::{Path, PathBuf};
 
-    use burn::tensor::Tolerance;
+    use burn::tensor::{TensorData, Tolerance};
     use volary_text::generate::greedy;
     use volary_weights::parameters;
 
