@@ -278,12 +278,7 @@ impl BertConfig {
         let shape = Self::shape(config, &BertConfig { vocab_size, ..BASE })?;
         let numbering = match family {
             "bert" => Numbering::FromZero,
-            _ => {
-                let padding = usize::try_from(config.integer_or("pad_token_id", 1)?).ok();
-                let padding = padding.filter(|&padding| padding < shape.n_positions);
-                let expected = format!("a position, 0 to {}", shape.n_positions - 1);
-                Numbering::AfterPadding(padding.ok_or_else(|| config.error("pad_token_id", &expected))?)
-            }
+            _ => Numbering::after_padding(config, shape.n_positions)?,
         };
         Ok(Self { numbering, ..shape })
     }
@@ -320,7 +315,8 @@ impl BertConfig {
 const NORM: &[Rule] =
     &[Rename("weight", "weight"), Rename("bias", "bias"), Rename("gamma", "weight"), Rename("beta", "bias")];
 
-const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+/// Keys of a linear layer.
+pub const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
 
 const BLOCK: &[Rule] = &[
     Under("attention.self.query.", "attention.query.", LINEAR),
@@ -334,13 +330,18 @@ const BLOCK: &[Rule] = &[
 ];
 
 /// Keys of `BertModel` and its sisters without what stands before them in others.
-pub const TRUNK: &[Rule] = &[
+pub const TRUNK: &[Rule] = &[Under("", "", ENCODER), Under("pooler.dense.", "pooler.", LINEAR)];
+
+/// The same of a model that has no use for the pooler, which may be there.
+pub const TRUNK_WITHOUT_POOLER: &[Rule] = &[Under("", "", ENCODER), Ignore("pooler.{*}")];
+
+/// The same without a pooler.
+pub const ENCODER: &[Rule] = &[
     Rename("embeddings.word_embeddings.weight", "tokens.weight"),
     Rename("embeddings.position_embeddings.weight", "positions.weight"),
     Rename("embeddings.token_type_embeddings.weight", "token_types.weight"),
     Under("embeddings.LayerNorm.", "norm.", NORM),
     Under("encoder.layer.{}.", "blocks.{}.", BLOCK),
-    Under("pooler.dense.", "pooler.", LINEAR),
     Ignore("embeddings.position_ids"),
     Ignore("embeddings.token_type_ids"),
 ];
@@ -443,6 +444,14 @@ impl Forward for Runner {
 }
 
 impl BertConfig {
+    /// The longest text in tokens.
+    pub fn context_length(&self) -> usize {
+        match self.numbering {
+            Numbering::FromZero => self.n_positions,
+            Numbering::AfterPadding(padding) => self.n_positions - padding - 1,
+        }
+    }
+
     /// `input_ids`, and if they are there `attention_mask`, `token_type_ids` and `position_ids`. What is wrong with
     /// them is noted; `None` without usable ids.
     pub fn read(&self, inputs: &mut Inputs) -> Option<BertInput> {
@@ -476,6 +485,17 @@ impl BertConfig {
 }
 
 impl Numbering {
+    /// That of RoBERTa in `config.json`, among so many positions.
+    ///
+    /// # Errors
+    /// If the padding's id is none of them.
+    pub fn after_padding(config: &Config, n_positions: usize) -> Result<Self, ConfigError> {
+        let padding = usize::try_from(config.integer_or("pad_token_id", 1)?).ok();
+        let padding = padding.filter(|&padding| padding < n_positions);
+        let expected = format!("a position, 0 to {}", n_positions - 1);
+        Ok(Self::AfterPadding(padding.ok_or_else(|| config.error("pad_token_id", &expected))?))
+    }
+
     /// The highest position of any of the tokens, `[batch, seq]`.
     fn last(self, ids: &Tensor<2, Int>) -> usize {
         match self {
@@ -506,13 +526,15 @@ pub const BASE: BertConfig = BertConfig {
 /// The same, section 3: BERT large.
 pub const LARGE: BertConfig = BertConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..BASE };
 const CASED: BertConfig = BertConfig { vocab_size: 28996, ..BASE };
-const CHINESE: BertConfig = BertConfig { vocab_size: 21128, ..BASE };
+/// With the vocabulary of Google's Chinese BERT.
+pub const CHINESE: BertConfig = BertConfig { vocab_size: 21128, ..BASE };
 
 /// Liu et al. 2019, table 9. The first two of the 514 positions are never those of a real token.
 const ROBERTA: BertConfig = roberta(50265, BASE);
 const ROBERTA_LARGE: BertConfig = roberta(50265, LARGE);
 const XLM_ROBERTA: BertConfig = roberta(250002, BASE);
-const XLM_ROBERTA_LARGE: BertConfig = roberta(250002, LARGE);
+/// Conneau et al. 2019, table 6 (XLM-R large).
+pub const XLM_ROBERTA_LARGE: BertConfig = roberta(250002, LARGE);
 
 const fn roberta(vocab_size: usize, bert: BertConfig) -> BertConfig {
     BertConfig {

@@ -9,7 +9,7 @@
 //! ```
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Bool, Device, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
@@ -26,6 +26,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
+use crate::two_tower::{Fit, TwoTower, compared, compared_embeddings};
 
 /// Shape of a whole CLIP.
 #[derive(Clone, Debug, PartialEq)]
@@ -206,7 +207,8 @@ impl TransformerConfig {
 }
 
 impl VitConfig {
-    fn init(&self, d_embed: usize, device: &Device) -> VitTower {
+    /// An untrained tower. Nothing is allocated before first use.
+    pub(crate) fn init(&self, d_embed: usize, device: &Device) -> VitTower {
         let TransformerConfig { d_model, layer_norm_eps, .. } = self.transformer;
         let std = (d_model as f64).powf(-0.5);
         let patches = (self.image_size / self.patch_size).pow(2);
@@ -247,15 +249,24 @@ impl Block {
 impl VitTower {
     /// Pixels `[batch, 3, image_size, image_size]`, normalised.
     pub fn forward(&self, pixels: Tensor<4>) -> TowerOutput {
+        let hidden = self.encode(pixels);
+        let embedding = self.projection.forward(self.pool(&hidden));
+        TowerOutput { hidden: Some(hidden), embedding }
+    }
+
+    /// What the blocks give: `[batch, 3, image_size, image_size] -> [batch, 1 + patches, d_model]`.
+    pub fn encode(&self, pixels: Tensor<4>) -> Tensor<3> {
         let patches = self.patches.forward(pixels); // [batch, patches, d_model]
         let [batch, _, d_model] = patches.dims();
         let class = self.class_token.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
         let x = self.positions.forward(Tensor::cat(vec![class, patches], 1));
         let x = self.pre_norm.forward(x);
-        let hidden = self.blocks.iter().fold(x, |x, block| block.forward(x, &Mask::Full));
-        let class = hidden.clone().narrow(1, 0, 1).reshape([batch, d_model]);
-        let embedding = self.projection.forward(self.post_norm.forward(class));
-        TowerOutput { hidden: Some(hidden), embedding }
+        self.blocks.iter().fold(x, |x, block| block.forward(x, &Mask::Full))
+    }
+
+    /// The class token's state, normed: `[batch, 1 + patches, d_model] -> [batch, d_model]`.
+    pub fn pool(&self, hidden: &Tensor<3>) -> Tensor<2> {
+        self.post_norm.forward(hidden.clone().narrow(1, 0, 1).squeeze_dim(1))
     }
 }
 
@@ -369,11 +380,49 @@ impl ClipConfig {
 
 /// `config.json` of transformers' `CLIPModel`; what it leaves out has the values of `CLIPConfig`.
 fn transformers(config: &Config) -> Result<ClipConfig, ConfigError> {
-    let vision = config.object_or_empty("vision_config")?;
     let text = config.object_or_empty("text_config")?;
-    vision.only("num_channels", &["3"])?;
-    let blocks = |config: &Config, d_model, d_ff, n_heads| -> Result<TransformerConfig, ConfigError> {
-        let blocks = TransformerConfig {
+    // The first uploads say 2 whatever the vocabulary: their end token has the highest id.
+    let pooling = match text.integer_or("eos_token_id", 49407)? {
+        2 => Pooling::HighestId,
+        id => Pooling::First(id),
+    };
+    Ok(ClipConfig {
+        vision: VisionConfig::Vit(VitConfig::transformers(&config.object_or_empty("vision_config")?)?),
+        text: TextConfig {
+            context_length: text.size_or("max_position_embeddings", 77)?,
+            vocab_size: text.size_or("vocab_size", 49408)?,
+            transformer: TransformerConfig::transformers(&text, 512, 2048, 8)?,
+            pooling,
+        },
+        d_embed: config.size_or("projection_dim", 512)?,
+    })
+}
+
+impl VitConfig {
+    /// A `vision_config` of transformers; what it leaves out has the values of `CLIPVisionConfig`, as its sisters' do.
+    pub(crate) fn transformers(config: &Config) -> Result<Self, ConfigError> {
+        config.only("num_channels", &["3"])?;
+        let vit = Self {
+            image_size: config.size_or("image_size", 224)?,
+            patch_size: config.size_or("patch_size", 32)?,
+            transformer: TransformerConfig::transformers(config, 768, 3072, 12)?,
+        };
+        match vit.patch_size > vit.image_size {
+            true => Err(config.error("patch_size", "at most image_size")),
+            false => Ok(vit),
+        }
+    }
+}
+
+impl TransformerConfig {
+    /// The blocks of a tower of transformers, with the sizes that it has if it says nothing else.
+    fn transformers(
+        config: &Config,
+        d_model: usize,
+        d_ff: usize,
+        n_heads: usize,
+    ) -> Result<Self, ConfigError> {
+        let blocks = Self {
             d_model: config.size_or("hidden_size", d_model)?,
             d_ff: config.size_or("intermediate_size", d_ff)?,
             n_layers: config.blocks_or("num_hidden_layers", 12)?,
@@ -383,30 +432,7 @@ fn transformers(config: &Config) -> Result<ClipConfig, ConfigError> {
         };
         config.divides("num_attention_heads", blocks.n_heads, blocks.d_model)?;
         Ok(blocks)
-    };
-    let vit = VitConfig {
-        image_size: vision.size_or("image_size", 224)?,
-        patch_size: vision.size_or("patch_size", 32)?,
-        transformer: blocks(&vision, 768, 3072, 12)?,
-    };
-    if vit.patch_size > vit.image_size {
-        return Err(vision.error("patch_size", "at most image_size"));
     }
-    // The first uploads say 2 whatever the vocabulary: their end token has the highest id.
-    let pooling = match text.integer_or("eos_token_id", 49407)? {
-        2 => Pooling::HighestId,
-        id => Pooling::First(id),
-    };
-    Ok(ClipConfig {
-        vision: VisionConfig::Vit(vit),
-        text: TextConfig {
-            context_length: text.size_or("max_position_embeddings", 77)?,
-            vocab_size: text.size_or("vocab_size", 49408)?,
-            transformer: blocks(&text, 512, 2048, 8)?,
-            pooling,
-        },
-        d_embed: config.size_or("projection_dim", 512)?,
-    })
 }
 
 /// `open_clip_config.json`; what it leaves out has open_clip's defaults.
@@ -634,26 +660,26 @@ const BLOCK_TRANSFORMERS: &[Rule] = &[
     Rename("mlp.fc2.bias", "mlp.down.bias"),
 ];
 
+/// The vision transformer of transformers' `CLIPModel` and its sisters. `encoder.layer` is what version 5 writes for some.
+pub(crate) const VIT_TRANSFORMERS: &[Rule] = &[
+    Rename("embeddings.class_embedding", "class_token"),
+    Rename("embeddings.patch_embedding.weight", "patches.weight"),
+    Rename("embeddings.position_embedding.weight", "positions.weight"),
+    Ignore("embeddings.position_ids"),
+    Rename("pre_layrnorm.weight", "pre_norm.weight"),
+    Rename("pre_layrnorm.bias", "pre_norm.bias"),
+    Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
+    Under("encoder.layer.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
+    Rename("post_layernorm.weight", "post_norm.weight"),
+    Rename("post_layernorm.bias", "post_norm.bias"),
+];
+
 /// Keys of transformers' `CLIPModel`.
 pub const KEYS_TRANSFORMERS: KeyMap = KeyMap::new(&[
     Reshape("logit_scale", "logit_scale", Ones::Scalar),
     Rename("visual_projection.weight", "vision.Vit.projection.weight"),
     Rename("text_projection.weight", "text.projection.weight"),
-    Under(
-        "vision_model.",
-        "vision.Vit.",
-        &[
-            Rename("embeddings.class_embedding", "class_token"),
-            Rename("embeddings.patch_embedding.weight", "patches.weight"),
-            Rename("embeddings.position_embedding.weight", "positions.weight"),
-            Ignore("embeddings.position_ids"),
-            Rename("pre_layrnorm.weight", "pre_norm.weight"),
-            Rename("pre_layrnorm.bias", "pre_norm.bias"),
-            Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
-            Rename("post_layernorm.weight", "post_norm.weight"),
-            Rename("post_layernorm.bias", "post_norm.bias"),
-        ],
-    ),
+    Under("vision_model.", "vision.Vit.", VIT_TRANSFORMERS),
     Under(
         "text_model.",
         "text.",
@@ -792,7 +818,7 @@ pub const SYSTEM: System = System {
     open: |folder, options, device| {
         let (config, layout) = ClipConfig::of(folder)?;
         let model = config.load(folder, layout, options, device)?;
-        Ok(Box::new(Runner { model, config, layout, device: device.clone() }))
+        Ok(Box::new(Loaded { model, config, layout }))
     },
     generator: None,
 };
@@ -821,30 +847,47 @@ impl ClipConfig {
     }
 }
 
-/// A CLIP behind the forward contract.
-struct Runner {
-    model: ClipModel,
-    config: ClipConfig,
-    layout: Layout,
-    device: Device,
+/// A CLIP and what it was loaded from.
+pub struct Loaded {
+    /// The towers.
+    pub model: ClipModel,
+    /// Their shapes.
+    pub config: ClipConfig,
+    /// Of the folder.
+    pub layout: Layout,
 }
 
-impl Forward for Runner {
+impl TwoTower for Loaded {
+    fn fit(&self) -> Fit {
+        let TextConfig { context_length, vocab_size, .. } = self.config.text;
+        let image_size = self.config.image_size();
+        Fit { image_size, context_length, vocab_size, d_embed: self.config.d_embed }
+    }
+
+    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<2> {
+        self.model.encode_images(pixels)
+    }
+
+    /// Under the causal mask no text sees its padding.
+    fn encode_texts(&self, ids: Tensor<2, Int>, _real: Tensor<2, Bool>) -> Tensor<2> {
+        self.model.encode_texts(ids)
+    }
+
+    fn scale(&self) -> Tensor<1> {
+        self.model.logit_scale.val().exp()
+    }
+}
+
+impl Forward for Loaded {
     /// `pixel_values`, `input_ids` and `attention_mask` for transformers' layout; `image` and `text` for the
     /// others.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let (size, text) = (self.config.image_size(), &self.config.text);
         let of_transformers = self.layout == Layout::Transformers;
         let names = if of_transformers { ("pixel_values", "input_ids") } else { ("image", "text") };
-        let pixels = inputs.float::<4>(names.0);
+        let pixels = inputs.pictures(names.0, [3, size, size]);
         let ids = inputs.ids::<2>(names.1, text.vocab_size);
         let mask = if of_transformers { inputs.mask("attention_mask") } else { None };
-        if let Some([_, channels, height, width]) = pixels.as_ref().map(Tensor::dims)
-            && [channels, height, width] != [3, size, size]
-        {
-            let found = [channels, height, width];
-            inputs.problem(format!("`{}` has pictures of {found:?}, expected [3, {size}, {size}]", names.0));
-        }
         let seq = ids.as_ref().map_or(0, |ids| ids.dims()[1]);
         if seq > text.context_length {
             inputs.problem(format!(
@@ -858,42 +901,41 @@ impl Forward for Runner {
             let (mask, ids) = (mask.dims(), ids.dims());
             inputs.problem(format!("`attention_mask` is {mask:?}, `input_ids` {ids:?}"));
         }
-        inputs.missing(names.0);
         inputs.missing(names.1);
         inputs.finish()?;
-        let (Some(pixels), Some(ids)) = (pixels, ids) else {
-            return Err(Error::Input { system: "clip", problems: vec!["an input is missing".into()] });
-        };
+        let (Some(pixels), Some(ids)) = (pixels, ids) else { return Ok(Outputs::new()) }; // finished with an error
 
         let mask = match mask {
             Some(real) => Mask::All(vec![Mask::Causal, Mask::Padding(real)]),
             None => Mask::Causal,
         };
-        let vision = self.model.vision.forward(pixels.to_device(&self.device));
-        let text = self.model.text.forward(ids.to_device(&self.device), &mask);
-        let (images, texts) = (normalise(vision.embedding.clone()), normalise(text.embedding.clone()));
-        let logits = self.model.logits(images.clone(), texts.clone());
-        let mut outputs =
-            vec![output("logits_per_image", logits.clone()), output("logits_per_text", logits.transpose())];
-        if of_transformers {
-            outputs.extend([
-                output("image_embeds", images),
-                output("text_embeds", texts),
-                output("vision_model_output.pooler_output", vision.embedding),
-                output("text_model_output.pooler_output", text.embedding),
-            ]);
-            for (name, hidden) in [("vision", vision.hidden), ("text", text.hidden)] {
-                outputs.extend(
-                    hidden.map(|hidden| output(&format!("{name}_model_output.last_hidden_state"), hidden)),
-                );
-            }
-        } else {
+        let scale = self.scale();
+        let vision = self.model.vision.forward(pixels.cast(scale.dtype()));
+        let text = self.model.text.forward(ids, &mask);
+        let (images, texts) = (vision.embedding.clone(), text.embedding.clone());
+        if !of_transformers {
+            let mut outputs = compared(images, texts, scale);
             outputs.extend([
                 output("image_features", vision.embedding),
                 output("text_features", text.embedding),
             ]);
+            return Ok(outputs);
+        }
+        let mut outputs = compared_embeddings(images, texts, scale);
+        outputs.extend([
+            output("vision_model_output.pooler_output", vision.embedding),
+            output("text_model_output.pooler_output", text.embedding),
+        ]);
+        for (name, hidden) in [("vision", vision.hidden), ("text", text.hidden)] {
+            outputs.extend(
+                hidden.map(|hidden| output(&format!("{name}_model_output.last_hidden_state"), hidden)),
+            );
         }
         Ok(outputs)
+    }
+
+    fn into_towers(self: Box<Self>) -> Option<Box<dyn TwoTower>> {
+        Some(self)
     }
 }
 

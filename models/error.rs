@@ -115,6 +115,16 @@ pub enum Error {
         /// The tokenizer's.
         found: usize,
     },
+    /// Two towers do not meet in one space.
+    #[error("{}: texts get {found} numbers, pictures {expected}", folder.display())]
+    Width {
+        /// The folder of the tower for texts.
+        folder: PathBuf,
+        /// Of pictures.
+        expected: usize,
+        /// Of texts.
+        found: usize,
+    },
     /// A file of pictures and captions does not hold what it should.
     #[error("{}: {problem}", file.display())]
     Data {

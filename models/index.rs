@@ -82,7 +82,7 @@ impl Index {
     /// If the file is there and is no index.
     pub fn open(file: &Path, clip: &Clip, name: &str) -> Result<Self, Error> {
         let model = format!("{name} {:016x}", fingerprint(clip)?);
-        let d_embed = clip.config.d_embed;
+        let d_embed = clip.d_embed();
         let empty = Self { head: Head { model, entries: Vec::new() }, vectors: Vec::new(), d_embed };
         if !file.exists() {
             return Ok(empty);

@@ -1,10 +1,12 @@
 //! Volary: a multimodal model zoo on Burn.
 
 pub mod alm;
+pub mod altclip;
 pub mod aquila;
 pub mod bert;
 pub mod causal;
 pub mod chat;
+pub mod chinese_clip;
 pub mod clip;
 pub mod config;
 pub mod consert;
@@ -34,9 +36,12 @@ pub mod preset;
 pub mod pretrained;
 pub mod recipe;
 pub mod registry;
+pub mod roberta_series;
 pub mod sentence;
 pub mod t5;
+pub mod taiyi;
 pub mod tensors;
+pub mod two_tower;
 pub mod vit;
 pub mod vocabulary;
 pub mod writer;

@@ -23,6 +23,14 @@ pub struct Preset {
 pub enum Shape {
     /// [`crate::clip`]
     Clip(crate::clip::ClipConfig),
+    /// [`crate::altclip`]
+    AltClip(crate::altclip::AltClipConfig),
+    /// [`crate::chinese_clip`]
+    ChineseClip(crate::chinese_clip::ChineseClipConfig),
+    /// [`crate::taiyi`]
+    Taiyi(crate::taiyi::TaiyiConfig),
+    /// [`crate::roberta_series`]
+    RobertaSeries(crate::roberta_series::RobertaSeriesConfig),
     /// [`crate::bert`]
     Bert(crate::bert::BertConfig),
     /// [`crate::ernie`]
@@ -111,6 +119,10 @@ impl Shape {
         let device = Device::flex();
         match self {
             Shape::Clip(config) => parameters(&config.init(&device)),
+            Shape::AltClip(config) => parameters(&config.init(&device)),
+            Shape::ChineseClip(config) => parameters(&config.init(&device)),
+            Shape::Taiyi(config) => parameters(&config.init(&device)),
+            Shape::RobertaSeries(config) => parameters(&config.init(&device)),
             Shape::Bert(config) => parameters(&config.init(&device)),
             Shape::Ernie(config) => parameters(&config.init(&device)),
             Shape::Plato(config) => parameters(&config.init(&device)),

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData};
 use ndarray::Array2;
 use volary_text::tokenizer::{BatchOptions, PadTo, Tokenizer};
 use volary_vision::image::Rgb8;
@@ -10,11 +10,12 @@ use volary_vision::preprocess::Preprocessor;
 use volary_weights::LoadOptions;
 use volary_weights::hub::{Choice, Environment, Hub, Look, RepoId};
 
-use crate::clip::{ClipConfig, ClipModel};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::preset::Weights;
-use crate::registry::SYSTEMS;
+use crate::registry::{SYSTEMS, System};
+use crate::taiyi::TaiyiClip;
+use crate::two_tower::{Fit, TwoTower};
 
 /// The name of the model inside this program.
 pub const EMBEDDED: &str = "volary/emoji-clip";
@@ -139,9 +140,7 @@ pub fn hub_of_environment() -> Result<Hub, Error> {
 /// ```
 pub struct Clip {
     /// The towers.
-    pub model: ClipModel,
-    /// Their shapes.
-    pub config: ClipConfig,
+    pub towers: Box<dyn TwoTower>,
     /// For texts.
     pub tokenizer: Tokenizer,
     /// For pictures.
@@ -155,9 +154,14 @@ pub struct Pretrained {
     variant: Option<String>,
     hub: Option<Hub>,
     options: LoadOptions,
+    texts: Option<Folder>,
 }
 
 impl Pretrained {
+    fn at(place: Place) -> Self {
+        Self { place, variant: None, hub: None, options: LoadOptions::default(), texts: None }
+    }
+
     /// The branch, tag or commit of its repository. A folder has none: there it says nothing.
     pub fn revision(mut self, revision: &str) -> Self {
         if let Place::Hub(repo) = &mut self.place {
@@ -190,16 +194,32 @@ impl Pretrained {
         self
     }
 
+    /// Another tower for texts, with its tokenizer, beside the model's tower for pictures: a [`crate::taiyi`].
+    pub fn texts_by(mut self, folder: Folder) -> Self {
+        self.texts = Some(folder);
+        self
+    }
+
     /// Reads the folder onto `device`, after downloading what the cache lacks.
     ///
     /// # Errors
     /// If a file is missing or broken, or weights, configuration and preprocessor do not fit together.
     pub fn load(self, device: &Device) -> Result<Clip, Error> {
-        let Self { place, variant, hub, options } = self;
+        let Self { place, variant, hub, options, texts } = self;
         let folder = bring(place, variant.as_deref(), || hub.map_or_else(hub_of_environment, Ok))?;
-        let (config, layout) = ClipConfig::of(&folder)?;
+        let system = System::of(&folder)?;
+        let others = || Error::Task { system: system.name, task: "compare pictures with text" };
+        if !system.tasks.contains(&"classify") {
+            return Err(others());
+        }
         let preprocessor = folder.preprocessor()?;
-        let expected = config.image_size();
+        let tokenizer = texts.as_ref().unwrap_or(&folder).tokenizer()?;
+        let model = (system.open)(&folder, &options, device)?;
+        let mut towers = model.into_towers().ok_or_else(others)?;
+        if let Some(texts) = &texts {
+            towers = Box::new(TaiyiClip::load(towers, texts, &options, device)?);
+        }
+        let Fit { image_size: expected, vocab_size, .. } = towers.fit();
         match preprocessor.image_size() {
             Some(size) if size == [expected; 2] => {}
             found => {
@@ -207,16 +227,14 @@ impl Pretrained {
                 return Err(Error::PictureSize { folder: folder.path().into(), expected, found });
             }
         }
-        let tokenizer = folder.tokenizer()?;
-        if tokenizer.vocab_size() > config.text.vocab_size {
+        if tokenizer.vocab_size() > vocab_size {
             return Err(Error::Vocabulary {
-                folder: folder.path().into(),
-                expected: config.text.vocab_size,
+                folder: texts.as_ref().unwrap_or(&folder).path().into(),
+                expected: vocab_size,
                 found: tokenizer.vocab_size(),
             });
         }
-        let model = config.load(&folder, layout, &options, device)?;
-        Ok(Clip { model, config, tokenizer, preprocessor, device: device.clone() })
+        Ok(Clip { towers, tokenizer, preprocessor, device: device.clone() })
     }
 }
 
@@ -229,17 +247,27 @@ impl Clip {
     /// # Errors
     /// If the name is none of these.
     pub fn from_pretrained(name: &str) -> Result<Pretrained, Error> {
-        Ok(Pretrained { place: locate(name)?, variant: None, hub: None, options: LoadOptions::default() })
+        Ok(Pretrained::at(locate(name)?))
     }
 
     /// The model in a folder.
     pub fn in_folder(folder: Folder) -> Pretrained {
-        Pretrained { place: Place::Here(folder), variant: None, hub: None, options: LoadOptions::default() }
+        Pretrained::at(Place::Here(folder))
     }
 
     /// The model inside this program.
     pub fn embedded() -> Pretrained {
         Self::in_folder(EMOJI_CLIP)
+    }
+
+    /// Width of the space where pictures and texts meet.
+    pub fn d_embed(&self) -> usize {
+        self.towers.fit().d_embed
+    }
+
+    /// The factor on cosine similarities.
+    pub fn scale(&self) -> f32 {
+        self.towers.scale().into_scalar()
     }
 
     /// Unit vectors of pictures, `[pictures, d_embed]`.
@@ -249,7 +277,7 @@ impl Clip {
     pub fn encode_images(&self, pictures: &[Rgb8]) -> Result<Array2<f32>, Error> {
         self.stack(pictures.chunks(BATCH).map(|chunk| {
             let pixels = self.preprocessor.batch(chunk, &self.device)?;
-            Ok(self.model.encode_images(self.in_dtype(pixels)))
+            Ok(self.towers.encode_images(pixels.cast(self.towers.scale().dtype())))
         }))
     }
 
@@ -258,11 +286,11 @@ impl Clip {
     /// # Errors
     /// If a text cannot be tokenized.
     pub fn encode_texts(&self, texts: &[impl AsRef<str>]) -> Result<Array2<f32>, Error> {
-        let options = BatchOptions { max_length: Some(self.config.text.context_length), pad: PadTo::Longest };
+        let longest = self.towers.fit().context_length;
+        let options = BatchOptions { max_length: Some(longest), pad: PadTo::Longest };
         self.stack(texts.chunks(BATCH).map(|chunk| {
-            let (ids, _): (Tensor<2, Int>, _) =
-                self.tokenizer.encode_batch(chunk, &options)?.to_tensors(&self.device);
-            Ok(self.model.encode_texts(ids))
+            let (ids, real) = self.tokenizer.encode_batch(chunk, &options)?.to_tensors(&self.device);
+            Ok(self.towers.encode_texts(ids, real.equal_elem(1)))
         }))
     }
 
@@ -272,13 +300,9 @@ impl Clip {
     /// # Errors
     /// As [`Clip::encode_images`] and [`Clip::encode_texts`].
     pub fn zero_shot(&self, pictures: &[Rgb8], labels: &[impl AsRef<str>]) -> Result<Array2<f32>, Error> {
-        let scale = self.model.logit_scale.val().exp().into_scalar::<f32>();
+        let scale = self.scale();
         let similarities = self.encode_images(pictures)?.dot(&self.encode_texts(labels)?.t());
         Ok(softmax(similarities * scale))
-    }
-
-    fn in_dtype(&self, pixels: Tensor<4>) -> Tensor<4> {
-        pixels.cast(FloatDType::from(self.model.logit_scale.val().dtype()))
     }
 
     fn stack(&self, parts: impl Iterator<Item = Result<Tensor<2>, Error>>) -> Result<Array2<f32>, Error> {
@@ -287,8 +311,8 @@ impl Clip {
             let data: TensorData = part?.into_data().convert::<f32>();
             values.extend(data.iter::<f32>());
         }
-        let rows = values.len() / self.config.d_embed;
-        Ok(Array2::from_shape_vec((rows, self.config.d_embed), values).expect("whole rows of d_embed"))
+        let d_embed = self.d_embed();
+        Ok(Array2::from_shape_vec((values.len() / d_embed, d_embed), values).expect("whole rows of d_embed"))
     }
 }
 

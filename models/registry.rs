@@ -12,9 +12,10 @@ use crate::folder::Folder;
 use crate::generator::Generator;
 use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
+use crate::two_tower::TwoTower;
 use crate::{
-    alm, aquila, bert, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama,
-    pangu, plato, plug, t5, vit, yuan,
+    alm, altclip, aquila, bert, chinese_clip, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm,
+    glm130b, gpt2, llama, pangu, plato, plug, roberta_series, t5, taiyi, vit, yuan,
 };
 
 /// What the zoo says of one system.
@@ -56,6 +57,11 @@ pub trait Forward {
     /// # Errors
     /// If the inputs do not fit.
     fn forward(&self, inputs: Inputs) -> Result<Outputs, Error>;
+
+    /// Its two towers, if pictures and texts meet in it.
+    fn into_towers(self: Box<Self>) -> Option<Box<dyn TwoTower>> {
+        None
+    }
 }
 
 /// What `volary info` shows of a folder.
@@ -73,6 +79,10 @@ pub struct Description {
 /// Every system, in the order of the list.
 pub const SYSTEMS: &[System] = &[
     clip::SYSTEM,
+    altclip::SYSTEM,
+    chinese_clip::SYSTEM,
+    taiyi::SYSTEM, // before BERT, as the next two
+    roberta_series::SYSTEM,
     consert::SYSTEM, // before its trunk
     bert::SYSTEM,
     vit::SYSTEM,

@@ -15,7 +15,7 @@ use volary_kernels::ops::Mask;
 use volary_text::tokenizer::{BatchOptions, PadTo, Tokenizer};
 use volary_weights::{Checkpoint, LoadOptions, load};
 
-use crate::bert::{Bert, BertConfig, BertInput, Numbering};
+use crate::bert::{Bert, BertConfig, BertInput};
 use crate::config::Config;
 use crate::ernie::{self, Ernie, ErnieConfig, ErnieInput};
 use crate::error::Error;
@@ -219,10 +219,7 @@ impl SentenceEncoder {
         }
         let settings = "sentence_bert_config.json";
         let settings = if part.has(settings) { Some(part.config(settings)?) } else { None };
-        let positions = match config.numbering {
-            Numbering::FromZero => config.n_positions,
-            Numbering::AfterPadding(padding) => config.n_positions - padding - 1,
-        };
+        let positions = config.context_length();
         let wanted = match &settings {
             Some(settings) => settings.size_or("max_seq_length", positions)?,
             None => tokenizer.model_max_length().unwrap_or(positions),

@@ -54,6 +54,19 @@ impl<'a> Inputs<'a> {
         Some(Tensor::from_data(data.convert::<f32>(), &self.device))
     }
 
+    /// Pictures of this shape (channels, height, width), which must be there: `[batch, channels, height, width]`.
+    pub fn pictures(&mut self, name: &'static str, expected: [usize; 3]) -> Option<Tensor<4>> {
+        let pixels = self.float::<4>(name);
+        self.missing(name);
+        if let Some([_, found @ ..]) = pixels.as_ref().map(Tensor::dims)
+            && found != expected
+        {
+            self.problem(format!("`{}` has pictures of {found:?}, expected {expected:?}", self.full(name)));
+            return None;
+        }
+        pixels
+    }
+
     /// A whole-number input of rank `D`, if there is one, each at least 0 and below `limit`.
     pub fn ids<const D: usize>(&mut self, name: &'static str, limit: usize) -> Option<Tensor<D, Int>> {
         let data = self.ranked::<D>(name)?;

@@ -839,14 +839,7 @@ impl Forward for Runner {
     /// `pixel_values`.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let VitConfig { image_size: [height, width], channels, pooling, head, .. } = self.config;
-        let pixels = inputs.float::<4>("pixel_values");
-        inputs.missing("pixel_values");
-        if let Some([_, found @ ..]) = pixels.as_ref().map(Tensor::dims)
-            && found != [channels, height, width]
-        {
-            let expected = [channels, height, width];
-            inputs.problem(format!("`pixel_values` has pictures of {found:?}, expected {expected:?}"));
-        }
+        let pixels = inputs.pictures("pixel_values", [channels, height, width]);
         inputs.finish()?;
         let Some(pixels) = pixels else { return Ok(Outputs::new()) }; // finished with an error
 

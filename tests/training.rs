@@ -159,7 +159,7 @@ fn a_run_starts_from_given_weights() {
     let recipe = Recipe { steps: 30, warmup: 5, checkpoint_every: 1000, learning_rate: 3e-3, ..recipe() };
     let [first, second] = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let trained = run_from(None, &data, first.path(), &recipe, recipe.steps).unwrap();
-    let resumed = run_from(Some(&trained.clip.model), &data, second.path(), &recipe, 3).unwrap();
+    let resumed = run_from(Some(&trained.model), &data, second.path(), &recipe, 3).unwrap();
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     assert!(mean(&resumed.losses) < mean(&trained.losses[..3]) - 0.1, "{:?}", resumed.losses);
 }

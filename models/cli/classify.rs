@@ -71,9 +71,8 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     // The pictures that can be read go through the model together.
     let pictures: Vec<_> = arguments.images.iter().map(|path| read(path, ReadOptions::SEEN)).collect();
     let readable: Vec<Rgb8> = pictures.iter().filter_map(|picture| picture.as_ref().ok().cloned()).collect();
-    let scale = clip.model.logit_scale.val().exp().into_scalar::<f32>();
     let images = clip.encode_images(&readable)?;
-    let mut rows = volary::pretrained::softmax(images.dot(&texts.t()) * scale).into_iter();
+    let mut rows = volary::pretrained::softmax(images.dot(&texts.t()) * clip.scale()).into_iter();
     let mut row = || -> Vec<f32> { rows.by_ref().take(texts.nrows()).collect() };
     let answers: Vec<Answer> = arguments
         .images

@@ -9,7 +9,7 @@ use ndarray::Array2;
 use serde::Serialize;
 use volary::registry::System;
 use volary::sentence::SentenceEncoder;
-use volary::{Clip, Error, clip};
+use volary::{Clip, Error};
 use volary_vision::image::{ReadOptions, Rgb8, read};
 use volary_weights::save_tensors;
 
@@ -55,7 +55,7 @@ impl Embedder {
     fn load(model: &Model, shared: &Shared) -> Result<Self> {
         let folder = shared.folder(model.name())?;
         let system = System::of(&folder)?;
-        if system.name != clip::SYSTEM.name && system.tasks.contains(&"embed") {
+        if !system.tasks.contains(&"classify") && system.tasks.contains(&"embed") {
             let encoder = SentenceEncoder::load(&folder, &shared.load_options(), &shared.device()?)?;
             return Ok(Self::Sentences(Box::new(encoder)));
         }

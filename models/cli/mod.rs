@@ -243,6 +243,9 @@ pub struct Model {
     /// A folder, a preset, or owner/name; without it the model inside this program.
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,
+    /// Another tower for texts beside the model's tower for pictures: a Taiyi-CLIP.
+    #[arg(long, value_name = "NAME", requires = "model")]
+    pub text_model: Option<String>,
 }
 
 impl Model {
@@ -259,11 +262,11 @@ impl Model {
     /// Loads it.
     pub fn load(&self, shared: &Shared) -> Result<Clip> {
         let folder = shared.folder(self.name())?;
-        let system = volary::registry::System::of(&folder)?;
-        if system.name != "clip" {
-            return Err(Error::Task { system: system.name, task: "compare pictures with text" }.into());
+        let mut clip = Clip::in_folder(folder).options(shared.load_options());
+        if let Some(name) = &self.text_model {
+            clip = clip.texts_by(shared.folder(name)?);
         }
-        Ok(Clip::in_folder(folder).options(shared.load_options()).load(&shared.device()?)?)
+        Ok(clip.load(&shared.device()?)?)
     }
 }
 

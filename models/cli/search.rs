@@ -80,7 +80,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
 
 /// The text's vector, the picture's, or the unit vector of their sum.
 fn query_vector(clip: &volary::Clip, text: Option<&str>, picture: Option<&Path>) -> Result<Vec<f32>> {
-    let mut sum = vec![0.0; clip.config.d_embed];
+    let mut sum = vec![0.0; clip.d_embed()];
     let mut add =
         |row: ndarray::ArrayView1<f32>| sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
     if let Some(text) = text {

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use burn::tensor::Device;
 use clap::{Args, Subcommand};
-use volary::clip::EMOJI;
+use volary::clip::{ClipConfig, ClipModel, EMOJI};
 use volary::folder::Folder;
-use volary::pretrained::Clip;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
@@ -78,7 +77,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let outcome = train(&Job {
         recipe: &recipe,
         config: &EMOJI,
-        init: init.as_ref().map(|(_, clip)| &clip.model),
+        init: init.as_ref().map(|(_, model)| model),
         data: &data,
         development: &development,
         tokenizer: &tokenizer,
@@ -88,17 +87,18 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         device: &device,
     })?;
     let folder = arguments.out.join("export");
-    export(&outcome.clip, &arguments.out.join("tokenizer.json"), &folder)?;
+    export(&outcome.model, &arguments.out.join("tokenizer.json"), &folder)?;
     say(format!("{} steps; the model is in {}", outcome.losses.len(), folder.display()))
 }
 
 /// The folder and the model that a run starts from.
-fn start(name: &str, shared: &Shared, device: &Device) -> Result<(Folder, Clip)> {
+fn start(name: &str, shared: &Shared, device: &Device) -> Result<(Folder, ClipModel)> {
     let folder = shared.folder(name)?;
-    let floats = LoadOptions { packing: Packing::Floats, ..LoadOptions::default() }; // packed ones are constants
-    let clip = Clip::in_folder(folder.clone()).options(floats).load(&device.clone().autodiff())?;
-    if clip.config != EMOJI {
+    let (config, layout) = ClipConfig::of(&folder)?;
+    if config != EMOJI {
         bail!("{}: a model of another shape than this recipe's", folder.path().display());
     }
-    Ok((folder, clip))
+    let floats = LoadOptions { packing: Packing::Floats, ..LoadOptions::default() }; // packed ones are constants
+    let model = config.load(&folder, layout, &floats, &device.clone().autodiff())?;
+    Ok((folder, model))
 }

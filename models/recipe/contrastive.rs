@@ -26,7 +26,7 @@ use super::augment::augment;
 use super::curve;
 use super::data::{EmojiData, Gallery, Language};
 use super::evaluate::{evaluate, table};
-use crate::clip::{ClipConfig, ClipModel};
+use crate::clip::{ClipConfig, ClipModel, Layout, Loaded};
 use crate::error::Error;
 use crate::pretrained::Clip;
 
@@ -129,6 +129,8 @@ pub enum TrainError {
 /// A trained model and its loss per step.
 pub struct Outcome {
     /// Without autodiff.
+    pub model: ClipModel,
+    /// The same with all that it needs.
     pub clip: Clip,
     /// One loss per step.
     pub losses: Vec<f32>,
@@ -249,13 +251,15 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
         Ok(())
     })?;
     bar.finish();
-    Ok(Outcome { clip: job.clip(run.model.valid()), losses: run.losses })
+    let model = run.model.valid();
+    Ok(Outcome { clip: job.clip(model.clone()), model, losses: run.losses })
 }
 
 impl Job<'_> {
     fn clip(&self, model: ClipModel) -> Clip {
         let (tokenizer, preprocessor) = (self.tokenizer.clone(), self.preprocessor.clone());
-        Clip { model, config: self.config.clone(), tokenizer, preprocessor, device: self.device.clone() }
+        let towers = Loaded { model, config: self.config.clone(), layout: Layout::OpenClip };
+        Clip { towers: Box::new(towers), tokenizer, preprocessor, device: self.device.clone() }
     }
 }
 

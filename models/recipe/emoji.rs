@@ -10,10 +10,9 @@ use volary_vision::preprocess::Preprocessor;
 use volary_weights::save;
 
 use super::data::{EmojiData, Language};
-use crate::clip::{EMOJI, Layout};
+use crate::clip::{ClipModel, EMOJI, Layout};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::pretrained::Clip;
 
 /// Styles that are never trained on: the first is used to develop, the second is looked at once.
 pub const HELD_OUT: [&str; 2] = ["openmoji", "emojione2"];
@@ -64,12 +63,12 @@ fn train(data: &EmojiData) -> Result<Vec<u8>, Error> {
 ///
 /// # Errors
 /// If a file cannot be written.
-pub fn export(clip: &Clip, tokenizer_json: &Path, folder: &Path) -> Result<(), Error> {
+pub fn export(model: &ClipModel, tokenizer_json: &Path, folder: &Path) -> Result<(), Error> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let weights = folder.join("open_clip_model.safetensors");
-    let keys = Layout::OpenClip.keys(&clip.config.vision);
+    let keys = Layout::OpenClip.keys(&EMOJI.vision);
     let metadata = HashMap::from([("format".into(), "pt".into())]);
-    save(&clip.model, keys, Some(FloatDType::F16), &weights, Some(metadata))?;
+    save(model, keys, Some(FloatDType::F16), &weights, Some(metadata))?;
     let copied = folder.join("tokenizer.json");
     fs::copy(tokenizer_json, &copied).map_err(Error::io(&copied))?;
     for (name, text) in [

@@ -41,7 +41,7 @@ pub fn evaluate(clip: &Clip, gallery: &Gallery) -> Result<Vec<Score>, Error> {
         let texts = clip.encode_texts(&names)?;
         let own = texts.select(ndarray::Axis(0), &gallery.targets);
         let each: Vec<usize> = (0..gallery.pictures.len()).collect();
-        let d_embed = clip.config.d_embed;
+        let d_embed = clip.d_embed();
         Ok(Score {
             gallery: gallery.name.clone(),
             pictures: gallery.pictures.len(),
