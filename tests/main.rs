@@ -10,6 +10,7 @@ mod hub;
 mod parity;
 mod readme;
 mod support;
+mod towers;
 #[cfg(feature = "train")]
 mod training;
 mod writing;

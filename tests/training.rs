@@ -173,3 +173,56 @@ fn the_loss_goes_down() {
     let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
     assert!(mean(&losses[30..]) < mean(&losses[..10]) - 0.1, "{losses:?}");
 }
+
+/// AltCLIP's two stages at the size of a toy: texts take a teacher's vectors, then meet pictures, which stay as they are.
+#[test]
+fn a_tower_for_texts_learns_from_a_teacher_and_then_from_pictures() {
+    use burn::optim::{AdamWConfig, GradientsParams};
+    use burn::tensor::{Int, Tensor};
+    use volary::altclip::AltClipConfig;
+    use volary::clip::normalise;
+    use volary::folder::Folder;
+    use volary_multimodal::contrastive::locked_info_nce;
+    use volary_multimodal::distillation::teacher_mse;
+
+    let device = Device::flex().autodiff();
+    let folder = Folder::Disk(fixture("altclip"));
+    let config = AltClipConfig::of(&folder).unwrap();
+    let mut model = config.load(&folder, &volary_weights::LoadOptions::default(), &device).unwrap();
+    let ids: Vec<i64> = (0..4).flat_map(|text| [0, 10 + text, 20 + text * 3, 2]).collect();
+    let ids = Tensor::<1, Int>::from_data(ids.as_slice(), &device).reshape([4, 4]);
+    // a wave per text
+    let wave = |text: usize| (0..config.text.d_teacher).map(move |at| ((at * (text + 1)) as f32 * 0.7).sin());
+    let vectors: Vec<f32> = (0..4).flat_map(wave).collect();
+    let teacher = Tensor::<1>::from_data(vectors.as_slice(), &device).reshape([4, config.text.d_teacher]);
+    let mut optimizer = AdamWConfig::new().init();
+    let mut losses = Vec::new();
+    for _ in 0..40 {
+        let student = model.text.sentence(&model.text.forward(ids.clone()));
+        let loss = teacher_mse(student, teacher.clone());
+        losses.push(loss.clone().into_scalar::<f32>());
+        let gradients = GradientsParams::from_grads(loss.backward(), &model);
+        model = optimizer.step(0.01, model, gradients);
+    }
+    let (first, last) = (losses[0], losses[losses.len() - 1]);
+    assert!(last < 0.1 * first, "{first} to {last}");
+
+    let size = config.vision.image_size;
+    let pixels = Tensor::<1, Int>::arange(0..(4 * 3 * size * size) as i64, &device).float();
+    let pixels = (pixels * 0.37).sin().reshape([4, 3, size, size]);
+    let loss = |model: &volary::altclip::AltClip| {
+        let images = normalise(model.vision.forward(pixels.clone()).embedding);
+        let texts = normalise(model.text.embed(ids.clone()));
+        locked_info_nce(images, texts, model.logit_scale.val().exp())
+    };
+    let gradients = loss(&model).backward();
+    assert!(model.vision.patches.weight.val().grad(&gradients).is_none());
+    assert!(model.text.projection.weight.val().grad(&gradients).is_some());
+    let before: f32 = loss(&model).into_scalar();
+    for _ in 0..20 {
+        let gradients = GradientsParams::from_grads(loss(&model).backward(), &model);
+        model = optimizer.step(0.01, model, gradients);
+    }
+    let after: f32 = loss(&model).into_scalar();
+    assert!(after < 0.5 * before, "{before} to {after}");
+}
