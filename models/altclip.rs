@@ -178,6 +178,7 @@ pub const SYSTEM: System = System {
     proved: &["altclip"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("altclip")),
+    checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &AltClipConfig::of(folder)?.init(&Device::flex()), &KEYS),
     open: |folder, options, device| {
         let config = AltClipConfig::of(folder)?;

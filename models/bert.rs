@@ -403,10 +403,7 @@ pub const SYSTEM: System = System {
     presets: PRESETS,
     recognises: |_, config| {
         let Some(config) = config else { return false };
-        let is = |family: &str| FAMILIES.contains(&family);
-        // a RoBERTa with projections of its own
-        let series = |architecture: &str| architecture.starts_with("RobertaSeries");
-        config.text("model_type").is_some_and(is) && !config.first_of("architectures").is_some_and(series)
+        config.text("model_type").is_some_and(|family| FAMILIES.contains(&family))
     },
     checkpoint: Folder::checkpoint,
     describe: |folder| {

@@ -124,6 +124,7 @@ pub const SYSTEM: System = System {
     proved: &["chinese_clip"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("chinese_clip")),
+    checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &ChineseClipConfig::of(folder)?.init(&Device::flex()), &KEYS),
     open: |folder, options, device| {
         let config = ChineseClipConfig::of(folder)?;

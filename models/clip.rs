@@ -310,11 +310,6 @@ impl ClipModel {
     pub fn encode_texts(&self, ids: Tensor<2, Int>) -> Tensor<2> {
         normalise(self.text.forward(ids, &Mask::Causal).embedding)
     }
-
-    /// Scaled cosine similarities of unit vectors, `[images, texts]`.
-    pub fn logits(&self, images: Tensor<2>, texts: Tensor<2>) -> Tensor<2> {
-        images.matmul(texts.transpose()) * self.logit_scale.val().exp().unsqueeze()
-    }
 }
 
 /// Divides every row by its Euclidean length.

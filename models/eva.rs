@@ -797,15 +797,7 @@ impl Forward for Runner {
 impl EvaConfig {
     /// The pictures of the input `name`, if they fit; a problem is noted if not.
     pub(crate) fn pixels(&self, inputs: &mut Inputs, name: &'static str) -> Option<Tensor<4>> {
-        let pixels = inputs.float::<4>(name);
-        inputs.missing(name);
-        let expected = [self.channels, self.image_size, self.image_size];
-        if let Some([_, found @ ..]) = pixels.as_ref().map(Tensor::dims)
-            && found != expected
-        {
-            inputs.problem(format!("`{name}` has pictures of {found:?}, expected {expected:?}"));
-        }
-        pixels
+        inputs.pictures(name, [self.channels, self.image_size, self.image_size])
     }
 }
 

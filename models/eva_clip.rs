@@ -10,7 +10,7 @@
 //! ```
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Bool, Device, Int, Tensor};
 use volary_kernels::ops::{Activation, Mask};
 use volary_multimodal::contrastive::info_nce;
 use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
@@ -25,6 +25,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill, first_config};
 use crate::tensors::{Inputs, Outputs, output};
+use crate::two_tower::{Fit, TwoTower, compared};
 use crate::vit::{LastNorm, Pooling, mlp_width, side_or};
 
 /// Shape of a whole EVA-CLIP.
@@ -266,7 +267,7 @@ pub const SYSTEM: System = System {
     name: "eva_clip",
     about: "two towers, an EVA for pictures and CLIP's for text, to 18 billion parameters",
     file: "models/eva_clip.rs",
-    tasks: &["forward"],
+    tasks: &["classify", "embed", "search", "forward"],
     proved: &[
         "open_clip_evag",
         "open_clip_eva02",
@@ -298,6 +299,27 @@ struct Runner {
     layout: Layout,
 }
 
+impl TwoTower for Runner {
+    fn fit(&self) -> Fit {
+        let EvaClipConfig { vision, text, d_embed } = &self.config;
+        let TextConfig { context_length, vocab_size, .. } = *text;
+        Fit { image_size: vision.image_size, context_length, vocab_size, d_embed: *d_embed }
+    }
+
+    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<2> {
+        self.model.encode_images(pixels)
+    }
+
+    /// Under the causal mask no text sees its padding.
+    fn encode_texts(&self, ids: Tensor<2, Int>, _real: Tensor<2, Bool>) -> Tensor<2> {
+        self.model.encode_texts(ids)
+    }
+
+    fn scale(&self) -> Tensor<1> {
+        self.model.scale()
+    }
+}
+
 impl Forward for Runner {
     /// `image` and `text`. The authors' layout also gives the tokens of the pictures before the last norm and, of as many
     /// pictures as texts, the contrastive loss.
@@ -317,27 +339,25 @@ impl Forward for Runner {
         let tokens = self.model.vision.encode(patches.forward(pixels.cast(patches.weight.val().dtype())));
         let image_features = self.model.vision.pool(self.model.vision.normed(tokens.clone())).output;
         let text_features = self.model.text_features(ids);
-        let (images, texts) = (normalise(image_features.clone()), normalise(text_features.clone()));
         let scale = self.model.scale();
-        let logits = images.clone().matmul(texts.clone().transpose()) * scale.clone().unsqueeze();
-        let mut outputs = vec![
-            output("image_features", image_features),
-            output("text_features", text_features),
-            output("logits_per_image", logits.clone()),
-        ];
-        match self.layout {
-            Layout::OpenClip => outputs.push(output("logits_per_text", logits.transpose())),
-            Layout::Authors => {
-                outputs.push(output("image_tokens", tokens));
-                outputs.push(output("logit_scale_exp", scale.clone()));
-                let pairs = images.dims()[0];
-                if pairs == texts.dims()[0] {
-                    let each = Tensor::arange(0..pairs as i64, &images.device());
-                    outputs.push(output("clip_loss", info_nce(images, texts, scale, each)));
-                }
+        let mut outputs = compared(image_features.clone(), text_features.clone(), scale.clone());
+        outputs.push(output("image_features", image_features.clone()));
+        outputs.push(output("text_features", text_features.clone()));
+        if self.layout == Layout::Authors {
+            outputs.push(output("image_tokens", tokens));
+            outputs.push(output("logit_scale_exp", scale.clone()));
+            let pairs = image_features.dims()[0];
+            if pairs == text_features.dims()[0] {
+                let (images, texts) = (normalise(image_features), normalise(text_features));
+                let each = Tensor::arange(0..pairs as i64, &images.device());
+                outputs.push(output("clip_loss", info_nce(images, texts, scale, each)));
             }
         }
         Ok(outputs)
+    }
+
+    fn into_towers(self: Box<Self>) -> Option<Box<dyn TwoTower>> {
+        Some(self)
     }
 }
 

@@ -153,6 +153,7 @@ pub const SYSTEM: System = System {
         let series = |architecture: &str| architecture == "RobertaSeriesModelWithTransformation";
         config.is_some_and(|config| config.first_of("architectures").is_some_and(series))
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| {
         let config = RobertaSeriesConfig::of(folder)?;
         describe(folder, &config.init(&Device::flex()), config.keys())

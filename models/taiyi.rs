@@ -125,6 +125,7 @@ pub const SYSTEM: System = System {
             && config.first_of("architectures") == Some("BertForSequenceClassification")
             && config.count("id2label").is_some_and(|labels| labels >= NARROWEST)
     },
+    checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &TaiyiConfig::of(folder)?.init(&Device::flex()), &KEYS),
     open: |folder, options, device| {
         let config = TaiyiConfig::of(folder)?;
