@@ -233,7 +233,7 @@ impl Forward for Loaded {
     /// The outputs of the towers are those before the projections into the space where they meet.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let size = self.config.vision.image_size;
-        let pixels = inputs.pictures("pixel_values", [3, size, size]);
+        let pixels = inputs.needed_pictures("pixel_values", [3, size, size]);
         let texts = self.config.text.roberta.read(&mut inputs);
         inputs.finish()?;
         let (Some(pixels), Some(texts)) = (pixels, texts) else { return Ok(Outputs::new()) }; // finished with an error

@@ -170,7 +170,7 @@ impl Forward for Loaded {
     /// The poolers' outputs are the embeddings before they are normalised.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let size = self.config.vision.image_size;
-        let pixels = inputs.pictures("pixel_values", [3, size, size]);
+        let pixels = inputs.needed_pictures("pixel_values", [3, size, size]);
         let texts = self.config.text.read(&mut inputs);
         inputs.finish()?;
         let (Some(pixels), Some(texts)) = (pixels, texts) else { return Ok(Outputs::new()) }; // finished with an error

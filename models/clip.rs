@@ -880,7 +880,7 @@ impl Forward for Loaded {
         let (size, text) = (self.config.image_size(), &self.config.text);
         let of_transformers = self.layout == Layout::Transformers;
         let names = if of_transformers { ("pixel_values", "input_ids") } else { ("image", "text") };
-        let pixels = inputs.pictures(names.0, [3, size, size]);
+        let pixels = inputs.needed_pictures(names.0, [3, size, size]);
         let ids = inputs.ids::<2>(names.1, text.vocab_size);
         let mask = if of_transformers { inputs.mask("attention_mask") } else { None };
         let seq = ids.as_ref().map_or(0, |ids| ids.dims()[1]);

@@ -797,7 +797,7 @@ impl Forward for Runner {
 impl EvaConfig {
     /// The pictures of the input `name`, if they fit; a problem is noted if not.
     pub(crate) fn pixels(&self, inputs: &mut Inputs, name: &'static str) -> Option<Tensor<4>> {
-        inputs.pictures(name, [self.channels, self.image_size, self.image_size])
+        inputs.needed_pictures(name, [self.channels, self.image_size, self.image_size])
     }
 }
 

@@ -420,7 +420,7 @@ const EIGHTEEN: EvaClipConfig = EvaClipConfig {
 const fn large(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
     let source =
         "counted here; the authors say 8.1 and 18.1 billion, and 7.5 and 17.6 of the towers for pictures";
-    Preset { source, ..hub(name, config, parameters) }
+    Preset { name, shape: Shape::EvaClip(config), weights: Weights::Hub, license: "MIT", parameters, source }
 }
 
 /// Published sizes.

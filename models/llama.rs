@@ -638,8 +638,9 @@ const fn preset(name: &'static str, license: &'static str, config: LlamaConfig, 
 
 /// Of the first LLaMA, which Meta gave to those who applied.
 const fn first(name: &'static str, config: LlamaConfig, parameters: usize) -> Preset {
-    let license = "LLaMA license (non-commercial)";
-    Preset { weights: Weights::Application, ..preset(name, license, config, parameters) }
+    let (license, source) = ("LLaMA license (non-commercial)", "transformers, LlamaForCausalLM");
+    let (shape, weights) = (Shape::Llama(config), Weights::Application);
+    Preset { name, shape, weights, license, parameters, source }
 }
 
 const LLAMA_2: &str = "Llama 2 Community License";

@@ -47,6 +47,12 @@ pub enum Shape {
     Eva(crate::eva::EvaConfig),
     /// [`crate::eva_clip`]
     EvaClip(crate::eva_clip::EvaClipConfig),
+    /// [`crate::mae`]
+    Mae(crate::mae::MaeConfig),
+    /// [`crate::painter`]
+    Painter(crate::painter::PainterConfig),
+    /// [`crate::seggpt`]
+    SegGpt(crate::seggpt::SegGptConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]
@@ -131,6 +137,9 @@ impl Shape {
             Shape::Vit(config) => parameters(&config.init(&device)),
             Shape::Eva(config) => parameters(&config.init(&device)),
             Shape::EvaClip(config) => parameters(&config.init(&device)),
+            Shape::Mae(config) => parameters(&config.init(&device)),
+            Shape::Painter(config) => parameters(&config.init(&device)),
+            Shape::SegGpt(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
             Shape::Gpt2(config) => parameters(&config.init(&device)),

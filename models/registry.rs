@@ -15,7 +15,7 @@ use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
     alm, altclip, aquila, bert, chinese_clip, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm,
-    glm130b, gpt2, llama, pangu, plato, plug, roberta_series, t5, taiyi, vit, yuan,
+    glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, seggpt, t5, taiyi, vit, yuan,
 };
 
 /// What the zoo says of one system.
@@ -86,6 +86,9 @@ pub const SYSTEMS: &[System] = &[
     consert::SYSTEM, // before its trunk
     bert::SYSTEM,
     vit::SYSTEM,
+    mae::SYSTEM,
+    painter::SYSTEM,
+    seggpt::SYSTEM,
     llama::SYSTEM,
     aquila::SYSTEM,
     glm::SYSTEM,

@@ -54,17 +54,10 @@ impl<'a> Inputs<'a> {
         Some(Tensor::from_data(data.convert::<f32>(), &self.device))
     }
 
-    /// Pictures of this shape (channels, height, width), which must be there: `[batch, channels, height, width]`.
-    pub fn pictures(&mut self, name: &'static str, expected: [usize; 3]) -> Option<Tensor<4>> {
-        let pixels = self.float::<4>(name);
+    /// As [`Inputs::pictures`], which must be there.
+    pub fn needed_pictures(&mut self, name: &'static str, wanted: [usize; 3]) -> Option<Tensor<4>> {
         self.missing(name);
-        if let Some([_, found @ ..]) = pixels.as_ref().map(Tensor::dims)
-            && found != expected
-        {
-            self.problem(format!("`{}` has pictures of {found:?}, expected {expected:?}", self.full(name)));
-            return None;
-        }
-        pixels
+        self.pictures(name, wanted)
     }
 
     /// A whole-number input of rank `D`, if there is one, each at least 0 and below `limit`.
@@ -88,6 +81,17 @@ impl<'a> Inputs<'a> {
         };
         let ids = Tensor::from_data(self.whole(name, data, limit)?, &self.device);
         Some((ids, Tensor::from_data(TensorData::new(counts, shape), &self.device)))
+    }
+
+    /// Pictures `[batch, channels, height, width]`, if there are any; `wanted` are their channels, height and width.
+    pub fn pictures(&mut self, name: &'static str, wanted: [usize; 3]) -> Option<Tensor<4>> {
+        let pictures = self.float::<4>(name)?;
+        let [_, found @ ..] = pictures.dims();
+        if found != wanted {
+            self.problem(format!("`{}` has pictures of {found:?}, expected {wanted:?}", self.full(name)));
+            return None;
+        }
+        Some(pictures)
     }
 
     /// Whole numbers in a list or a single one, if there are any, each at least 0 and below `limit`.
@@ -159,6 +163,13 @@ impl<'a> Inputs<'a> {
         let (other, wanted) = other;
         if let Some(found) = found.filter(|found| *found != wanted) {
             self.problem(format!("`{}` is {found:?}, `{}` {wanted:?}", self.full(name), self.full(other)));
+        }
+    }
+
+    /// That the input `name`, if it is there, has this shape.
+    pub fn shaped<const D: usize>(&mut self, name: &str, found: Option<[usize; D]>, wanted: [usize; D]) {
+        if let Some(found) = found.filter(|found| *found != wanted) {
+            self.problem(format!("`{}` is {found:?}, expected {wanted:?}", self.full(name)));
         }
     }
 
@@ -251,4 +262,9 @@ impl<'a> Inputs<'a> {
 /// An output tensor as f32.
 pub fn output<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, TensorData) {
     (name.into(), tensor.into_data().convert::<f32>())
+}
+
+/// A single number as f32, without a dimension.
+pub fn scalar(name: &str, tensor: Tensor<1>) -> (String, TensorData) {
+    (name.into(), TensorData::new(vec![tensor.into_scalar::<f32>()], [0; 0]))
 }

@@ -226,7 +226,8 @@ impl VitConfig {
         }
     }
 
-    fn block(&self, device: &Device) -> VitBlock {
+    /// An untrained block.
+    pub(crate) fn block(&self, device: &Device) -> VitBlock {
         let Self { d_model, n_heads, .. } = *self;
         let norm = |width| LayerNorm::new(width, self.layer_norm_eps, device);
         let head_norm = || self.qk_norm.then(|| norm(d_model / n_heads));
@@ -741,25 +742,25 @@ fn timm_activation(args: &Config, default: Activation) -> Result<Activation, Con
 
 const PAIR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
 
-const TRUNK: &[Rule] = &[
+/// Of one block.
+pub(crate) const BLOCK: &[Rule] = &[
+    Under("layernorm_before.", "norm1.", PAIR),
+    Under("attention.attention.query.", "attention.query.", PAIR),
+    Under("attention.attention.key.", "attention.key.", PAIR),
+    Under("attention.attention.value.", "attention.value.", PAIR),
+    Under("attention.output.dense.", "attention.output.", PAIR),
+    Under("layernorm_after.", "norm2.", PAIR),
+    Under("intermediate.dense.", "mlp.up.", PAIR),
+    Under("output.dense.", "mlp.down.", PAIR),
+];
+
+/// All but the head.
+pub(crate) const TRUNK: &[Rule] = &[
     Under("embeddings.patch_embeddings.projection.", "patches.", PAIR),
     Reshape("embeddings.cls_token", "class_token", Ones::Before(2)),
     Reshape("embeddings.position_embeddings", "positions.weight", Ones::Before(1)),
     Ignore("embeddings.mask_token"),
-    Under(
-        "encoder.layer.{}.",
-        "blocks.{}.",
-        &[
-            Under("layernorm_before.", "norm1.", PAIR),
-            Under("attention.attention.query.", "attention.query.", PAIR),
-            Under("attention.attention.key.", "attention.key.", PAIR),
-            Under("attention.attention.value.", "attention.value.", PAIR),
-            Under("attention.output.dense.", "attention.output.", PAIR),
-            Under("layernorm_after.", "norm2.", PAIR),
-            Under("intermediate.dense.", "mlp.up.", PAIR),
-            Under("output.dense.", "mlp.down.", PAIR),
-        ],
-    ),
+    Under("encoder.layer.{}.", "blocks.{}.", BLOCK),
     Under("layernorm.", "norm.", PAIR),
 ];
 
@@ -839,7 +840,7 @@ impl Forward for Runner {
     /// `pixel_values`.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let VitConfig { image_size: [height, width], channels, pooling, head, .. } = self.config;
-        let pixels = inputs.pictures("pixel_values", [channels, height, width]);
+        let pixels = inputs.needed_pictures("pixel_values", [channels, height, width]);
         inputs.finish()?;
         let Some(pixels) = pixels else { return Ok(Outputs::new()) }; // finished with an error
 

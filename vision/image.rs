@@ -10,7 +10,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
-use std::io::{Cursor, Read};
+use std::io::{BufWriter, Cursor, Read};
 use std::path::Path;
 
 use ::image::ImageDecoder;
@@ -172,9 +172,9 @@ pub enum ImageError {
 /// An 8-bit RGB picture, `[height, width, 3]`, row by row from the top left.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rgb8 {
-    width: usize,
-    height: usize,
-    pixels: Vec<u8>,
+    pub(crate) width: usize,
+    pub(crate) height: usize,
+    pub(crate) pixels: Vec<u8>,
 }
 
 impl Rgb8 {
@@ -212,6 +212,33 @@ impl Rgb8 {
     /// The samples, `[height, width, 3]`, without a copy.
     pub fn into_pixels(self) -> Vec<u8> {
         self.pixels
+    }
+
+    /// Writes it as a PNG file. The file is complete under its name or not there: it is written beside it and renamed.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save_png(&self, path: &Path) -> Result<(), ImageError> {
+        let io = |source| ImageError::Io { name: path.display().to_string(), source };
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(format!(".{}.partial", std::process::id()));
+        let partial = Path::new(&partial);
+        let written = self.write_png(partial).and_then(|()| std::fs::rename(partial, path));
+        if written.is_err() {
+            let _ = std::fs::remove_file(partial); // the first error is the one to tell
+        }
+        written.map_err(io)
+    }
+
+    fn write_png(&self, path: &Path) -> std::io::Result<()> {
+        let side = |side: usize| u32::try_from(side).map_err(std::io::Error::other);
+        let mut encoder =
+            png::Encoder::new(BufWriter::new(File::create(path)?), side(self.width)?, side(self.height)?);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&self.pixels)?;
+        Ok(writer.finish()?)
     }
 }
 

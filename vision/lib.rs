@@ -4,5 +4,8 @@ pub mod image;
 pub mod preprocess;
 pub mod resample;
 
+pub mod conv;
+pub mod palette;
 pub mod patch;
+pub mod position;
 pub mod resnet;

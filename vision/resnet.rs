@@ -4,9 +4,11 @@
 //! Activations are channels-last, so that 1x1 convolutions and normalisations are plain matrix work.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Tensor, activation::relu, module::conv2d, ops::ConvOptions};
+use burn::tensor::{Device, Tensor, activation::relu};
 use volary_kernels::layers::{BatchNorm, Linear, LinearConfig};
 use volary_kernels::ops::{self, Mask};
+
+use crate::conv::Conv3x3;
 
 const BATCH_NORM_EPS: f64 = 1e-5;
 /// A bottleneck's output is this many times as wide as its 3x3 convolution.
@@ -25,30 +27,6 @@ pub struct ResNetConfig {
     pub n_heads: usize,
     /// Width of the picture's embedding.
     pub d_embed: usize,
-}
-
-/// A 3x3 convolution without bias, channels last.
-#[derive(Module, Debug)]
-pub struct Conv3x3 {
-    /// `[out, in, 3, 3]`.
-    pub weight: Param<Tensor<4>>,
-    stride: usize,
-}
-
-impl Conv3x3 {
-    fn new(channels_in: usize, channels_out: usize, stride: usize, device: &Device) -> Self {
-        let std = (2.0 / (9 * channels_in) as f64).sqrt();
-        Self {
-            weight: Initializer::Normal { mean: 0.0, std }.init([channels_out, channels_in, 3, 3], device),
-            stride,
-        }
-    }
-
-    /// `[batch, height, width, in] -> [batch, height / stride, width / stride, out]`.
-    fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let options = ConvOptions::new([self.stride; 2], [1, 1], [1, 1], 1);
-        conv2d(x.permute([0, 3, 1, 2]), self.weight.val(), None, options).permute([0, 2, 3, 1])
-    }
 }
 
 /// 1x1, 3x3, 1x1 convolutions beside a shortcut.

@@ -17,6 +17,7 @@ mod preprocess;
 mod progress;
 mod quantize;
 mod search;
+mod segment;
 mod tokenize;
 #[cfg(feature = "train")]
 mod train;
@@ -92,6 +93,8 @@ enum Command {
     Embed(embed::Arguments),
     /// Search a folder of pictures by text or by a picture.
     Search(search::Arguments),
+    /// Segment a picture as examples show it.
+    Segment(segment::Arguments),
     /// Continue a text.
     Generate(Box<generate::Arguments>),
     /// Talk with a model.
@@ -134,6 +137,7 @@ pub fn run() -> ExitCode {
         Command::Classify(arguments) => classify::run(arguments, &shared),
         Command::Embed(arguments) => embed::run(arguments, &shared),
         Command::Search(arguments) => search::run(arguments, &shared),
+        Command::Segment(arguments) => segment::run(arguments, &shared),
         Command::Generate(arguments) => generate::run(*arguments, &shared),
         Command::Chat(arguments) => chat::run(*arguments, &shared),
         Command::Fill(arguments) => fill::run(*arguments, &shared),

@@ -10,9 +10,11 @@ use volary::folder::Folder;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
+use volary::recipe::segmentation::{self, evaluate};
+use volary::recipe::shapes::Part;
 use volary_weights::{LoadOptions, Packing};
 
-use super::{Shared, say};
+use super::{Shared, Usage, say};
 
 /// Arguments of `train`.
 #[derive(Args)]
@@ -25,6 +27,27 @@ pub struct Arguments {
 enum Which {
     /// The bilingual CLIP of this program, on prepared emoji; goes on where the folder has a checkpoint.
     EmojiClip(EmojiClip),
+    /// A tiny SegGPT on drawn shapes, and what it makes of shapes and colours that it has not seen.
+    SeggptToy(SeggptToy),
+}
+
+#[derive(Args)]
+struct SeggptToy {
+    /// Where the loss curve and, at the end, the model folder `export` go.
+    #[arg(long)]
+    out: PathBuf,
+    /// Optimizer steps.
+    #[arg(long, default_value_t = segmentation::Recipe::default().steps)]
+    steps: usize,
+    /// Questions per step.
+    #[arg(long, default_value_t = segmentation::Recipe::default().batch)]
+    batch: usize,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = segmentation::Recipe::default().learning_rate)]
+    learning_rate: f64,
+    /// Of initial weights and pictures.
+    #[arg(long, default_value_t = segmentation::Recipe::default().seed)]
+    seed: u64,
 }
 
 #[derive(Args)]
@@ -60,7 +83,35 @@ struct EmojiClip {
 
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
-    let Which::EmojiClip(arguments) = arguments.recipe;
+    match arguments.recipe {
+        Which::EmojiClip(arguments) => emoji_clip(arguments, shared),
+        Which::SeggptToy(arguments) => seggpt_toy(arguments, shared),
+    }
+}
+
+fn seggpt_toy(arguments: SeggptToy, shared: &Shared) -> Result<()> {
+    /// Of the pictures that are asked about at the end.
+    const QUESTIONS_SEED: u64 = 1_000_003;
+    const QUESTIONS: usize = 100;
+    let SeggptToy { out, steps, batch, learning_rate, seed } = arguments;
+    if steps == 0 || batch == 0 {
+        return Err(Usage("--steps and --batch are at least 1".into()).into());
+    }
+    let recipe = segmentation::Recipe { steps, batch, learning_rate, seed, ..Default::default() };
+    let device = shared.device()?;
+    let outcome = segmentation::train(&recipe, &out, &device)?;
+    let folder = outcome.folder.display();
+    say(format!("{} steps; the model is in {folder}", outcome.losses.len()))?;
+    for (what, part) in [("learned", Part::Learned), ("unseen", Part::Unseen)] {
+        for examples in [1, 2] {
+            let overlap = evaluate(&outcome.folder, part, examples, QUESTIONS, QUESTIONS_SEED, &device)?;
+            say(format!("{what} shapes and colours, examples: {examples}, mean IoU: {overlap:.3}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {
     let data = EmojiData::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
     let development = Gallery::read(&arguments.data, |style| style == HELD_OUT[0])?;
     let device = shared.device()?;

@@ -10,3 +10,7 @@ pub mod data;
 #[cfg(feature = "train")]
 pub mod emoji;
 pub mod evaluate;
+#[cfg(feature = "train")]
+pub mod segmentation;
+#[cfg(feature = "train")]
+pub mod shapes;

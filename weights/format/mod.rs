@@ -285,7 +285,8 @@ impl fmt::Display for Dtype {
     }
 }
 
-/// Opens a checkpoint: a file, the index of several, or a folder in which the first of [`FILES`] is taken.
+/// Opens a checkpoint: a file, the index of several, or a folder in which the first of [`FILES`] is taken, or else its only
+/// `.pth` file.
 ///
 /// The content decides how a file is read, not its name.
 ///
@@ -332,10 +333,18 @@ fn open_stored(path: &Path, options: &OpenOptions) -> Result<Box<dyn Checkpoint>
     if let Some(variant) = options.variant {
         return Err(Error::NoVariant { folder, variant: variant.to_owned(), looked_for });
     }
-    match megatron::open(path, options.ranks, options.scaled)? {
-        Some(ranks) => Ok(ranks),
-        None => Err(Error::NoWeights { folder, looked_for: FILES }),
+    if let Some(ranks) = megatron::open(path, options.ranks, options.scaled)? {
+        return Ok(ranks);
     }
+    match &alone(&listing)[..] {
+        [file] => open_file(&path.join(file)),
+        _ => Err(Error::NoWeights { folder, looked_for: FILES }),
+    }
+}
+
+/// The files that can only be weights, whatever their names: authors who post one `.pth` name it after the model.
+fn alone(listing: &[String]) -> Vec<&String> {
+    listing.iter().filter(|name| Path::new(name).extension().is_some_and(|end| end == "pth")).collect()
 }
 
 /// The file names that are taken from a folder: [`FILES`], or those of a variant, which may stand before the last part of

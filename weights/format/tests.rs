@@ -215,6 +215,20 @@ fn a_folder_gives_its_first_known_file() {
 }
 
 #[test]
+fn the_only_pth_file_is_taken_whatever_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str| {
+        fs::write(folder.path().join(name), safetensors_bytes(&[count(name, &[2], 0)])).unwrap();
+    };
+    write("painter_vit_large.pth");
+    assert_eq!(open(folder.path()).unwrap().entries()[0].name, "painter_vit_large.pth");
+    write("another.pth");
+    assert!(matches!(open(folder.path()), Err(Error::NoWeights { .. })), "which of two is not known");
+    write(FILES[0]);
+    assert_eq!(open(folder.path()).unwrap().entries()[0].name, FILES[0]);
+}
+
+#[test]
 fn a_torch_archive_is_read_as_python_reads_it() {
     let checkpoint = open(&fixture("bert_legacy_bin")).unwrap();
     let entry = |name: &str| checkpoint.entries().iter().find(|entry| entry.name == name).unwrap();

@@ -1,0 +1,579 @@
+//! SegGPT: a picture segmented as an example shows it (Wang et al. 2023, <https://arxiv.org/abs/2304.03284>, BAAI). It is a
+//! [`mod@crate::painter`] whose answers are segmentations, in whatever colours the example has, with a token that says
+//! whether one thing or a kind of things is meant; of several examples, what each says of the question is averaged in
+//! every block.
+//!
+//! The numbers match the authors' `models_seggpt.py` (`seggpt_vit_large.pth`, with or without a `config.json` of the
+//! constructor's arguments) and `SegGptForImageSegmentation` of transformers, whose layouts are read.
+//!
+//! ```sh
+//! volary segment cat.jpg --prompt dog.jpg --mask dog_mask.png --model BAAI/seggpt-vit-large
+//! ```
+
+use std::borrow::Cow;
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Device, Tensor};
+use volary_kernels::ops::Activation;
+use volary_vision::image::Rgb8;
+use volary_vision::palette::Painting;
+use volary_vision::patch::patchify;
+use volary_vision::preprocess::{Convert, Normalize, Pixels, Preprocessor, Rescale, Resize, stack};
+use volary_vision::resample::Filter;
+use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
+
+use Rule::{Rename, Reshape, Under};
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::painter::{ATTENTION, Asked, CHANNELS, Distance, LARGE, Painter, PainterConfig, RULES, Sharing};
+use crate::preset::{Preset, Shape, Weights};
+use crate::registry::{Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output, scalar};
+use crate::vit::{side_or, sides_or};
+
+/// Shape of a SegGPT.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SegGptConfig {
+    /// All but the tokens of kinds.
+    pub trunk: PainterConfig,
+    /// How many blocks average over the examples stream by stream; from there on all that is in the batch. The authors do
+    /// it while there are two streams, transformers one block less.
+    pub apart: usize,
+}
+
+/// What an example marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meant {
+    /// Things or stuff of a kind.
+    Semantic,
+    /// One thing.
+    Instance,
+}
+
+/// What the rows of a batch have to do with each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Nothing: each is a question of its own.
+    Questions,
+    /// They ask the same with different examples, which are averaged.
+    Examples,
+}
+
+/// A SegGPT.
+#[derive(Module, Debug)]
+pub struct SegGpt {
+    /// All but the tokens of kinds.
+    pub trunk: Painter,
+    /// `[d_model]`, of [`Meant::Semantic`].
+    pub semantic_token: Param<Tensor<1>>,
+    /// `[d_model]`, of [`Meant::Instance`].
+    pub instance_token: Param<Tensor<1>>,
+    apart: usize,
+}
+
+impl SegGptConfig {
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> SegGpt {
+        let token = || Initializer::Normal { mean: 0.0, std: 0.02 }.init([self.trunk.d_model], device);
+        SegGpt {
+            trunk: self.trunk.init(device),
+            semantic_token: token(),
+            instance_token: token(),
+            apart: self.apart,
+        }
+    }
+
+    /// Height and width of one picture.
+    pub const fn picture_size(&self) -> [usize; 2] {
+        let [height, width] = self.trunk.image_size;
+        [height / 2, width]
+    }
+
+    /// Nothing of the upper picture's answer is masked, all of the lower one's: `[batch, patches]`.
+    pub fn lower_half(&self, batch: usize, device: &Device) -> Tensor<2> {
+        let half = self.trunk.patches() / 2;
+        Tensor::cat(vec![Tensor::zeros([batch, half], device), Tensor::ones([batch, half], device)], 1)
+    }
+}
+
+impl SegGpt {
+    /// What the model paints, examples included: `[batch, 3, height, width]`.
+    ///
+    /// - `pictures`, `answers`: `[batch, 3, height, width]`, normalised: an example above a question
+    /// - `masked`: `[batch, patches]`, 1 where a patch of the answer is to be painted, else 0
+    /// - `meant`: what is meant in each row; `None` stands for no token
+    ///
+    /// # Panics
+    /// If the pictures are not of the model's size, or there is not one `meant` per row.
+    pub fn forward(
+        &self,
+        pictures: Tensor<4>,
+        answers: Tensor<4>,
+        masked: Tensor<2>,
+        meant: &[Option<Meant>],
+        rows: Rows,
+    ) -> Tensor<4> {
+        let [batch, ..] = pictures.dims();
+        assert_eq!(meant.len(), batch, "what is meant (left), and rows of the batch");
+        let kinds = Tensor::stack::<2>(meant.iter().map(|&meant| self.token(meant)).collect(), 0);
+        let kinds = kinds.unsqueeze_dim::<3>(1); // [batch, 1, d_model]
+        let streams = self.trunk.embed(pictures, answers, masked).map(|x| x + kinds.clone());
+        let features = self.trunk.encode(streams, |layer| match rows {
+            Rows::Questions => Sharing::Nothing,
+            Rows::Examples if layer < self.apart => Sharing::EachStream,
+            Rows::Examples => Sharing::All,
+        });
+        self.trunk.decode(features)
+    }
+
+    /// `[d_model]`
+    fn token(&self, meant: Option<Meant>) -> Tensor<1> {
+        match meant {
+            Some(Meant::Semantic) => self.semantic_token.val(),
+            Some(Meant::Instance) => self.instance_token.val(),
+            None => self.semantic_token.val().zeros_like(),
+        }
+    }
+}
+
+/// The mean distance of what is painted from the answers, `[batch, 3, height, width]` both, over valid pixels (1, else 0)
+/// of masked patches, of which there is at least one. `[1]`
+pub fn loss(
+    config: &PainterConfig,
+    painted: Tensor<4>,
+    answers: Tensor<4>,
+    masked: Tensor<2>,
+    valid: Tensor<4>,
+) -> Tensor<1> {
+    let counted = config.pixels(masked) * valid;
+    let distance = config.distance.of(painted, answers);
+    (distance * counted.clone()).sum() / counted.sum()
+}
+
+/// A public layout of weights and configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// The authors'.
+    Authors,
+    /// `transformers`.
+    Transformers,
+}
+
+impl Layout {
+    /// The key map of the layout.
+    pub const fn keys(self) -> &'static KeyMap {
+        match self {
+            Self::Authors => &KEYS,
+            Self::Transformers => &KEYS_TRANSFORMERS,
+        }
+    }
+}
+
+impl SegGptConfig {
+    /// The configuration of a folder and the layout of its weights.
+    ///
+    /// # Errors
+    /// If the configuration is malformed, or asks for what is not built.
+    pub fn of(folder: &Folder) -> Result<(Self, Layout), Error> {
+        if !folder.has("config.json") {
+            return Ok((AUTHORS, Layout::Authors));
+        }
+        let config = folder.config("config.json")?;
+        Ok(match ["embed_dim", "img_size"].iter().any(|field| config.has(field)) {
+            true => (Self::authors(&config)?, Layout::Authors),
+            false => (Self::transformers(&config)?, Layout::Transformers),
+        })
+    }
+
+    /// The authors' constructor arguments; what is left out has the values of the released model.
+    ///
+    /// # Errors
+    /// If they are malformed, or ask for what is not built.
+    pub fn authors(config: &Config) -> Result<Self, ConfigError> {
+        Ok(Self { trunk: PainterConfig::authors(config)?, ..AUTHORS })
+    }
+
+    /// `config.json` of `transformers`; what it leaves out has the values of `SegGptConfig`.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn transformers(config: &Config) -> Result<Self, ConfigError> {
+        config.only("num_channels", &["3"])?;
+        if config.first_of("architectures").is_some_and(|name| name != "SegGptForImageSegmentation") {
+            return Err(config.error("architectures", "SegGptForImageSegmentation"));
+        }
+        let d_model = config.size_or("hidden_size", LARGE.d_model)?;
+        let patch_size = side_or(config, "patch_size", LARGE.patch_size)?;
+        let layer_norm_eps = config.number_or("layer_norm_eps", LARGE.layer_norm_eps)?;
+        let taps = match config.sizes("intermediate_hidden_state_indices") {
+            Some(taps) => Cow::Owned(taps),
+            None if !config.has("intermediate_hidden_state_indices") => LARGE.taps,
+            None => {
+                return Err(
+                    config.error("intermediate_hidden_state_indices", "the numbers of blocks, ascending")
+                );
+            }
+        };
+        let merge = match config.integer_or("merge_index", 2)? {
+            merge @ 0..=1000 => merge as usize,
+            _ => return Err(config.error("merge_index", "the number of a block")),
+        };
+        let beta = match config.number_or("beta", 0.01)? {
+            beta if beta > 0.0 => beta,
+            _ => return Err(config.error("beta", "a number above 0")),
+        };
+        let trunk = PainterConfig {
+            image_size: match config.has("image_size") {
+                true => sides_or(config, "image_size", 0)?,
+                false => LARGE.image_size,
+            },
+            patch_size,
+            d_model,
+            d_ff: config.size_or("mlp_dim", 4 * d_model)?,
+            n_layers: config.blocks_or("num_hidden_layers", LARGE.n_layers)?,
+            n_heads: config.size_or("num_attention_heads", LARGE.n_heads)?,
+            activation: config.activation_or("hidden_act", Activation::Gelu)?,
+            layer_norm_eps,
+            qkv_bias: config.flag_or("qkv_bias", true)?,
+            relative_positions: config.flag_or("use_relative_position_embeddings", true)?,
+            position_grid: side_or(config, "pretrain_image_size", 224)? / patch_size,
+            class_position: true,
+            merge,
+            taps,
+            d_decoder: config.size_or("decoder_hidden_size", LARGE.d_decoder)?,
+            decoder_norm_eps: layer_norm_eps,
+            distance: Distance::SmoothL1(beta),
+        };
+        let taps = "intermediate_hidden_state_indices";
+        let fields = ["image_size", "pretrain_image_size", "num_attention_heads", "merge_index", taps];
+        Ok(Self { trunk: trunk.checked(config, fields)?, apart: merge })
+    }
+}
+
+/// Keys of the authors.
+pub const KEYS: KeyMap = KeyMap::new(&[
+    Under("", "trunk.", RULES),
+    Reshape("type_token_cls", "semantic_token", Ones::Before(3)),
+    Reshape("type_token_ins", "instance_token", Ones::Before(3)),
+]);
+
+const PAIR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+
+/// Keys of `SegGptForImageSegmentation`.
+pub const KEYS_TRANSFORMERS: KeyMap = KeyMap::new(&[
+    Under(
+        "model.embeddings.",
+        "",
+        &[
+            Under("patch_embeddings.projection.", "trunk.patches.", PAIR),
+            Reshape("mask_token", "trunk.mask_token", Ones::Before(3)),
+            Reshape("segment_token_input", "trunk.picture_token", Ones::Before(3)),
+            Reshape("segment_token_prompt", "trunk.answer_token", Ones::Before(3)),
+            Reshape("type_token_semantic", "semantic_token", Ones::Before(3)),
+            Reshape("type_token_instance", "instance_token", Ones::Before(3)),
+            Reshape("position_embeddings", "trunk.positions.weight", Ones::Before(1)),
+        ],
+    ),
+    Under(
+        "model.encoder.layers.{}.",
+        "trunk.blocks.{}.",
+        &[
+            Under("layernorm_before.", "norm1.", PAIR),
+            Under("attention.", "", ATTENTION),
+            Under("layernorm_after.", "norm2.", PAIR),
+            Under("mlp.lin1.", "mlp.up.", PAIR),
+            Under("mlp.lin2.", "mlp.down.", PAIR),
+        ],
+    ),
+    Under("model.encoder.layernorm.", "trunk.norm.", PAIR),
+    Under(
+        "decoder.",
+        "trunk.decoder.",
+        &[
+            Under("decoder_embed.", "embed.", PAIR),
+            Under("decoder_pred.conv.", "conv.", PAIR),
+            Under("decoder_pred.layernorm.", "norm.", PAIR),
+            Reshape("decoder_pred.head.weight", "colours.weight", Ones::After(2)),
+            Rename("decoder_pred.head.bias", "colours.bias"),
+        ],
+    ),
+]);
+
+/// The authors' file, which they post without a configuration.
+const FILE: &str = "seggpt_vit_large.pth";
+
+/// SegGPT as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "seggpt",
+    about: "SegGPT: pictures segmented as an example shows it",
+    file: "models/seggpt.rs",
+    tasks: &["segment", "forward"],
+    proved: &["seggpt", "seggpt_hf"],
+    presets: PRESETS,
+    recognises: |folder, config| match config {
+        Some(config) => config.text("model_type") == Some("seggpt"),
+        None => folder.has(FILE),
+    },
+    checkpoint: Folder::checkpoint,
+    describe: |folder| {
+        let (config, layout) = SegGptConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), layout.keys())
+    },
+    open: |folder, options, device| {
+        let (config, layout) = SegGptConfig::of(folder)?;
+        let model = fill(folder, config.init(device), layout.keys(), options)?;
+        Ok(Box::new(Runner { model, config, layout }))
+    },
+    generator: None,
+};
+
+/// A SegGPT behind the forward contract.
+struct Runner {
+    model: SegGpt,
+    config: SegGptConfig,
+    layout: Layout,
+}
+
+impl Forward for Runner {
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error> {
+        match self.layout {
+            Layout::Authors => self.authors(inputs),
+            Layout::Transformers => self.transformers(inputs),
+        }
+    }
+}
+
+impl Runner {
+    /// `imgs`, `tgts`, and optionally `bool_masked_pos`, `valid` and `seg_type` (0: a kind, 1: one thing), to `pred_patches`
+    /// and `loss`. `ensemble.imgs` and `ensemble.tgts` are one question with several examples, of one thing unless
+    /// `ensemble.seg_type` says otherwise, its lower half to be painted; `ensemble.query_image` is the answer.
+    fn authors(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        const ENSEMBLE: &str = "ensemble.";
+        let device = self.model.semantic_token.val().device();
+        let trunk = &self.config.trunk;
+        inputs.needed(&["imgs"]);
+        let mut cases = Vec::new();
+        for case in inputs.cases("imgs") {
+            inputs.enter(&case);
+            let asked = Asked::of(&mut inputs, trunk);
+            let kinds = inputs.ids::<2>("seg_type", 2);
+            let Some(asked) = asked else { continue };
+            let [batch, ..] = asked.pictures.dims();
+            inputs.shaped("seg_type", kinds.as_ref().map(Tensor::dims), [batch, 1]);
+            let meant = |kind| if kind == 0 { Meant::Semantic } else { Meant::Instance };
+            let kinds = kinds.map(|kinds| kinds.into_data().iter::<i64>().map(meant).map(Some).collect());
+            cases.push((case, asked, kinds));
+        }
+        inputs.finish()?;
+        let mut outputs = Outputs::new();
+        for (case, asked, kinds) in cases {
+            let Asked { pictures, answers, masked, valid } = asked.like(&self.model.trunk);
+            let [batch, _, height, _] = pictures.dims();
+            let (rows, masked, default) = match case == ENSEMBLE {
+                true => (
+                    Rows::Examples,
+                    self.config.lower_half(batch, &device).cast(masked.dtype()),
+                    Some(Meant::Instance),
+                ),
+                false => (Rows::Questions, masked, None),
+            };
+            let kinds: Vec<Option<Meant>> = kinds.unwrap_or_else(|| vec![default; batch]);
+            let painted = self.model.forward(pictures, answers.clone(), masked.clone(), &kinds, rows);
+            match rows {
+                Rows::Examples => {
+                    let answer = painted.narrow(0, 0, 1).narrow(2, height / 2, height / 2);
+                    outputs.push(output(&format!("{case}query_image"), answer));
+                }
+                Rows::Questions => {
+                    let patches = patchify(painted.clone(), trunk.patch_size);
+                    outputs.push(output(&format!("{case}pred_patches"), patches));
+                    let loss = loss(trunk, painted, answers, masked, valid);
+                    outputs.push(output(&format!("{case}loss"), loss));
+                }
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// `pixel_values`, `prompt_pixel_values`, `prompt_masks`, and optionally `bool_masked_pos`, to `pred_masks.instance`,
+    /// `pred_masks.semantic`, and `pred_masks.ensemble`, which asks the first picture with all examples; with `labels`,
+    /// the answers, there is a `loss`, of the first of them.
+    fn transformers(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let trunk = &self.config.trunk;
+        let [height, width] = self.config.picture_size();
+        let mut pictures = |name| inputs.pictures(name, [CHANNELS, height, width]);
+        let [asked, examples, shown, labels] =
+            ["pixel_values", "prompt_pixel_values", "prompt_masks", "labels"].map(&mut pictures);
+        for name in ["pixel_values", "prompt_pixel_values", "prompt_masks"] {
+            inputs.missing(name);
+        }
+        let masked = inputs.mask("bool_masked_pos");
+        if let Some(dims) = asked.as_ref().map(Tensor::dims) {
+            let first = ("pixel_values", dims);
+            inputs.like("prompt_pixel_values", examples.as_ref().map(Tensor::dims), first);
+            inputs.like("prompt_masks", shown.as_ref().map(Tensor::dims), first);
+            inputs.like("labels", labels.as_ref().map(Tensor::dims), first);
+            let found = masked.as_ref().map(Tensor::dims).filter(|found| *found != [1, trunk.patches()]);
+            inputs.shaped("bool_masked_pos", found, [dims[0], trunk.patches()]);
+        }
+        inputs.finish()?;
+        let (Some(asked), Some(examples), Some(shown)) = (asked, examples, shown) else {
+            return Ok(Outputs::new()); // finished with an error
+        };
+        let dtype = self.model.semantic_token.val().dtype();
+        let [asked, examples, shown] = [asked, examples, shown].map(|pictures| pictures.cast(dtype));
+        let labels = labels.map(|labels| labels.cast(dtype));
+        let [batch, ..] = asked.dims();
+        let masked = masked.map(|masked| masked.float().expand([batch, trunk.patches()]));
+        let masked = masked.unwrap_or_else(|| self.config.lower_half(batch, &asked.device())).cast(dtype);
+        let below = |upper: &Tensor<4>, lower: Tensor<4>| Tensor::cat(vec![upper.clone(), lower], 2);
+        let answers = below(&shown, labels.clone().unwrap_or_else(|| shown.clone()));
+        let paint = |asked: Tensor<4>, meant, rows| {
+            let pictures = below(&examples, asked);
+            self.model.forward(pictures, answers.clone(), masked.clone(), &vec![Some(meant); batch], rows)
+        };
+        let first = asked.clone().narrow(0, 0, 1).expand(asked.dims());
+        let instance = paint(asked.clone(), Meant::Instance, Rows::Questions);
+        let mut outputs = vec![
+            output("pred_masks.instance", instance.clone()),
+            output("pred_masks.semantic", paint(asked, Meant::Semantic, Rows::Questions)),
+            output("pred_masks.ensemble", paint(first, Meant::Semantic, Rows::Examples)),
+        ];
+        if labels.is_some() {
+            let valid = answers.ones_like();
+            let loss = loss(trunk, instance, answers.clone(), masked.clone(), valid);
+            outputs.push(scalar("loss", loss));
+        }
+        Ok(outputs)
+    }
+}
+
+/// What the authors' `seggpt_inference.py` does to pictures; their folder does not say.
+fn preprocessor_of_authors(size: [usize; 2]) -> Preprocessor {
+    Preprocessor {
+        convert: Convert::First(volary_vision::image::Background::DropAlpha),
+        resize: Resize::Exact(size),
+        filter: Filter::Bicubic,
+        crop: None,
+        rescale: Rescale::Over255,
+        normalize: Some(Normalize { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
+    }
+}
+
+/// A SegGPT that segments pictures.
+pub struct Segmenter {
+    /// The model.
+    pub model: SegGpt,
+    /// Its shape.
+    pub config: SegGptConfig,
+    /// For pictures; masks are resized by their nearest pixels.
+    pub preprocessor: Preprocessor,
+    device: Device,
+}
+
+/// A picture, and a segmentation of it: in colours, on black.
+#[derive(Clone, Debug)]
+pub struct Example {
+    /// The picture.
+    pub picture: Rgb8,
+    /// As large.
+    pub mask: Rgb8,
+}
+
+impl Segmenter {
+    /// Loads a folder.
+    ///
+    /// # Errors
+    /// If it is malformed, of another system, or its preprocessor makes pictures of another size than the model sees.
+    pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
+        let system = System::of(folder)?;
+        if system.name != SYSTEM.name {
+            return Err(Error::Task { system: system.name, task: "segment pictures as an example shows it" });
+        }
+        let (config, layout) = SegGptConfig::of(folder)?;
+        let size = config.picture_size();
+        let preprocessor = match layout {
+            Layout::Authors => preprocessor_of_authors(size),
+            Layout::Transformers => folder.preprocessor()?,
+        };
+        if preprocessor.image_size() != Some(size) {
+            let ([height, width], folder) = (size, folder.path().display());
+            let made = preprocessor.image_size().map_or("varying sizes".into(), |[h, w]| format!("{w}x{h}"));
+            let problem = format!(
+                "{folder}: its preprocessor makes pictures of {made}, the model sees {width}x{height}"
+            );
+            return Err(Error::Input { system: SYSTEM.name, problems: vec![problem] });
+        }
+        let model = fill(folder, config.init(device), layout.keys(), options)?;
+        Ok(Self { model, config, preprocessor, device: device.clone() })
+    }
+
+    /// The segmentation of a picture as the examples show it, in their colours, at the picture's size.
+    ///
+    /// # Errors
+    /// If there is no example, a mask is not as large as its picture, or marks nothing.
+    pub fn segment(&self, picture: &Rgb8, examples: &[Example], meant: Meant) -> Result<Painting, Error> {
+        let mut problems = Vec::new();
+        if examples.is_empty() {
+            problems.push("there is no example".to_owned());
+        }
+        for (number, Example { picture, mask }) in (1..).zip(examples) {
+            let [wanted, found] = [picture, mask].map(|picture| [picture.width(), picture.height()]);
+            if wanted != found {
+                let ([width, height], [w, h]) = (wanted, found);
+                problems.push(format!("mask {number} is {w}x{h}, its picture {width}x{height}"));
+            } else if mask.pixels().iter().all(|&sample| sample == 0) {
+                problems.push(format!("mask {number} is black: it marks nothing"));
+            }
+        }
+        if !problems.is_empty() {
+            return Err(Error::Prompt { problems });
+        }
+        let of_masks = Preprocessor { filter: Filter::Nearest, ..self.preprocessor.clone() };
+        let stacked = |pixels: Vec<Pixels>| stack(&pixels, &self.device);
+        let upper: Vec<Pixels> = examples
+            .iter()
+            .map(|example| self.preprocessor.apply(&example.picture))
+            .collect::<Result<_, _>>()?;
+        let shown: Vec<Pixels> =
+            examples.iter().map(|example| of_masks.apply(&example.mask)).collect::<Result<_, _>>()?;
+        let lower = vec![self.preprocessor.apply(picture)?; examples.len()];
+        let (upper, shown, lower) = (stacked(upper)?, stacked(shown)?, stacked(lower)?);
+        let answer = self.answer(lower, upper, shown, meant);
+        let [_, channels, height, width] = answer.dims();
+        let data = answer.into_data().convert::<f32>().iter::<f32>().collect();
+        let painting = Painting::new(&Pixels { data, channels, height, width }, self.preprocessor.normalize);
+        Ok(painting.resized([picture.height(), picture.width()]))
+    }
+
+    /// What is painted below: a question, the same in every row, and its examples with their masks, each `[examples, 3,
+    /// height / 2, width]`, to `[1, 3, height / 2, width]`.
+    fn answer(&self, asked: Tensor<4>, examples: Tensor<4>, masks: Tensor<4>, meant: Meant) -> Tensor<4> {
+        let [count, _, height, _] = asked.dims();
+        let dtype = self.model.semantic_token.val().dtype();
+        let pictures = Tensor::cat(vec![examples, asked], 2).cast(dtype);
+        let answers = Tensor::cat(vec![masks.clone(), masks], 2).cast(dtype);
+        let masked = self.config.lower_half(count, &self.device).cast(dtype);
+        let rows = if count > 1 { Rows::Examples } else { Rows::Questions };
+        let painted = self.model.forward(pictures, answers, masked, &vec![Some(meant); count], rows);
+        painted.narrow(0, 0, 1).narrow(2, height, height)
+    }
+}
+
+/// `seggpt_vit_large_patch16_input896x448` of the authors.
+const AUTHORS: SegGptConfig = SegGptConfig { trunk: LARGE, apart: 3 };
+/// The same in transformers.
+const TRANSFORMERS: SegGptConfig = SegGptConfig { trunk: LARGE, apart: 2 };
+
+const fn large(name: &'static str, config: SegGptConfig, source: &'static str) -> Preset {
+    let weights = Weights::Hub;
+    Preset { name, shape: Shape::SegGpt(config), weights, license: "MIT", parameters: 370_723_203, source }
+}
+
+/// Published sizes.
+pub const PRESETS: &[Preset] = &[
+    large("BAAI/SegGPT", AUTHORS, "the authors' constructor; seggpt_vit_large.pth is 1.48 GB of f32"),
+    large("BAAI/seggpt-vit-large", TRANSFORMERS, "transformers, SegGptForImageSegmentation"),
+];

@@ -1,0 +1,57 @@
+//! Convolutions, channels last.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Device, Tensor, module::conv2d, ops::ConvOptions};
+
+/// A 3x3 convolution, channels last, with a border of zeros.
+#[derive(Module, Debug)]
+pub struct Conv3x3 {
+    /// `[out, in, 3, 3]`.
+    pub weight: Param<Tensor<4>>,
+    /// `[out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    stride: usize,
+}
+
+impl Conv3x3 {
+    /// An untrained convolution without a bias.
+    pub fn new(channels_in: usize, channels_out: usize, stride: usize, device: &Device) -> Self {
+        let std = (2.0 / (9 * channels_in) as f64).sqrt();
+        let weight = Initializer::Normal { mean: 0.0, std }.init([channels_out, channels_in, 3, 3], device);
+        Self { weight, bias: None, stride }
+    }
+
+    /// The same with a bias of zeros.
+    pub fn with_bias(self, device: &Device) -> Self {
+        let channels_out = self.weight.lazy_shape().as_slice()[0];
+        Self { bias: Some(Initializer::Zeros.init([channels_out], device)), ..self }
+    }
+
+    /// `[batch, height, width, in] -> [batch, height / stride, width / stride, out]`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let options = ConvOptions::new([self.stride; 2], [1, 1], [1, 1], 1);
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        conv2d(x.permute([0, 3, 1, 2]), self.weight.val(), bias, options).permute([0, 2, 3, 1])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::TensorData;
+
+    use super::*;
+
+    /// The sum of the neighbours, and 10 more: a picture of ones has 4, 6 or 9 of them.
+    #[test]
+    fn sums_of_neighbours_and_a_bias() {
+        let device = Device::flex();
+        let conv = Conv3x3 {
+            weight: Param::from_tensor(Tensor::ones([1, 1, 3, 3], &device)),
+            bias: Some(Param::from_tensor(Tensor::full([1], 10.0, &device))),
+            stride: 1,
+        };
+        let expected = vec![14.0_f32, 16.0, 14.0, 16.0, 19.0, 16.0, 14.0, 16.0, 14.0];
+        let found = conv.forward(Tensor::ones([1, 3, 3, 1], &device));
+        found.into_data().assert_eq(&TensorData::new(expected, [1, 3, 3, 1]), true);
+    }
+}
