@@ -509,6 +509,9 @@ fn transformers_reads_what_is_written() {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/convert_roundtrip.py");
     let cases: &[(&str, &[&str])] = &[
         ("clip", &["--dtype", "f32"]),
+        ("altclip", &["--dtype", "f32"]),
+        ("chinese_clip", &["--dtype", "f32"]),
+        ("taiyi", &["--dtype", "f32"]),
         ("bert", &["--dtype", "f32"]),
         ("bert", &["--dtype", "f32", "--max-shard-size", "30KB"]),
         ("bert_legacy_bin", &[]),
