@@ -19,8 +19,8 @@ LABELS = 512
 def build():
     config = transformers.BertConfig(
         vocab_size=60,
-        hidden_size=16,
-        intermediate_size=28,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=14,
