@@ -9,7 +9,7 @@
 //! ```
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Bool, Device, Int, Tensor};
+use burn::tensor::{Bool, Device, FloatDType, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
@@ -312,10 +312,10 @@ impl ClipModel {
     }
 }
 
-/// Divides every row by its Euclidean length.
+/// Divides every row by its Euclidean length, whose square may be too much for f16.
 pub fn normalise(x: Tensor<2>) -> Tensor<2> {
-    let length = x.clone().square().sum_dim(1).sqrt();
-    x / length
+    let length = x.clone().cast(FloatDType::F32).square().sum_dim(1).sqrt();
+    x.clone() / length.cast(x.dtype())
 }
 
 /// The public layouts of CLIP weights.
@@ -1111,6 +1111,13 @@ mod tests {
                 .into_data()
                 .assert_approx_eq::<f32>(&model.encode_images(pixels).into_data(), Tolerance::default());
         }
+    }
+
+    #[test]
+    fn long_rows_of_half_precision_get_length_one() {
+        let rows = Tensor::<2>::full([2, 256], 100.0, &Device::flex()).cast(FloatDType::F16);
+        let found = normalise(rows).into_data().convert::<f32>();
+        found.assert_eq(&burn::tensor::TensorData::new(vec![0.0625f32; 512], [2, 256]), true);
     }
 
     /// Padding with the end token, as OpenAI's tokenizer does, leaves the embedding where it was.
