@@ -263,7 +263,7 @@ const fn text(d_teacher: usize) -> AltTextConfig {
     AltTextConfig { roberta: BertConfig { pooler: false, ..XLM_ROBERTA_LARGE }, d_teacher }
 }
 
-/// The paper, section 4.1: CLIP's ViT-L/14 and XLM-R large.
+/// CLIP's ViT-L/14 and XLM-R large.
 const LARGE: AltClipConfig = AltClipConfig {
     vision: VitConfig {
         image_size: 224,

@@ -530,7 +530,7 @@ pub const CHINESE: BertConfig = BertConfig { vocab_size: 21128, ..BASE };
 const ROBERTA: BertConfig = roberta(50265, BASE);
 const ROBERTA_LARGE: BertConfig = roberta(50265, LARGE);
 const XLM_ROBERTA: BertConfig = roberta(250002, BASE);
-/// Conneau et al. 2019, table 6 (XLM-R large).
+/// Conneau et al. 2019: XLM-R large.
 pub const XLM_ROBERTA_LARGE: BertConfig = roberta(250002, LARGE);
 
 const fn roberta(vocab_size: usize, bert: BertConfig) -> BertConfig {

@@ -228,7 +228,7 @@ const fn preset(
 ) -> Preset {
     let shape = Shape::ChineseClip(ChineseClipConfig { vision, text, d_embed });
     let source = "counted here; the paper's table 1 says 188, 406, 407 and 958 million";
-    Preset { name, shape, weights: Weights::Hub, license: "Apache-2.0", parameters, source }
+    Preset { name, shape, weights: Weights::Hub, license: "MIT", parameters, source }
 }
 
 /// Published sizes: Yang et al. 2022, table 1. Its smallest, with a ResNet-50, was never put into this layout.

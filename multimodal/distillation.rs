@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 /// The mean over texts and numbers of the squared differences between a student's sentence vectors and its teacher's
-/// (Chen et al. 2022, <https://arxiv.org/abs/2211.06679>, section 3.1).
+/// (Chen et al. 2022, <https://arxiv.org/abs/2211.06679>: the teacher stage).
 ///
 /// Row `i` of both, `[batch, d_teacher]`, is of one text, or of a text and its translation. The vectors are not
 /// normalised, and the teacher learns nothing.
