@@ -15,7 +15,8 @@ use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, RmsNorm,
 };
 use volary_kernels::ops::{
-    self, Activation, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
+    self, Activation, DynamicScaling, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
+    YarnScaling,
 };
 use volary_text::generate::{LeftPadded, Session, column, indices, matrix};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
@@ -341,7 +342,8 @@ impl LlamaConfig {
                 config.error("head_dim", "an even width (`hidden_size / num_attention_heads` if not set)")
             );
         }
-        let (rope_theta, rope_scaling) = rope(config)?;
+        let n_positions = config.size_or("max_position_embeddings", 2048)?;
+        let (rope_theta, rope_scaling) = rope(config, n_positions)?;
         let head = match (config.first_of("architectures"), config.flag_or("tie_word_embeddings", false)?) {
             (Some("LlamaModel" | "AquilaModel"), _) => Head::Absent,
             (_, true) => Head::Tied,
@@ -349,7 +351,7 @@ impl LlamaConfig {
         };
         Ok(Self {
             vocab_size: config.size_or("vocab_size", if family == "aquila" { 100_008 } else { 32000 })?,
-            n_positions: config.size_or("max_position_embeddings", 2048)?,
+            n_positions,
             d_model,
             d_ff: config.size_or("intermediate_size", 11008)?,
             n_layers: config.blocks_or("num_hidden_layers", 32)?,
@@ -369,8 +371,8 @@ impl LlamaConfig {
 }
 
 /// Base and scaling of the rotary frequencies: `rope_theta` and `rope_scaling`, or, from transformers 5 on, all in
-/// `rope_parameters`.
-fn rope(config: &Config) -> Result<(f64, RopeScaling), ConfigError> {
+/// `rope_parameters`. The pretraining's longest sequence is that of the configuration where it is not said.
+fn rope(config: &Config, n_positions: usize) -> Result<(f64, RopeScaling), ConfigError> {
     let field = if config.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" };
     let rope = config.object_or_empty(field)?;
     rope.only("partial_rotary_factor", &["1", "1.0"])?;
@@ -383,6 +385,7 @@ fn rope(config: &Config) -> Result<(f64, RopeScaling), ConfigError> {
     let field = if rope.has("rope_type") { "rope_type" } else { "type" };
     let kind = if rope.has(field) { rope.text(field) } else { Some("default") };
     let needed = |field: &str| positive(&rope, field, 0.0);
+    let pretrained = || positive(&rope, "original_max_position_embeddings", n_positions as f64);
     let scaling = match kind {
         Some("default") => RopeScaling::Unscaled,
         Some("linear") => RopeScaling::Linear(needed("factor")?),
@@ -391,14 +394,34 @@ fn rope(config: &Config) -> Result<(f64, RopeScaling), ConfigError> {
                 factor: needed("factor")?,
                 low: needed("low_freq_factor")?,
                 high: needed("high_freq_factor")?,
-                pretrained: needed("original_max_position_embeddings")?,
+                pretrained: pretrained()?,
             };
             if scaling.high <= scaling.low {
                 return Err(rope.error("high_freq_factor", "more than `low_freq_factor`"));
             }
             RopeScaling::Llama3(scaling)
         }
-        _ => return Err(rope.error(field, "default, linear or llama3")),
+        Some("dynamic") => {
+            RopeScaling::Dynamic(DynamicScaling { factor: needed("factor")?, pretrained: n_positions as f64 })
+        }
+        Some("yarn") => {
+            let pretrained = pretrained()?;
+            let factor = positive(&rope, "factor", n_positions as f64 / pretrained)?;
+            let sharper = |weight: f64| if factor > 1.0 { 0.1 * weight * factor.ln() + 1.0 } else { 1.0 };
+            let ratio = match (rope.number_or("mscale", 0.0)?, rope.number_or("mscale_all_dim", 0.0)?) {
+                (over, under) if over != 0.0 && under != 0.0 => sharper(over) / sharper(under),
+                _ => sharper(1.0),
+            };
+            RopeScaling::Yarn(YarnScaling {
+                factor,
+                fast: positive(&rope, "beta_fast", 32.0)?,
+                slow: positive(&rope, "beta_slow", 1.0)?,
+                pretrained,
+                magnitude: rope.number_or("attention_factor", ratio)?,
+                whole_pairs: rope.flag_or("truncate", true)?,
+            })
+        }
+        _ => return Err(rope.error(field, "default, linear, dynamic, yarn or llama3")),
     };
     Ok((theta, scaling))
 }
@@ -511,7 +534,9 @@ impl Forward for Runner {
         let LlamaConfig { vocab_size, n_positions, .. } = self.config;
         let ids = inputs.ids::<2>("input_ids", vocab_size);
         let real = inputs.mask("attention_mask");
-        let positions = inputs.ids::<2>("position_ids", n_positions);
+        // past the trained length too, where a text is longer
+        let farthest = ids.as_ref().map_or(0, |ids| ids.dims()[1]).max(n_positions);
+        let positions = inputs.ids::<2>("position_ids", farthest);
         let prompt = causal::prompt(&mut inputs, vocab_size);
         inputs.missing("input_ids");
         let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
@@ -940,6 +965,16 @@ mod tests {
         let llama3 = r#"{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192"#;
         let scaling = LLAMA_3_2_1B.rope_scaling;
+        let yarn = YarnScaling {
+            factor: 4.0,
+            fast: 32.0,
+            slow: 1.0,
+            pretrained: 16.0,
+            magnitude: 0.1 * 4f64.ln() + 1.0,
+            whole_pairs: true,
+        };
+        let magnitude = (0.2 * 4f64.ln() + 1.0) / (0.1 * 4f64.ln() + 1.0);
+        let unlike = YarnScaling { fast: 16.0, slow: 2.0, magnitude, whole_pairs: false, ..yarn };
         for (fields, expected) in [
             (r#""rope_scaling": null"#, (10000.0, RopeScaling::Unscaled)),
             (r#""rope_theta": 5e5"#, (5e5, RopeScaling::Unscaled)),
@@ -948,6 +983,20 @@ mod tests {
                 (5e5, RopeScaling::Unscaled),
             ),
             (r#""rope_scaling": {"type": "linear", "factor": 2}"#, (10000.0, RopeScaling::Linear(2.0))),
+            (
+                r#""max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 2}"#,
+                (10000.0, RopeScaling::Dynamic(DynamicScaling { factor: 2.0, pretrained: 64.0 })),
+            ),
+            (
+                r#""max_position_embeddings": 64,
+                "rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16}"#,
+                (10000.0, RopeScaling::Yarn(yarn)),
+            ),
+            (
+                r#""max_position_embeddings": 16, "rope_scaling": {"type": "yarn", "factor": 4,
+                "mscale": 2, "mscale_all_dim": 1, "beta_fast": 16, "beta_slow": 2, "truncate": false}"#,
+                (10000.0, RopeScaling::Yarn(unlike)),
+            ),
             (&format!(r#""rope_theta": 5e5, "rope_scaling": {llama3}}}"#), (5e5, scaling)),
             (&format!(r#""rope_parameters": {llama3}, "rope_theta": 5e5}}"#), (5e5, scaling)),
         ] {
@@ -968,12 +1017,12 @@ mod tests {
             (r#""num_hidden_layers": 2000000000"#, "`num_hidden_layers`: expected at most 1000 blocks"),
             (r#""rope_theta": 0"#, "`rope_theta`: expected a number above 0, found 0"),
             (
-                r#""rope_scaling": {"type": "yarn"}"#,
-                "`rope_scaling.type`: expected default, linear or llama3",
+                r#""rope_scaling": {"type": "longrope"}"#,
+                "`rope_scaling.type`: expected default, linear, dynamic, yarn or llama3",
             ),
             (
                 r#""rope_scaling": {"rope_type": 3}"#,
-                "`rope_scaling.rope_type`: expected default, linear or llama3",
+                "`rope_scaling.rope_type`: expected default, linear, dynamic, yarn or llama3",
             ),
             (
                 r#""rope_scaling": {"type": "linear"}"#,
@@ -1023,7 +1072,12 @@ mod tests {
             let outputs = run(&fixture("llama"), inputs).unwrap();
             outputs.into_iter().map(|(name, _)| name).collect::<Vec<_>>()
         };
-        assert_eq!(names(&[("input_ids", ids([[5; 70]]))]), ["logits", "loss", "greedy_ids"]);
+        let long = [("input_ids", ids([[5; 70]]))];
+        assert_eq!(names(&long), ["logits", "loss", "greedy_ids"]);
+        let counted = Tensor::arange(0..70, &Device::flex()).unsqueeze::<2>();
+        let [ids_alone] = long.clone();
+        let numbered = run(&fixture("llama"), &[ids_alone, ("position_ids", counted)]).unwrap();
+        assert_eq!(numbered[0], run(&fixture("llama"), &long).unwrap()[0]);
         let padded = [("input_ids", ids([[5]])), ("attention_mask", ids([[0]]))];
         assert_eq!(names(&padded), ["logits"]);
     }

@@ -81,6 +81,9 @@ pub enum Head {
     Own,
     /// The token table, of states over `√d_model`: the first T5.
     Tied,
+    /// The token table, of states as they are: what `transformers` 5 makes of T5 1.1 and mT5 where the weights have no
+    /// head.
+    TiedUnscaled,
     /// Nothing: the states are the output.
     Absent,
 }
@@ -94,6 +97,8 @@ pub struct T5 {
     pub decoder: T5Decoder,
     /// `[vocab_size, d_model]`, unless the token table serves.
     pub head: Option<Linear>,
+    #[module(skip)]
+    scaled: bool,
 }
 
 /// The encoder, with the token table.
@@ -220,6 +225,7 @@ impl T5Config {
                 norm: self.norm(device),
             },
             head: (self.head == Head::Own).then(head),
+            scaled: self.head == Head::Tied,
         }
     }
 
@@ -394,7 +400,7 @@ impl T5 {
             Some(head) => head.forward(states),
             None => {
                 let [_, _, d_model] = states.dims();
-                let states = states / (d_model as f64).sqrt();
+                let states = if self.scaled { states / (d_model as f64).sqrt() } else { states };
                 self.encoder.tokens.scores(states)
             }
         }
@@ -490,12 +496,19 @@ const ENCODERS: &[&str] = &["T5EncoderModel", "MT5EncoderModel"];
 const HEADLESS: &[&str] = &["T5Model", "MT5Model"];
 
 impl T5Config {
-    /// The configuration of a folder.
+    /// The configuration of a folder. Whether there is a head where the configuration does not rule it out, only the
+    /// weights tell: transformers 5 calls all heads tied, and leaves out those that it tied.
     ///
     /// # Errors
-    /// If it is missing, malformed, or asks for what is not built.
+    /// If the configuration is missing, malformed, or asks for what is not built, or there are no weights.
     pub fn of(folder: &Folder) -> Result<Self, Error> {
-        Ok(Self::parse(&folder.config("config.json")?)?)
+        let config = folder.config("config.json")?;
+        let parsed = Self::parse(&config)?;
+        if parsed.head != Head::Own || !config.flag_or("tie_word_embeddings", true)? {
+            return Ok(parsed);
+        }
+        let has_head = folder.checkpoint()?.entries().iter().any(|entry| entry.name == OWN_HEAD_KEY);
+        Ok(Self { head: if has_head { Head::Own } else { Head::TiedUnscaled }, ..parsed })
     }
 
     /// `config.json` of `transformers`; what it leaves out has the values of `T5Config` or `MT5Config`.
@@ -554,9 +567,9 @@ impl T5Config {
     pub const fn keys(&self) -> &'static KeyMap {
         match (self.mlp, self.head) {
             (MlpForm::Plain, Head::Own) => &PLAIN_OWN,
-            (MlpForm::Plain, Head::Tied | Head::Absent) => &PLAIN_TIED,
+            (MlpForm::Plain, Head::Tied | Head::TiedUnscaled | Head::Absent) => &PLAIN_TIED,
             (MlpForm::Gated, Head::Own) => &GATED_OWN,
-            (MlpForm::Gated, Head::Tied | Head::Absent) => &GATED_TIED,
+            (MlpForm::Gated, Head::Tied | Head::TiedUnscaled | Head::Absent) => &GATED_TIED,
         }
     }
 
@@ -648,9 +661,10 @@ const GATED_BOTH: &[Rule] = &[
     Under("decoder.", "decoder.", &[Under("block.{}.layer.2.DenseReluDense.", MLP, GATED)]),
 ];
 
-const OWN_HEAD: Rule = Rename("lm_head.weight", "head.weight");
+const OWN_HEAD_KEY: &str = "lm_head.weight";
+const OWN_HEAD: Rule = Rename(OWN_HEAD_KEY, "head.weight");
 /// A head in the file is a copy of the table, or means nothing.
-const NO_HEAD: Rule = Ignore("lm_head.weight");
+const NO_HEAD: Rule = Ignore(OWN_HEAD_KEY);
 const NO_DECODER: Rule = Ignore("decoder.{*}");
 
 const PLAIN_OWN: KeyMap = KeyMap::new(&[Under("", "", PLAIN_BOTH), OWN_HEAD]);
@@ -971,7 +985,8 @@ mod tests {
     fn every_parameter_has_one_key_and_every_key_one_parameter() {
         let tied_gated = T5Config { head: Head::Tied, ..TINY_11 };
         let own_plain = T5Config { head: Head::Own, ..TINY };
-        for config in [TINY, TINY_11, tied_gated, own_plain] {
+        let unscaled = T5Config { head: Head::TiedUnscaled, ..TINY_11 };
+        for config in [TINY, TINY_11, tied_gated, own_plain, unscaled] {
             let model = config.init(&Device::flex());
             let encoder = parameters(&model.encoder);
             let both = [(config.keys(), parameters(&model)), (config.encoder_keys(), encoder)];
@@ -1218,6 +1233,39 @@ mod tests {
         ];
         let outputs = run(&fixture("t5"), &inputs).unwrap();
         assert!(outputs.iter().all(|(_, data)| data.iter::<f32>().all(f32::is_finite)));
+    }
+
+    /// What transformers 5 makes of the first has no head in its file: the table serves, of states as they are. The
+    /// configurations of the others ask for one.
+    #[test]
+    fn a_head_that_transformers_tied_is_the_token_table() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Folder::Disk(folder.path().to_owned());
+        let whole = T5Config { head: Head::TiedUnscaled, ..TINY_11 }.init(&Device::flex());
+        let keys = T5Config { head: Head::TiedUnscaled, ..TINY_11 }.keys();
+        save(&whole, keys, None, &folder.path().join("model.safetensors"), None).unwrap();
+        let states = whole.forward(input(ids([[7, 8, 9]]), Mask::Full, ids([[3, 4]]))).decoder;
+        let expected = whole.encoder.tokens.scores(states);
+        let sizes = r#""vocab_size": 50, "d_model": 12, "d_ff": 20, "num_layers": 2, "num_decoder_layers": 3,
+            "num_heads": 4, "d_kv": 5, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+            "feed_forward_proj": "gated-gelu""#;
+        let logits = |kind: &str| {
+            std::fs::write(folder.path().join("config.json"), format!("{{{kind}, {sizes}}}")).unwrap();
+            let outputs =
+                run(&disk, &[("input_ids", ids([[7, 8, 9]])), ("decoder_input_ids", ids([[3, 4]]))])?;
+            assert_eq!(outputs[1].0, "logits");
+            Ok::<_, Error>(Tensor::<3>::from_data(outputs[1].1.clone(), &Device::flex()))
+        };
+        for tied in [
+            r#""model_type": "t5", "tie_word_embeddings": true, "scale_decoder_outputs": false"#,
+            r#""model_type": "mt5", "tie_word_embeddings": true"#,
+        ] {
+            assert_close(logits(tied).unwrap(), &expected);
+        }
+        for own in ["t5", "mt5"] {
+            let own = format!(r#""model_type": "{own}", "tie_word_embeddings": false"#);
+            assert!(logits(&own).unwrap_err().to_string().contains("missing `lm_head.weight`"));
+        }
     }
 
     /// Folders of `T5EncoderModel`, whose file may hold a whole model, and of `T5Model`.

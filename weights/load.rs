@@ -391,13 +391,12 @@ impl Loader<'_> {
     fn assemble<T: Value>(&mut self, source: &Source) -> Result<Vec<T>, Error> {
         // some columns only, the rest of each row is passed over
         let cut = source.transpose.as_ref().filter(|swap| swap.taken.len() < swap.columns);
-        let elements = |count: usize| cut.map_or(count, |swap| swap.rows * swap.taken.len());
-        let mut assembled = zeros(source.parts.iter().map(|part| elements(part.elements.len())).sum());
+        let mut assembled = zeros(source.elements());
         let mut rest = &mut assembled[..];
         for part in &source.parts {
             let bytes = self.checkpoint.bytes(&part.key)?;
             let size = part.dtype.size();
-            let (out, after) = rest.split_at_mut(elements(part.elements.len()));
+            let (out, after) = rest.split_at_mut(source.taken(part));
             rest = after;
             let values = &bytes[part.elements.start * size..part.elements.end * size];
             let not_finite = match cut {
@@ -446,9 +445,9 @@ impl Loader<'_> {
         let mut sources: Vec<_> = std::mem::take(&mut self.sources).into_iter().collect();
         sources.sort_by(|(a, _), (b, _)| a.cmp(b));
         for (_, source) in sources {
-            let elements: usize = source.parts.iter().map(|part| part.elements.len()).sum();
+            let shape = Shape::new([source.elements()]);
             if source.parts[0].dtype.is_float()
-                && let Err(error) = self.read(&source, Shape::new([elements]), Kind::Float, &Device::flex())
+                && let Err(error) = self.read(&source, shape, Kind::Float, &Device::flex())
             {
                 self.error = Some(error);
                 return;

@@ -25,6 +25,18 @@ pub(crate) struct Swap {
     pub taken: Range<usize>,
 }
 
+impl Source {
+    /// How many values of a part it takes.
+    pub fn taken(&self, part: &Part) -> usize {
+        self.transpose.as_ref().map_or(part.elements.len(), |swap| swap.rows * swap.taken.len())
+    }
+
+    /// How many values it has.
+    pub fn elements(&self) -> usize {
+        self.parts.iter().map(|part| self.taken(part)).sum()
+    }
+}
+
 impl Swap {
     /// The bytes of the taken columns, row by row, of a matrix of values of this size.
     pub fn take(&self, matrix: &[u8], size: usize) -> Vec<u8> {

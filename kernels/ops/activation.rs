@@ -25,6 +25,8 @@ impl Activation {
         "gelu_python",
         "gelu_new",
         "gelu_fast",
+        "gelu_accurate",
+        "gelu_python_tanh",
         "gelu_pytorch_tanh",
         "quick_gelu",
         "silu",
@@ -37,7 +39,9 @@ impl Activation {
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "gelu" | "gelu_python" => Self::Gelu,
-            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => Self::GeluTanh,
+            "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_python_tanh" | "gelu_pytorch_tanh" => {
+                Self::GeluTanh
+            }
             "quick_gelu" => Self::QuickGelu,
             "silu" | "swish" => Self::Silu,
             "relu" => Self::Relu,

@@ -8,4 +8,7 @@ mod rope;
 pub use activation::Activation;
 pub use attention::{Mask, attention};
 pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};
-pub use rope::{GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling};
+pub use rope::{
+    DynamicScaling, GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling,
+    YarnScaling,
+};

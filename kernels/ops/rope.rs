@@ -53,6 +53,10 @@ pub enum RopeScaling {
     Linear(f64),
     /// By wavelength.
     Llama3(Llama3Scaling),
+    /// By a larger base, where a text is longer than those of the pretraining.
+    Dynamic(DynamicScaling),
+    /// By wavelength, and the attention sharper.
+    Yarn(YarnScaling),
 }
 
 /// Llama 3.1's scaling (`_compute_llama3_parameters` of `transformers`): with the wavelength `λ = 2π / θᵢ` and
@@ -72,6 +76,48 @@ pub struct Llama3Scaling {
     pub high: f64,
     /// Longest sequence of the pretraining.
     pub pretrained: f64,
+}
+
+/// Scaling that grows with the text (`_compute_dynamic_ntk_parameters` of `transformers`): for `n` positions, more than
+/// `pretrained`, `theta` becomes
+///
+/// ```text
+/// theta (factor n / pretrained - (factor - 1))^(d_rot / (d_rot - 2))
+/// ```
+///
+/// A table has one base for all its positions: a text that is yet to grow is read with that of its full length.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct DynamicScaling {
+    /// How fast the base grows.
+    pub factor: f64,
+    /// Longest sequence of the pretraining.
+    pub pretrained: f64,
+}
+
+/// YaRN's scaling (Peng et al. 2023, <https://arxiv.org/abs/2309.00071>; `_compute_yarn_parameters` of `transformers`).
+/// Pair `c(turns)` turns so often within the pretrained length,
+///
+/// ```text
+/// c(turns) = d_rot ln(pretrained / (2π turns)) / (2 ln theta)
+/// slow = clamp((i - c(fast)) / (c(slow) - c(fast)), 0, 1)
+/// θᵢ' = θᵢ (1 - slow + slow / factor)
+/// ```
+///
+/// with both ends rounded outwards to whole pairs, and kept within the channels.
+#[derive(Config, Debug, Copy, PartialEq)]
+pub struct YarnScaling {
+    /// What the frequencies of slow pairs are divided by.
+    pub factor: f64,
+    /// Pairs that turn more often than this stay as they are.
+    pub fast: f64,
+    /// Pairs that turn less often than this are slow.
+    pub slow: f64,
+    /// Longest sequence of the pretraining.
+    pub pretrained: f64,
+    /// What queries and keys are multiplied by.
+    pub magnitude: f64,
+    /// Whether the ends are rounded.
+    pub whole_pairs: bool,
 }
 
 /// Configuration of a [`Rope`] over a picture's patches, row by row, as EVA-02 turns them (Fang et al. 2023;
@@ -108,7 +154,7 @@ pub enum Positions {
     Each(Tensor<2, Int>),
 }
 
-/// Cosine and sine of every angle, computed once in f64 and kept in f32.
+/// Cosine and sine of every angle, times the scaling's magnitude, computed once in f64 and kept in f32.
 #[derive(Module, Debug)]
 pub struct Rope {
     /// `[positions, d_rot / 2]`.
@@ -130,29 +176,69 @@ impl RopeConfig {
             "{} rotary channels do not make pairs",
             self.d_rot
         );
-        let frequencies: Vec<f64> = frequencies(self.d_rot, self.theta)
-            .into_iter()
-            .map(|frequency| self.scaling.apply(frequency))
-            .collect();
+        let frequencies = self.scaling.frequencies(self.d_rot, self.theta, self.positions);
         let angles = (0..self.positions)
             .flat_map(|position| frequencies.iter().map(move |frequency| position as f64 * frequency))
             .collect();
-        Rope::new(angles, [self.positions, self.d_rot / 2], self.pairing, device)
+        Rope::new(angles, [self.positions, self.d_rot / 2], self.pairing, self.scaling.magnitude(), device)
     }
 }
 
 impl RopeScaling {
-    /// The frequency, in radians per position, that takes the place of `frequency`.
-    pub fn apply(self, frequency: f64) -> f64 {
+    /// The frequency of every pair, in radians per position, for texts of so many positions.
+    pub fn frequencies(self, d_rot: usize, theta: f64, positions: usize) -> Vec<f64> {
+        let plain = frequencies(d_rot, theta).into_iter();
         match self {
-            Self::Unscaled => frequency,
-            Self::Linear(factor) => frequency / factor,
-            Self::Llama3(Llama3Scaling { factor, low, high, pretrained }) => {
-                let turns = pretrained * frequency / (2.0 * PI);
-                let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                frequency * (smooth + (1.0 - smooth) / factor)
+            Self::Unscaled => plain.collect(),
+            Self::Linear(factor) => plain.map(|frequency| frequency / factor).collect(),
+            Self::Llama3(scaling) => plain.map(|frequency| scaling.apply(frequency)).collect(),
+            Self::Dynamic(scaling) => frequencies(d_rot, scaling.theta(d_rot, theta, positions)),
+            Self::Yarn(scaling) => {
+                let slow = scaling.slow_share(d_rot, theta);
+                let scaled = |slow: f64| 1.0 - slow + slow / scaling.factor;
+                plain.enumerate().map(|(pair, frequency)| frequency * scaled(slow(pair))).collect()
             }
         }
+    }
+
+    /// What queries and keys are multiplied by.
+    pub fn magnitude(self) -> f64 {
+        match self {
+            Self::Yarn(YarnScaling { magnitude, .. }) => magnitude,
+            Self::Unscaled | Self::Linear(_) | Self::Llama3(_) | Self::Dynamic(_) => 1.0,
+        }
+    }
+}
+
+impl Llama3Scaling {
+    fn apply(self, frequency: f64) -> f64 {
+        let Self { factor, low, high, pretrained } = self;
+        let turns = pretrained * frequency / (2.0 * PI);
+        let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+        frequency * (smooth + (1.0 - smooth) / factor)
+    }
+}
+
+impl DynamicScaling {
+    /// The base for texts of so many positions. One pair alone turns by 1 whatever the base.
+    fn theta(self, d_rot: usize, theta: f64, positions: usize) -> f64 {
+        let Self { factor, pretrained } = self;
+        let length = (positions as f64).max(pretrained);
+        let growth = factor * length / pretrained - (factor - 1.0);
+        if d_rot > 2 { theta * growth.powf(d_rot as f64 / (d_rot - 2) as f64) } else { theta }
+    }
+}
+
+impl YarnScaling {
+    /// How slow a pair is, from 0 to 1.
+    fn slow_share(self, d_rot: usize, theta: f64) -> impl Fn(usize) -> f64 {
+        let Self { fast, slow, pretrained, whole_pairs, .. } = self;
+        let pair_of = |turns: f64| d_rot as f64 * (pretrained / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+        let (first, last) = (pair_of(fast), pair_of(slow));
+        let (first, last) = if whole_pairs { (first.floor(), last.ceil()) } else { (first, last) };
+        let (first, last) = (first.max(0.0), last.min(d_rot as f64 - 1.0));
+        let width = if first == last { 0.001 } else { last - first };
+        move |pair| ((pair as f64 - first) / width).clamp(0.0, 1.0)
     }
 }
 
@@ -180,7 +266,7 @@ impl GridRopeConfig {
             }
         }
         let positions = self.class_tokens + self.rows * self.cols;
-        Rope::new(angles, [positions, self.d_rot / 2], Pairing::Interleaved, device)
+        Rope::new(angles, [positions, self.d_rot / 2], Pairing::Interleaved, 1.0, device)
     }
 }
 
@@ -190,9 +276,9 @@ fn frequencies(d_rot: usize, theta: f64) -> Vec<f64> {
 }
 
 impl Rope {
-    fn new(angles: Vec<f64>, shape: [usize; 2], pairing: Pairing, device: &Device) -> Self {
+    fn new(angles: Vec<f64>, shape: [usize; 2], pairing: Pairing, magnitude: f64, device: &Device) -> Self {
         let table = |of: fn(f64) -> f64| {
-            let values: Vec<f32> = angles.iter().map(|&angle| of(angle) as f32).collect();
+            let values: Vec<f32> = angles.iter().map(|&angle| (magnitude * of(angle)) as f32).collect();
             Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
         Self { cos: table(f64::cos), sin: table(f64::sin), pairing }

@@ -58,11 +58,11 @@ fn columns_of_a_fused_matrix_are_cut_and_transposed() {
     }
     const KEYS: KeyMap = KeyMap::new(&[Rule::SplitTranspose("c_attn", &["parts.0", "parts.1", "parts.2"])]);
     let part = |rows: usize| Param::from_tensor(Tensor::zeros([rows, 4], &Device::flex()));
-    let load = |stored| {
+    let load = |stored: &[Stored]| {
         let fused = Fused { parts: vec![part(4), part(2), part(2)] };
-        load(fused, &checkpoint(&[stored]), &KEYS, &LoadOptions::default())
+        load(fused, &checkpoint(stored), &KEYS, &LoadOptions::default())
     };
-    let fused = load(count("c_attn", &[4, 8], 0)).unwrap();
+    let fused = load(&[count("c_attn", &[4, 8], 0)]).unwrap();
     assert_eq!(numbers(&fused.parts[0])[..8], [0.0, 8.0, 16.0, 24.0, 1.0, 9.0, 17.0, 25.0]);
     assert_eq!(numbers(&fused.parts[1]), [4.0, 12.0, 20.0, 28.0, 5.0, 13.0, 21.0, 29.0]);
     assert_eq!(numbers(&fused.parts[2]), [6.0, 14.0, 22.0, 30.0, 7.0, 15.0, 23.0, 31.0]);
@@ -74,12 +74,18 @@ fn columns_of_a_fused_matrix_are_cut_and_transposed() {
     assert_eq!(saved.shape().as_slice(), [4, 8]);
     assert_eq!(saved.iter::<f32>().collect::<Vec<_>>(), range(0, 32));
 
-    let turned = load(count("c_attn", &[8, 4], 0)).unwrap_err().to_string();
+    let turned = load(&[count("c_attn", &[8, 4], 0)]).unwrap_err().to_string();
     assert!(turned.contains("the checkpoint has [8, 4], the model wants [4, 8]"), "{turned}");
     // the third value of the second row, which the second part has
-    let broken = (0..32).map(|i| if i == 8 + 5 { f32::NAN } else { 0.0 });
-    let Err(Error::Mismatch { problems, .. }) = load(floats("c_attn", &[4, 8], broken)) else { panic!() };
+    let broken = || floats("c_attn", &[4, 8], (0..32).map(|i| if i == 8 + 5 { f32::NAN } else { 0.0 }));
+    let Err(Error::Mismatch { problems, .. }) = load(&[broken()]) else { panic!() };
     let [Problem::NotFinite { count: 1, first_index: 13, .. }] = problems[..] else { panic!("{problems:?}") };
+    // beside another mistake
+    let Err(Error::Mismatch { problems, .. }) = load(&[broken(), count("other", &[2], 0)]) else { panic!() };
+    let [Problem::Unexpected { .. }, Problem::NotFinite { count: 1, first_index: 13, .. }] = problems[..]
+    else {
+        panic!("{problems:?}")
+    };
 }
 
 #[test]

@@ -37,7 +37,7 @@ fn literals() {
 fn scaled_frequencies() {
     let scaling =
         RopeScaling::Llama3(Llama3Scaling { factor: 32.0, low: 1.0, high: 4.0, pretrained: 8192.0 });
-    let plain = frequencies(64, 500_000.0);
+    let scaled = scaling.frequencies(64, 500_000.0, 1);
     for (pair, expected) in [
         (0, 1.0),
         (14, 0.003211445994752591),
@@ -47,11 +47,62 @@ fn scaled_frequencies() {
         (18, 1.9461638184831125e-05),
         (31, 9.41830672543491e-08),
     ] {
-        let found = scaling.apply(plain[pair]);
+        let found = scaled[pair];
         assert!((found / expected - 1.0).abs() < 1e-12, "pair {pair}: {found}, not {expected}");
     }
-    assert_eq!(RopeScaling::Linear(4.0).apply(0.5), 0.125);
-    assert_eq!(RopeScaling::Unscaled.apply(0.5), 0.5);
+    assert_eq!(RopeScaling::Linear(4.0).frequencies(2, 10.0, 1), [0.25]);
+    assert_eq!(RopeScaling::Unscaled.frequencies(2, 10.0, 1), [1.0]);
+}
+
+#[track_caller]
+fn assert_frequencies(found: &[f64], expected: &[f64]) {
+    assert_eq!(found.len(), expected.len());
+    let close = |(found, expected): (&f64, &f64)| (found / expected - 1.0).abs() < 1e-12;
+    assert!(found.iter().zip(expected).all(close), "{found:?}, not {expected:?}");
+}
+
+/// By `_compute_yarn_parameters` of transformers in Python's floats.
+#[test]
+fn yarn_slows_the_pairs_that_turn_seldom() {
+    let scaling = YarnScaling {
+        factor: 4.0,
+        fast: 8.0,
+        slow: 1.0,
+        pretrained: 64.0,
+        magnitude: 1.25,
+        whole_pairs: true,
+    };
+    let found = RopeScaling::Yarn(scaling).frequencies(16, 1000.0, 1);
+    let slow = [
+        0.018747355233311395,
+        0.007905694150420948,
+        0.00333380358040831,
+        0.0014058533129758727,
+        0.0005928434264154137,
+    ];
+    assert_frequencies(&found, &[&[1.0, 0.3162723775714368, 0.08891397050194613], &slow[..]].concat());
+    let scaling = YarnScaling { whole_pairs: false, ..scaling };
+    let found = RopeScaling::Yarn(scaling).frequencies(16, 1000.0, 1);
+    assert_frequencies(&found, &[&[1.0, 0.3271079572503725, 0.08255919119644803], &slow[..]].concat());
+
+    // and all of a head is longer
+    let rope = RopeConfig::new(16, 4).with_scaling(RopeScaling::Yarn(scaling)).init(&Device::flex());
+    let x = noise([1, 1, 4, 16], 1, &Device::flex());
+    let norm = |x: Tensor<4>| x.square().sum_dim(3).sqrt();
+    let expected = norm(x.clone()) * 1.25;
+    assert_close(norm(rope.apply(x, &Positions::From(0))), &floats(expected), 1e-5);
+}
+
+/// By `_compute_dynamic_ntk_parameters` of transformers in Python's floats.
+#[test]
+fn the_base_grows_with_the_text() {
+    let scaling = RopeScaling::Dynamic(DynamicScaling { factor: 2.0, pretrained: 8.0 });
+    let plain = [1.0, 0.17782794100389226, 0.03162277660168379, 0.005623413251903491];
+    assert_frequencies(&scaling.frequencies(8, 1000.0, 3), &plain);
+    assert_frequencies(&scaling.frequencies(8, 1000.0, 8), &plain);
+    let grown = [1.0, 0.14756634381891678, 0.02177582582808276, 0.0032133790010877095];
+    assert_frequencies(&scaling.frequencies(8, 1000.0, 11), &grown);
+    assert_eq!(scaling.frequencies(2, 1000.0, 11), [1.0]);
 }
 
 /// Interpolated by 2, position 6 is position 3.
