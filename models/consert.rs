@@ -212,8 +212,8 @@ impl Forward for Runner {
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let input = self.config.read(&mut inputs);
         let shuffled = inputs.ids::<2>("shuffled_position_ids", self.config.n_positions);
-        let features = inputs.float::<2>("feature_keep");
-        let tokens = inputs.float::<2>("token_keep");
+        let features = inputs.weights::<2>("feature_keep");
+        let tokens = inputs.weights::<2>("token_keep");
         let Some(input) = input else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
         let [batch, seq] = input.ids.dims();
         inputs.like_ids("shuffled_position_ids", shuffled.as_ref().map(Tensor::dims), [batch, seq]);

@@ -524,7 +524,7 @@ impl Runner {
         let positions = inputs.ids::<3>("position_ids", n_positions);
         let context = inputs.list("sep", usize::MAX >> 1);
         let targets = inputs.ids::<2>("target_ids", vocab_size);
-        let weights = inputs.float::<2>("loss_mask");
+        let weights = inputs.weights::<2>("loss_mask");
         let ids = ids?;
         let [batch, seq] = ids.dims();
         if let Some(found) = positions.as_ref().map(Tensor::dims)

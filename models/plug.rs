@@ -659,7 +659,7 @@ impl Forward for Runner {
         let real = inputs.mask("attention_mask");
         let token_types = inputs.ids::<2>("token_type_ids", n_token_types);
         let written = inputs.ids::<2>("decode_input_ids", vocab_size);
-        let seen = inputs.float::<4>("decode_attention_mask");
+        let seen = inputs.weights::<4>("decode_attention_mask");
         inputs.missing("input_ids");
         let Some(ids) = ids else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
 

@@ -60,6 +60,12 @@ impl<'a> Inputs<'a> {
         self.pictures(name, wanted)
     }
 
+    /// Weights of rank `D`, if there are any: floats, or whole numbers or truth values, which are 0 and 1.
+    pub fn weights<const D: usize>(&mut self, name: &'static str) -> Option<Tensor<D>> {
+        let data = self.ranked::<D>(name)?;
+        Some(Tensor::from_data(data.convert::<f32>(), &self.device))
+    }
+
     /// A whole-number input of rank `D`, if there is one, each at least 0 and below `limit`.
     pub fn ids<const D: usize>(&mut self, name: &'static str, limit: usize) -> Option<Tensor<D, Int>> {
         let data = self.ranked::<D>(name)?;
@@ -267,4 +273,26 @@ pub fn output<const D: usize>(name: &str, tensor: Tensor<D>) -> (String, TensorD
 /// A single number as f32, without a dimension.
 pub fn scalar(name: &str, tensor: Tensor<1>) -> (String, TensorData) {
     (name.into(), TensorData::new(vec![tensor.into_scalar::<f32>()], [0; 0]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_come_as_floats_whole_numbers_or_truths() {
+        let kinds = [
+            TensorData::from([[1f32, 0.0]]),
+            TensorData::from([[1i64, 0]]),
+            TensorData::from([[1u8, 0]]),
+            TensorData::from([[true, false]]),
+        ];
+        for data in kinds {
+            let tensors = BTreeMap::from([("keep".to_owned(), data)]);
+            let mut inputs = Inputs::new("test", &tensors, &Device::flex());
+            let found = inputs.weights::<2>("keep").unwrap().into_data();
+            assert_eq!(found, TensorData::from([[1f32, 0.0]]));
+            assert!(inputs.finish().is_ok());
+        }
+    }
 }
