@@ -367,7 +367,7 @@ mod tests {
     use std::path::Path;
 
     use burn::tensor::{Distribution, Tolerance};
-    use volary_weights::parameters;
+    use volary_weights::{LoadOptions, parameters};
 
     use super::*;
 
@@ -448,6 +448,25 @@ mod tests {
         assert_eq!(loss(&TINY, painted.clone(), pixels.clone(), &shuffle).into_scalar::<f32>(), 0.0);
         let off = loss(&TINY, painted + 2.0, pixels, &shuffle).into_scalar::<f32>();
         assert!((off - 4.0).abs() < 1e-4, "{off}");
+    }
+
+    /// Of transformers 5.23 on the fixture, with these options in its configuration.
+    #[test]
+    fn losses_of_other_options() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vit_mae");
+        let folder = Folder::Disk(fixture.clone());
+        let inputs = volary_weights::read_tensors(&fixture.join("inputs.safetensors")).unwrap();
+        for (normalised_targets, mask_ratio, expected) in
+            [(true, 0.75, 2.189_186_8), (false, 0.3, 2.093_542_1)]
+        {
+            let config = MaeConfig { normalised_targets, mask_ratio, ..of(&folder).unwrap() };
+            let device = Device::flex();
+            let model = fill(&folder, config.init(&device), &KEYS, &LoadOptions::default()).unwrap();
+            let outputs = Runner { model, config }.forward(Inputs::new("mae", &inputs, &device)).unwrap();
+            let (_, loss) = outputs.iter().find(|(name, _)| name == "loss").unwrap();
+            let found = loss.iter::<f32>().next().unwrap();
+            assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        }
     }
 
     #[test]

@@ -634,3 +634,194 @@ pub const PRESETS: &[Preset] = &[Preset {
     parameters: 370_721_155,
     source: "the authors' constructor; painter_vit_large.pth is 1.48 GB of f32",
 }];
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::{Distribution, TensorData, Tolerance};
+    use volary_weights::{LoadOptions, parameters};
+
+    use super::*;
+
+    /// Three blocks over two pictures of 2 x 2 patches.
+    pub(crate) const TINY: PainterConfig = PainterConfig {
+        image_size: [8, 4],
+        patch_size: 2,
+        d_model: 8,
+        d_ff: 12,
+        n_layers: 3,
+        n_heads: 2,
+        position_grid: 3,
+        merge: 1,
+        taps: Cow::Borrowed(&[1, 2]),
+        d_decoder: 4,
+        ..LARGE
+    };
+
+    pub(crate) fn random<const D: usize>(shape: [usize; D]) -> Tensor<D> {
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), &Device::flex())
+    }
+
+    pub(crate) fn config(fields: &str) -> Config {
+        Config::parse(Path::new("config.json"), format!("{{{fields}}}").as_bytes()).unwrap()
+    }
+
+    /// What the folder of a fixture makes of these inputs.
+    pub(crate) fn run(fixture: &str, inputs: &[(&str, TensorData)]) -> Result<Outputs, Error> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(fixture);
+        let inputs: BTreeMap<_, _> =
+            inputs.iter().map(|(name, data)| (name.to_string(), data.clone())).collect();
+        crate::registry::forward(&Folder::Disk(folder), &inputs, &LoadOptions::default(), &Device::flex())
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_leads_back() {
+        for parameter in parameters(&TINY.init(&Device::flex())) {
+            let from = KEYS.keys(&parameter.path).unwrap();
+            assert_eq!(from.len(), 1, "{}", parameter.path);
+            assert!(KEYS.paths(&from[0]).unwrap().contains(&parameter.path), "{}", parameter.path);
+        }
+    }
+
+    #[test]
+    fn nothing_said_is_the_released_model() {
+        assert_eq!(PainterConfig::authors(&config(r#""model_type": "painter""#)).unwrap(), LARGE);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (fields, named) in [
+            (r#""img_size": [448, 448]"#, "`img_size`: expected twice as high as wide"),
+            (r#""img_size": [880, 440]"#, "`img_size`: expected two pictures of patches of 16 x 16"),
+            (r#""window_block_indexes": [0, 1, 3]"#, "`window_block_indexes`"),
+            (r#""residual_block_indexes": [2]"#, "`residual_block_indexes`"),
+            (r#""use_abs_pos": false"#, "`use_abs_pos`"),
+            (r#""in_chans": 1"#, "`in_chans`"),
+            (r#""num_heads": 5"#, "`num_heads`: expected a divisor of 1024"),
+            (r#""depth": 23"#, "`depth`: expected features of block 23, of 23 from 0"),
+            (r#""mlp_ratio": 0"#, "`mlp_ratio`"),
+            (r#""pretrain_img_size": 8"#, "`pretrain_img_size`"),
+            (r#""loss_func": "huber""#, "`loss_func`"),
+        ] {
+            let message = PainterConfig::authors(&config(fields)).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        // windows of size 0 are none, and so are lists of blocks in a list, as released
+        for fields in [
+            r#""window_block_indexes": [0, 1], "window_size": 0"#,
+            r#""window_block_indexes": [[0, 1], [3, 4]], "window_size": 14"#,
+        ] {
+            assert_eq!(PainterConfig::authors(&config(fields)).unwrap(), LARGE);
+        }
+    }
+
+    /// Half a step, a step and three steps of a beta of 1 apart.
+    #[test]
+    fn distances_literal() {
+        for (distance, wanted) in [
+            (Distance::L1, [0.5, 1.0, 3.0]),
+            (Distance::L2, [0.25, 1.0, 9.0]),
+            (Distance::L1L2, [0.375, 1.0, 6.0]),
+            (Distance::SmoothL1(1.0), [0.125, 0.5, 2.5]),
+            (Distance::SmoothL1(2.0), [0.0625, 0.25, 2.0]),
+        ] {
+            let found = Tensor::<1>::from_floats([0.5, 2.0, -4.0], &Device::flex());
+            let right = Tensor::<1>::from_floats([1.0, 1.0, -1.0], &Device::flex());
+            let apart = distance.of(found, right).into_data();
+            apart.assert_approx_eq::<f32>(&TensorData::from(wanted), Tolerance::default());
+        }
+    }
+
+    /// Four rows of two patches, of which the second is asked about.
+    #[test]
+    fn what_is_shared_is_the_mean_of_the_lower_half() {
+        let x = || {
+            Tensor::<3>::from_floats(
+                [[[1.0], [2.0]], [[3.0], [4.0]], [[5.0], [8.0]], [[7.0], [0.0]]],
+                &Device::flex(),
+            )
+        };
+        let lower = |sharing: Sharing| -> Vec<f32> {
+            let shared = sharing.apply(x());
+            let upper: Vec<f32> = shared.clone().narrow(1, 0, 1).into_data().iter().collect();
+            assert_eq!(upper, [1.0, 3.0, 5.0, 7.0]);
+            shared.narrow(1, 1, 1).into_data().iter().collect()
+        };
+        assert_eq!(lower(Sharing::Nothing), [2.0, 4.0, 8.0, 0.0]);
+        assert_eq!(lower(Sharing::EachStream), [3.0, 3.0, 4.0, 4.0]);
+        assert_eq!(lower(Sharing::All), [3.5; 4]);
+    }
+
+    /// What an answer shows where it is masked changes nothing of what is painted.
+    #[test]
+    fn masked_patches_are_not_seen() {
+        let model = TINY.init(&Device::flex());
+        let masked = Tensor::<2>::from_floats([[0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0]], &Device::flex());
+        let (pictures, answers) = (random([1, 3, 8, 4]), random([1, 3, 8, 4]));
+        let other = answers.clone() + TINY.pixels(masked.clone()) * 5.0;
+        let paint = |answers| model.forward(pictures.clone(), answers, masked.clone()).into_data();
+        paint(answers.clone()).assert_approx_eq::<f32>(&paint(other), Tolerance::absolute(1e-5));
+        let seen = answers.clone() + (TINY.pixels(masked.clone()) * -1.0 + 1.0) * 5.0;
+        let [found, other] = [answers, seen].map(|answers| paint(answers).iter::<f32>().collect::<Vec<_>>());
+        assert!(found.iter().zip(other).any(|(a, b)| (a - b).abs() > 1e-3));
+    }
+
+    /// Two samples, two of eight patches masked; what is painted is 1 off everywhere, of one sample nothing counts.
+    #[test]
+    fn the_loss_counts_valid_pixels_of_masked_patches_of_bright_samples() {
+        let config = PainterConfig { distance: Distance::L1, ..TINY };
+        let model = config.init(&Device::flex());
+        let row = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0];
+        let masked = Tensor::<2>::from_floats([row, row], &Device::flex());
+        let black =
+            Tensor::<1>::from_floats(MEAN, &Device::flex()) / Tensor::from_floats(STD, &Device::flex());
+        let black = (black * -1.0).reshape([1, 3, 1, 1]).expand([1, 3, 8, 4]);
+        // 3 of 4 patches are shown, 72 numbers of each sample: of brightness 5, above 300 in all
+        let bright = black.clone()
+            + Tensor::<1>::from_floats(STD, &Device::flex()).recip().reshape([1, 3, 1, 1]) * 5.0;
+        let answers = Tensor::cat(vec![black, bright], 0);
+        let valid = answers
+            .ones_like()
+            .slice_assign([0..2, 0..3, 0..1, 0..4], Tensor::zeros([2, 3, 1, 4], &Device::flex()));
+        let off = Tensor::<1>::from_floats([100.0, 1.0], &Device::flex()).reshape([2, 1, 1, 1]);
+        let found = model.loss(answers.clone() + off, answers, masked, valid).into_scalar::<f32>();
+        // 2 patches of 12 numbers, less the 6 of the first row that are not valid
+        assert!((found - 18.0 / 18.01).abs() < 1e-4, "{found}");
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told() {
+        let floats = |shape: &[usize]| TensorData::new(vec![0.5_f32; shape.iter().product()], shape);
+        let (one, two) = (floats(&[1, 3, 32, 16]), floats(&[2, 3, 32, 16]));
+        let cases: &[(&[(&str, TensorData)], &str)] = &[
+            (&[("tgts", one.clone())], "`imgs` is missing"),
+            (&[("imgs", one.clone())], "`tgts` is missing"),
+            (
+                &[("imgs", floats(&[1, 3, 16, 16])), ("tgts", one.clone())],
+                "[3, 16, 16], expected [3, 32, 16]",
+            ),
+            (&[("imgs", one.clone()), ("tgts", two)], "`tgts` is [2, 3, 32, 16], `imgs` [1, 3, 32, 16]"),
+            (
+                &[("imgs", one.clone()), ("tgts", one.clone()), ("bool_masked_pos", floats(&[1, 31]))],
+                "`bool_masked_pos` is [1, 31], expected [1, 32]",
+            ),
+        ];
+        for fixture in ["painter", "seggpt"] {
+            for (inputs, named) in cases {
+                let message = run(fixture, inputs).unwrap_err().to_string();
+                assert!(message.contains(named), "{message}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_authors_file_tells_itself() {
+        for (file, name) in [(FILE, "painter"), ("seggpt_vit_large.pth", "seggpt")] {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join(file), "").unwrap();
+            assert_eq!(System::of(&Folder::Disk(folder.path().into())).unwrap().name, name);
+        }
+    }
+}

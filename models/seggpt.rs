@@ -577,3 +577,177 @@ pub const PRESETS: &[Preset] = &[
     large("BAAI/SegGPT", AUTHORS, "the authors' constructor; seggpt_vit_large.pth is 1.48 GB of f32"),
     large("BAAI/seggpt-vit-large", TRANSFORMERS, "transformers, SegGptForImageSegmentation"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{TensorData, Tolerance};
+    use volary_weights::parameters;
+
+    use super::*;
+    use crate::painter::tests::{TINY, config, random, run};
+
+    fn tiny() -> SegGptConfig {
+        SegGptConfig { trunk: TINY, apart: TINY.merge + 1 }
+    }
+
+    fn read(fixture: &str, name: &str) -> TensorData {
+        let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let file = fixtures.join(fixture).join("inputs.safetensors");
+        volary_weights::read_tensors(&file).unwrap()[name].clone()
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_leads_back() {
+        for keys in [KEYS, KEYS_TRANSFORMERS] {
+            for parameter in parameters(&tiny().init(&Device::flex())) {
+                let from = keys.keys(&parameter.path).unwrap();
+                assert_eq!(from.len(), 1, "{}", parameter.path);
+                assert!(keys.paths(&from[0]).unwrap().contains(&parameter.path), "{}", parameter.path);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_said_is_the_released_model() {
+        let found = SegGptConfig::transformers(&config(r#""model_type": "seggpt""#)).unwrap();
+        assert_eq!(found, TRANSFORMERS);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (fields, named) in [
+            (r#""architectures": ["SegGptModel"]"#, "`architectures`"),
+            (r#""num_channels": 1"#, "`num_channels`"),
+            (r#""image_size": [880, 448]"#, "`image_size`"),
+            (r#""pretrain_image_size": 8"#, "`pretrain_image_size`"),
+            (r#""num_attention_heads": 7"#, "`num_attention_heads`"),
+            (r#""intermediate_hidden_state_indices": []"#, "`intermediate_hidden_state_indices`"),
+            (r#""intermediate_hidden_state_indices": [5, 5]"#, "`intermediate_hidden_state_indices`"),
+            (r#""intermediate_hidden_state_indices": [5, 24]"#, "features of block 24, of 24 from 0"),
+            (r#""intermediate_hidden_state_indices": "all""#, "`intermediate_hidden_state_indices`"),
+            (r#""merge_index": 6"#, "`merge_index`: expected at most 5"),
+            (r#""merge_index": -1"#, "`merge_index`"),
+            (r#""beta": 0"#, "`beta`"),
+        ] {
+            let message = SegGptConfig::transformers(&config(fields)).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+    }
+
+    /// The same example twice says what it says once; and which of two comes first says nothing.
+    #[test]
+    fn examples_are_averaged() {
+        let (config, device) = (tiny(), Device::flex());
+        let model = config.init(&device);
+        let upper = random([2, 3, 4, 4]);
+        let shown = random([2, 3, 4, 4]);
+        let asked = random([1, 3, 4, 4]);
+        let paint = |upper: Tensor<4>, shown: Tensor<4>, rows| {
+            let [count, ..] = upper.dims();
+            let pictures = Tensor::cat(vec![upper, asked.clone().expand([count, 3, 4, 4])], 2);
+            let answers = Tensor::cat(vec![shown.clone(), shown], 2);
+            let masked = config.lower_half(count, &device);
+            let painted = model.forward(pictures, answers, masked, &vec![Some(Meant::Instance); count], rows);
+            painted.narrow(0, 0, 1).narrow(2, 5, 3).into_data() // the first row sees the picture above
+        };
+        let one = |x: &Tensor<4>| x.clone().narrow(0, 0, 1);
+        let twice = |x: &Tensor<4>| Tensor::cat(vec![one(x), one(x)], 0);
+        let alone = paint(one(&upper), one(&shown), Rows::Questions);
+        let tolerance = Tolerance::absolute(1e-5);
+        alone.assert_approx_eq::<f32>(&paint(twice(&upper), twice(&shown), Rows::Examples), tolerance);
+        alone.assert_approx_eq::<f32>(&paint(one(&upper), one(&shown), Rows::Examples), tolerance);
+        let both = paint(upper.clone(), shown.clone(), Rows::Examples);
+        both.assert_approx_eq::<f32>(&paint(upper.flip([0]), shown.flip([0]), Rows::Examples), tolerance);
+        let apart = alone.iter::<f32>().zip(both.iter::<f32>()).any(|(a, b)| (a - b).abs() > 1e-3);
+        assert!(apart, "the second example changes something");
+    }
+
+    #[test]
+    fn what_is_meant_is_told_apart() {
+        let (config, device) = (tiny(), Device::flex());
+        let model = config.init(&device);
+        let (pictures, answers) =
+            (random([1, 3, 8, 4]).expand([3, 3, 8, 4]), random([1, 3, 8, 4]).expand([3, 3, 8, 4]));
+        let meant = [None, Some(Meant::Semantic), Some(Meant::Instance)];
+        let painted =
+            model.forward(pictures, answers, config.lower_half(3, &device), &meant, Rows::Questions);
+        let row = |at| painted.clone().narrow(0, at, 1);
+        for (a, b) in [(0, 1), (0, 2), (1, 2)] {
+            assert!((row(a) - row(b)).abs().max().into_scalar::<f32>() > 1e-5, "{a} {b}");
+        }
+    }
+
+    /// Of transformers 5.23 on the fixture, its pictures as labels.
+    #[test]
+    fn the_loss_of_labels() {
+        let input = |name| (name, read("seggpt_hf", name));
+        let mut inputs = ["pixel_values", "prompt_pixel_values", "prompt_masks"].map(input).to_vec();
+        inputs.push(("labels", inputs[0].1.clone()));
+        let loss = |inputs: &[(&str, TensorData)]| {
+            let outputs = run("seggpt_hf", inputs).unwrap();
+            let (_, loss) = outputs.iter().find(|(name, _)| name == "loss").unwrap();
+            loss.iter::<f32>().next().unwrap()
+        };
+        let found = loss(&inputs);
+        assert!((found - 0.955_030_56).abs() < 2e-6, "{found}");
+        let third = (0..48).map(|patch| patch % 3 == 0).collect::<Vec<_>>();
+        inputs.push(("bool_masked_pos", TensorData::new(third, [1, 48])));
+        let found = loss(&inputs);
+        assert!((found - 0.984_324_28).abs() < 2e-6, "{found}");
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told() {
+        let floats = |shape: &[usize]| TensorData::new(vec![0.5_f32; shape.iter().product()], shape);
+        let (one, two) = (floats(&[1, 3, 16, 24]), floats(&[2, 3, 16, 24]));
+        let given = |extra: (&'static str, TensorData)| {
+            let names = ["pixel_values", "prompt_pixel_values", "prompt_masks"];
+            let kept = names.into_iter().filter(|name| *name != extra.0).map(|name| (name, one.clone()));
+            kept.chain([extra.clone()]).collect::<Vec<_>>()
+        };
+        for (extra, named) in [
+            (
+                ("prompt_masks", two.clone()),
+                "`prompt_masks` is [2, 3, 16, 24], `pixel_values` [1, 3, 16, 24]",
+            ),
+            (("labels", two.clone()), "`labels` is [2, 3, 16, 24]"),
+            (("pixel_values", floats(&[1, 3, 32, 24])), "[3, 32, 24], expected [3, 16, 24]"),
+            (("bool_masked_pos", floats(&[2, 48])), "`bool_masked_pos` is [2, 48], expected [1, 48]"),
+            (("seg_type", floats(&[1, 1])), "`seg_type` is not one of"),
+        ] {
+            let message = run("seggpt_hf", &given(extra)).unwrap_err().to_string();
+            assert!(message.contains(named), "{message}");
+        }
+        let message = run("seggpt_hf", &[("pixel_values", one)]).unwrap_err().to_string();
+        assert!(
+            message.contains("`prompt_pixel_values` is missing; the input `prompt_masks` is missing"),
+            "{message}"
+        );
+        let one = floats(&[1, 3, 32, 16]);
+        let kind = TensorData::new(vec![2_i64], [1, 1]);
+        let message = run("seggpt", &[("imgs", one.clone()), ("tgts", one), ("seg_type", kind)])
+            .unwrap_err()
+            .to_string();
+        assert!(message.contains("`seg_type` holds 2, expected 0 to 1"), "{message}");
+    }
+
+    #[test]
+    fn examples_that_show_nothing_are_refused() {
+        let (config, device) = (tiny(), Device::flex());
+        let preprocessor = preprocessor_of_authors(config.picture_size());
+        let segmenter = Segmenter { model: config.init(&device), config, preprocessor, device };
+        let flat = |width, height, value| Rgb8::new(width, height, vec![value; 3 * width * height]).unwrap();
+        let example = |mask| Example { picture: flat(5, 7, 9), mask };
+        let refused = |examples: &[Example]| {
+            segmenter.segment(&flat(6, 3, 1), examples, Meant::Instance).unwrap_err().to_string()
+        };
+        assert_eq!(refused(&[]), "there is no example");
+        let (small, black) = (example(flat(5, 6, 255)), example(flat(5, 7, 0)));
+        let told = "mask 1 is 5x6, its picture 5x7; mask 2 is black: it marks nothing";
+        assert_eq!(refused(&[small, black]), told);
+        let painting =
+            segmenter.segment(&flat(6, 3, 1), &[example(flat(5, 7, 255))], Meant::Semantic).unwrap();
+        let painted = painting.to_rgb();
+        assert_eq!([painted.width(), painted.height()], [6, 3], "as large as what was asked about");
+    }
+}

@@ -7,6 +7,7 @@ use assert_cmd::Command;
 use serde_json::Value;
 use volary::bert::BertConfig;
 use volary::folder::Folder;
+use volary_vision::image::{ReadOptions, Rgb8, read};
 use volary_weights::{read_tensors, save};
 
 use crate::support::{copy_folder, fixture};
@@ -329,4 +330,93 @@ fn doctor_finds_the_model_well() {
     let checks: Value = serde_json::from_str(&told).unwrap();
     let model = checks.as_array().unwrap().iter().find(|check| check["name"] == "model").unwrap();
     assert_eq!(model["ok"], true, "{model}");
+}
+
+/// A toy model, a query and an example with its mask, in a folder.
+fn segmentation() -> (tempfile::TempDir, PathBuf) {
+    let scratch = tempfile::tempdir().unwrap();
+    let model = scratch.path().join("model");
+    copy_folder(&fixture("seggpt_hf"), &model);
+    let preprocessor =
+        r#"{"image_processor_type": "SegGptImageProcessor", "size": {"height": 16, "width": 24}}"#;
+    fs::write(model.join("preprocessor_config.json"), preprocessor).unwrap();
+    for (name, value) in [("mask.png", 255), ("black.png", 0)] {
+        let pixels = (0..160 * 160).flat_map(|at| [if at % 160 < 64 { value } else { 0 }; 3]).collect();
+        Rgb8::new(160, 160, pixels).unwrap().save_png(&scratch.path().join(name)).unwrap();
+    }
+    (scratch, model)
+}
+
+#[test]
+fn segment_writes_a_mask_and_an_overlay_as_large_as_the_picture() {
+    let (scratch, model) = segmentation();
+    let size = |picture: &Path| {
+        let picture = read(picture, ReadOptions::SEEN).unwrap();
+        [picture.width(), picture.height()]
+    };
+    let prompt = size(&example("cat.png"));
+    assert_eq!(prompt, [160, 160], "as large as the mask");
+    let segment = |prompts: usize, output: &str| {
+        let mut command = volary();
+        command.current_dir(&scratch).arg("segment").arg(example("rocket.png"));
+        for _ in 0..prompts {
+            command.arg("--prompt").arg(example("cat.png")).args(["--mask", "mask.png"]);
+        }
+        command.arg("--model").arg(&model).args(["--json", "--output", output]);
+        let answers: Value = serde_json::from_str(&stdout(&mut command)).unwrap();
+        answers[0].clone()
+    };
+    let answer = segment(1, "one.png");
+    assert_eq!(
+        (answer["mask"].as_str(), answer["overlay"].as_str()),
+        (Some("one.png"), Some("rocket.overlay.png"))
+    );
+    assert!((0.0..=1.0).contains(&answer["covered"].as_f64().unwrap()));
+    let asked = size(&example("rocket.png"));
+    for file in ["one.png", "rocket.overlay.png"] {
+        assert_eq!(size(&scratch.path().join(file)), asked, "{file}");
+    }
+    segment(2, "two.png");
+    let names =
+        fs::read_dir(&scratch).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(!names.into_iter().any(|name| name.ends_with(".partial")));
+}
+
+#[test]
+fn segment_says_what_is_wrong() {
+    let (scratch, model) = segmentation();
+    let fails = |arguments: &[&str], code: i32, told: &str| {
+        let output = volary().current_dir(&scratch).arg("segment").args(arguments).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{message}");
+        assert!(message.contains(told), "{message}");
+    };
+    let (model, query) = (model.to_str().unwrap(), example("cat.png"));
+    let query = query.to_str().unwrap();
+    let with = |prompt: &'static str, mask: &'static str| {
+        [query, "--prompt", prompt, "--mask", mask, "--model", model]
+    };
+    fails(&[query, "--model", model], 2, "--prompt");
+    fails(
+        &[&with("mask.png", "mask.png")[..], &["--prompt", "mask.png"]].concat(),
+        2,
+        "2 --prompt and 1 --mask",
+    );
+    fails(
+        &[&with("mask.png", "mask.png")[..], &["-o", "a.png", "--overlay", "a.png"]].concat(),
+        2,
+        "both a.png",
+    );
+    fails(&with("mask.png", "black.png"), 1, "mask 1 is black: it marks nothing");
+    fails(&with("gone.png", "mask.png"), 1, "gone.png");
+    fails(&with("model/config.json", "mask.png"), 1, "config.json");
+    fs::write(
+        scratch.path().join("model/preprocessor_config.json"),
+        r#"{"image_processor_type": "SegGptImageProcessor"}"#,
+    )
+    .unwrap();
+    fails(&with("mask.png", "mask.png"), 1, "makes pictures of 448x448, the model sees 24x16");
+    let other = fixture("vit");
+    let vit = [query, "--prompt", "mask.png", "--mask", "mask.png", "--model", other.to_str().unwrap()];
+    fails(&vit, 1, "vit cannot segment pictures as an example shows it");
 }

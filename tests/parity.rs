@@ -36,6 +36,21 @@ fn every_proved_fixture_agrees() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// The authors' own file, in half precision without a loss, beside which others put safetensors.
+#[test]
+fn weights_in_the_authors_file_agree() {
+    for name in ["painter", "seggpt"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
+        copy_folder(&fixture(name), folder);
+        std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+        let input = folder.join("inputs.safetensors");
+        let arguments = ["forward".as_ref(), folder.as_os_str(), "--input".as_ref(), input.as_os_str()];
+        let wrong = compare(folder, &arguments);
+        assert!(wrong.is_empty(), "{name}: {wrong:?}");
+    }
+}
+
 /// A comparison that cannot fail proves nothing.
 #[test]
 fn a_changed_reference_is_noticed() {

@@ -7,6 +7,8 @@ use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig
 use volary::recipe::contrastive::{Job, Outcome, Recipe, TrainError, train};
 use volary::recipe::data::{EmojiData, Gallery, Style};
 use volary::recipe::emoji::{preprocessor, tokenizer};
+use volary::recipe::segmentation;
+use volary::recipe::shapes::Part;
 use volary_kernels::ops::Activation;
 use volary_vision::resnet::ResNetConfig;
 
@@ -225,4 +227,22 @@ fn a_tower_for_texts_learns_from_a_teacher_and_then_from_pictures() {
     }
     let after: f32 = loss(&model).into_scalar();
     assert!(after < 0.5 * before, "{before} to {after}");
+}
+
+/// A few steps lower the loss, and what is written can be loaded and asked.
+#[test]
+fn the_toy_segmenter_learns_and_is_written() {
+    let scratch = tempfile::tempdir().unwrap();
+    let recipe = segmentation::Recipe { steps: 12, batch: 4, ..Default::default() };
+    let outcome = segmentation::train(&recipe, scratch.path(), &Device::flex()).unwrap();
+    let losses = &outcome.losses;
+    assert_eq!(losses.len(), 12);
+    let [first, last] = [&losses[..3], &losses[9..]].map(|losses| losses.iter().sum::<f32>());
+    assert!(last < 0.9 * first, "{losses:?}");
+    assert!(scratch.path().join("loss.svg").is_file());
+    for examples in [1, 2] {
+        let overlap =
+            segmentation::evaluate(&outcome.folder, Part::Unseen, examples, 2, 5, &Device::flex()).unwrap();
+        assert!((0.0..=1.0).contains(&overlap), "{overlap}");
+    }
 }

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::image::{Orientation, ReadOptions};
+use crate::palette::{ClassMap, Painting, Palette};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures");
 
@@ -68,6 +69,44 @@ fn beit() {
 #[test]
 fn seggpt_pictures() {
     fixture("image_seggpt", "pixel_values", 2);
+}
+
+/// The pictures of prompts, their masks by a palette of 5 classes, and the classes of what a model painted, all of
+/// `SegGptImageProcessor`.
+#[test]
+fn seggpt_prompts_and_answers() {
+    let folder = Path::new(FIXTURES).join("image_seggpt");
+    let preprocessor = Preprocessor::from_folder(&folder).unwrap();
+    let of_masks = Preprocessor { filter: Filter::Nearest, ..preprocessor.clone() };
+    let [inputs, outputs] =
+        ["inputs", "outputs"].map(|name| std::fs::read(folder.join(format!("{name}.safetensors"))).unwrap());
+    let [inputs, outputs] = [&inputs, &outputs].map(|bytes| SafeTensors::deserialize(bytes).unwrap());
+    let classes = |tensors: &SafeTensors<'_>, key: &str| {
+        let tensor = tensors.tensor(key).unwrap();
+        let class = |bytes: &[u8]| i64::from_le_bytes(bytes.try_into().unwrap()) as usize;
+        let &[height, width] = tensor.shape() else { panic!("{key} is a map") };
+        ClassMap { classes: tensor.data().chunks_exact(8).map(class).collect(), height, width }
+    };
+    let palette = Palette::new(5);
+    let painted = inputs.tensor("pred_masks").unwrap();
+    let &[2, 3, both, width] = painted.shape() else { panic!("two paintings") };
+    let painted: Vec<f32> =
+        painted.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    for i in 0..2 {
+        let prompt =
+            Picture::read(&folder.join(format!("images/{}.png", i + 1)), Orientation::AsStored).unwrap();
+        let prompt = preprocessor.apply_picture(&prompt).unwrap();
+        assert_equals(&prompt, &outputs, &format!("prompt_pixel_values.{i}"), "a prompt");
+        let mask = palette.paint(&classes(&inputs, &format!("mask.{i}"))).unwrap();
+        assert_equals(&of_masks.apply(&mask).unwrap(), &outputs, &format!("prompt_masks.{i}"), "a mask");
+        // the answer is the lower half of each of 3 colours
+        let rows = painted.chunks_exact(both * width).skip(3 * i).take(3);
+        let data = rows.flat_map(|colour| &colour[both / 2 * width..]).copied().collect();
+        let pixels = Pixels { data, channels: 3, height: both / 2, width };
+        let wanted = classes(&outputs, &format!("segmentation.{i}"));
+        let painting = Painting::new(&pixels, preprocessor.normalize).resized([wanted.height, wanted.width]);
+        assert_eq!(palette.classes(&painting), wanted, "segmentation {i}");
+    }
 }
 
 #[test]
