@@ -551,9 +551,7 @@ impl Asked {
         let pictures = inputs.pictures("imgs", [CHANNELS, height, width]);
         let answers = inputs.pictures("tgts", [CHANNELS, height, width]);
         let masked = inputs.mask("bool_masked_pos");
-        let valid = inputs.pictures("valid", [CHANNELS, height, width]);
-        inputs.missing("imgs");
-        inputs.missing("tgts");
+        let valid = inputs.float::<4>("valid");
         let pictures = pictures?;
         let [batch, ..] = pictures.dims();
         inputs.like("tgts", answers.as_ref().map(Tensor::dims), ("imgs", pictures.dims()));
@@ -625,10 +623,13 @@ pub(crate) const LARGE: PainterConfig = PainterConfig {
     distance: Distance::SmoothL1(0.01),
 };
 
+/// What a preset points to.
+const RELEASED: &PainterConfig = &LARGE;
+
 /// Published sizes.
 pub const PRESETS: &[Preset] = &[Preset {
     name: "BAAI/Painter",
-    shape: Shape::Painter(LARGE),
+    shape: Shape::Painter(RELEASED),
     weights: Weights::Hub,
     license: "MIT",
     parameters: 370_721_155,

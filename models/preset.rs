@@ -50,9 +50,9 @@ pub enum Shape {
     /// [`crate::mae`]
     Mae(crate::mae::MaeConfig),
     /// [`crate::painter`]
-    Painter(crate::painter::PainterConfig),
+    Painter(&'static crate::painter::PainterConfig),
     /// [`crate::seggpt`]
-    SegGpt(crate::seggpt::SegGptConfig),
+    SegGpt(&'static crate::seggpt::SegGptConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]

@@ -245,4 +245,6 @@ fn the_toy_segmenter_learns_and_is_written() {
             segmentation::evaluate(&outcome.folder, Part::Unseen, examples, 2, 5, &Device::flex()).unwrap();
         assert!((0.0..=1.0).contains(&overlap), "{overlap}");
     }
+    let sheet = segmentation::sheet(&outcome.folder, Part::Unseen, 2, 5, &Device::flex()).unwrap();
+    assert_eq!([sheet.width(), sheet.height()], [4 * 96, 2 * 96]);
 }

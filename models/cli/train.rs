@@ -10,7 +10,7 @@ use volary::folder::Folder;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
-use volary::recipe::segmentation::{self, evaluate};
+use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
 use volary_weights::{LoadOptions, Packing};
 
@@ -33,7 +33,7 @@ enum Which {
 
 #[derive(Args)]
 struct SeggptToy {
-    /// Where the loss curve and, at the end, the model folder `export` go.
+    /// Where the loss curve and, at the end, the model folder `export` and the answers to some questions, `unseen.png`, go.
     #[arg(long)]
     out: PathBuf,
     /// Optimizer steps.
@@ -93,6 +93,7 @@ fn seggpt_toy(arguments: SeggptToy, shared: &Shared) -> Result<()> {
     /// Of the pictures that are asked about at the end.
     const QUESTIONS_SEED: u64 = 1_000_003;
     const QUESTIONS: usize = 100;
+    const SHOWN: usize = 5;
     let SeggptToy { out, steps, batch, learning_rate, seed } = arguments;
     if steps == 0 || batch == 0 {
         return Err(Usage("--steps and --batch are at least 1".into()).into());
@@ -108,7 +109,8 @@ fn seggpt_toy(arguments: SeggptToy, shared: &Shared) -> Result<()> {
             say(format!("{what} shapes and colours, examples: {examples}, mean IoU: {overlap:.3}"))?;
         }
     }
-    Ok(())
+    let sheet = sheet(&outcome.folder, Part::Unseen, SHOWN, QUESTIONS_SEED, &device)?;
+    Ok(sheet.save_png(&out.join("unseen.png"))?)
 }
 
 fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {

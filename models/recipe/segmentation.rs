@@ -16,7 +16,7 @@ use volary_vision::resample::Filter;
 use volary_weights::{LoadOptions, save};
 
 use super::curve;
-use super::shapes::{Part, Task};
+use super::shapes::{Part, SIDE, Task};
 use crate::config::Config;
 use crate::error::Error;
 use crate::folder::Folder;
@@ -42,7 +42,7 @@ pub struct Recipe {
 
 impl Default for Recipe {
     fn default() -> Self {
-        Self { steps: 1500, batch: 32, parts: 2, learning_rate: 2e-3, seed: 1 }
+        Self { steps: 1400, batch: 16, parts: 2, learning_rate: 2e-3, seed: 1 }
     }
 }
 
@@ -154,7 +154,7 @@ impl Batch {
         let mut pixels: [Vec<Pixels>; 4] = Default::default();
         for row in rows {
             let row = (step * recipe.batch + row) as u64;
-            let mut rng = Rng::with_seed(recipe.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ row);
+            let mut rng = Rng::with_seed(mix(recipe.seed, row));
             let task = Task::draw(Part::Learned, &mut rng);
             let [above, below] = [task.example(&mut rng)?, task.example(&mut rng)?];
             pixels[0].push(preprocessor.apply(&above.picture)?);
@@ -193,8 +193,27 @@ fn export(model: &SegGpt, folder: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// How much of `marked` and of what a model marks is common to both, of all that either marks: the mean over drawn
-/// questions, each with so many examples. The same seed asks the same.
+/// A drawn question.
+struct Question {
+    /// The colour of what is marked.
+    mark: [u8; 3],
+    /// What is asked, and what is right.
+    asked: Example,
+    examples: Vec<Example>,
+}
+
+impl Question {
+    fn draw(part: Part, examples: usize, seed: u64) -> Result<Self, Error> {
+        let mut rng = Rng::with_seed(seed);
+        let task = Task::draw(part, &mut rng);
+        let asked = task.example(&mut rng)?;
+        let examples = (0..examples).map(|_| task.example(&mut rng)).collect::<Result<_, _>>()?;
+        Ok(Self { mark: task.mark, asked, examples })
+    }
+}
+
+/// How much of what should be marked and of what a model marks is common to both, of all that either marks: the mean over
+/// drawn questions, each with so many examples. The same seed asks the same.
 ///
 /// # Errors
 /// If the folder cannot be loaded.
@@ -209,19 +228,45 @@ pub fn evaluate(
     let segmenter = Segmenter::load(&Folder::Disk(folder.into()), &LoadOptions::default(), device)?;
     let mut sum = 0.0;
     for question in 0..questions as u64 {
-        let mut rng = Rng::with_seed(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ question);
-        let task = Task::draw(part, &mut rng);
-        let Example { picture, mask } = task.example(&mut rng)?;
-        let shown: Vec<Example> = (0..examples).map(|_| task.example(&mut rng)).collect::<Result<_, _>>()?;
-        let painting = segmenter.segment(&picture, &shown, Meant::Instance)?;
+        let Question { mark, asked, examples } = Question::draw(part, examples, mix(seed, question))?;
+        let painting = segmenter.segment(&asked.picture, &examples, Meant::Instance)?;
         let towards = |pixel: [f32; 3]| {
-            let light: f32 = task.mark.iter().map(|&side| f32::from(side).powi(2)).sum();
-            let along: f32 = pixel.iter().zip(task.mark).map(|(value, side)| value * f32::from(side)).sum();
+            let light: f32 = mark.iter().map(|&side| f32::from(side).powi(2)).sum();
+            let along: f32 = pixel.iter().zip(mark).map(|(value, side)| value * f32::from(side)).sum();
             along > 0.5 * light // nearer to the mark than to black
         };
-        sum += overlap(painting.pixels().map(towards), &mask);
+        sum += overlap(painting.pixels().map(towards), &asked.mask);
     }
     Ok(sum / questions as f64)
+}
+
+/// The questions of [`evaluate`] with one example, a row each: the example, its mask, what is asked, what the model paints;
+/// three times as large as they are drawn.
+///
+/// # Errors
+/// If the folder cannot be loaded.
+pub fn sheet(folder: &Path, part: Part, questions: usize, seed: u64, device: &Device) -> Result<Rgb8, Error> {
+    const TIMES: usize = 3;
+    const COLUMNS: usize = 4;
+    let segmenter = Segmenter::load(&Folder::Disk(folder.into()), &LoadOptions::default(), device)?;
+    let mut pixels = Vec::new();
+    for question in 0..questions as u64 {
+        let Question { asked, examples, .. } = Question::draw(part, 1, mix(seed, question))?;
+        let painted = segmenter.segment(&asked.picture, &examples, Meant::Instance)?.to_rgb();
+        let row: [&Rgb8; COLUMNS] = [&examples[0].picture, &examples[0].mask, &asked.picture, &painted];
+        for y in 0..SIDE * TIMES {
+            let line = row
+                .iter()
+                .flat_map(|picture| picture.pixels()[3 * SIDE * (y / TIMES)..].chunks_exact(3).take(SIDE));
+            pixels.extend(line.flat_map(|pixel| pixel.repeat(TIMES)));
+        }
+    }
+    Ok(Rgb8::new(COLUMNS * SIDE * TIMES, questions * SIDE * TIMES, pixels)?)
+}
+
+/// One seed out of two numbers.
+fn mix(seed: u64, row: u64) -> u64 {
+    seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ row
 }
 
 /// Intersection over union of what is marked with what is not black in a mask.
