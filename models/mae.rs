@@ -455,9 +455,7 @@ mod tests {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vit_mae");
         let folder = Folder::Disk(fixture.clone());
         let inputs = volary_weights::read_tensors(&fixture.join("inputs.safetensors")).unwrap();
-        for (normalised_targets, mask_ratio, expected) in
-            [(true, 0.75, 2.189_187), (false, 0.3, 2.093_542)]
-        {
+        for (normalised_targets, mask_ratio, expected) in [(true, 0.75, 2.189_187), (false, 0.3, 2.093_542)] {
             let config = MaeConfig { normalised_targets, mask_ratio, ..of(&folder).unwrap() };
             let device = Device::flex();
             let model = fill(&folder, config.init(&device), &KEYS, &LoadOptions::default()).unwrap();
