@@ -291,7 +291,7 @@ impl Forward for Runner {
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let VitConfig { image_size: [height, width], channels, .. } = self.config.encoder;
         let patches = self.config.encoder.patches();
-        let pixels = inputs.pictures("pixel_values", [channels, height, width]);
+        let pixels = inputs.needed_pictures("pixel_values", [channels, height, width]);
         let noise = inputs.float::<2>("noise");
         if let Some([batch, ..]) = pixels.as_ref().map(Tensor::dims) {
             inputs.shaped("noise", noise.as_ref().map(Tensor::dims), [batch, patches]);

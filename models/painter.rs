@@ -548,8 +548,8 @@ impl Asked {
     /// Asks for the inputs of the case.
     pub fn of(inputs: &mut Inputs, config: &PainterConfig) -> Option<Self> {
         let [height, width] = config.image_size;
-        let pictures = inputs.pictures("imgs", [CHANNELS, height, width]);
-        let answers = inputs.pictures("tgts", [CHANNELS, height, width]);
+        let pictures = inputs.needed_pictures("imgs", [CHANNELS, height, width]);
+        let answers = inputs.needed_pictures("tgts", [CHANNELS, height, width]);
         let masked = inputs.mask("bool_masked_pos");
         let valid = inputs.float::<4>("valid");
         let pictures = pictures?;

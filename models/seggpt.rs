@@ -404,7 +404,8 @@ impl Runner {
         let trunk = &self.config.trunk;
         let [height, width] = self.config.picture_size();
         let names = ["pixel_values", "prompt_pixel_values", "prompt_masks"];
-        let [asked, examples, shown] = names.map(|name| inputs.pictures(name, [CHANNELS, height, width]));
+        let [asked, examples, shown] =
+            names.map(|name| inputs.needed_pictures(name, [CHANNELS, height, width]));
         let labels = inputs.float::<4>("labels");
         let masked = inputs.mask("bool_masked_pos");
         if let Some(dims) = asked.as_ref().map(Tensor::dims) {

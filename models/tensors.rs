@@ -89,6 +89,17 @@ impl<'a> Inputs<'a> {
         Some((ids, Tensor::from_data(TensorData::new(counts, shape), &self.device)))
     }
 
+    /// Pictures `[batch, channels, height, width]`, if there are any; `wanted` are their channels, height and width.
+    pub fn pictures(&mut self, name: &'static str, wanted: [usize; 3]) -> Option<Tensor<4>> {
+        let pictures = self.float::<4>(name)?;
+        let [_, found @ ..] = pictures.dims();
+        if found != wanted {
+            self.problem(format!("`{}` has pictures of {found:?}, expected {wanted:?}", self.full(name)));
+            return None;
+        }
+        Some(pictures)
+    }
+
     /// Whole numbers in a list or a single one, if there are any, each at least 0 and below `limit`.
     pub fn list(&mut self, name: &'static str, limit: usize) -> Option<Vec<usize>> {
         let data = self.find(name)?;
