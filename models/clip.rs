@@ -707,7 +707,8 @@ const BLOCK_OPEN_CLIP: &[Rule] = &[
     Rename("mlp.c_proj.bias", "mlp.down.bias"),
 ];
 
-const BATCH_NORM: &[Rule] = &[
+/// Batch norms of PyTorch.
+pub(crate) const BATCH_NORM: &[Rule] = &[
     Rename("weight", "weight"),
     Rename("bias", "bias"),
     Rename("running_mean", "running_mean"),

@@ -53,6 +53,10 @@ pub enum Shape {
     Painter(&'static crate::painter::PainterConfig),
     /// [`crate::seggpt`]
     SegGpt(&'static crate::seggpt::SegGptConfig),
+    /// [`crate::efficientnet`]
+    EfficientNet(volary_vision::efficientnet::EfficientNetConfig),
+    /// [`crate::brivl`]
+    Brivl(crate::brivl::BrivlConfig),
     /// [`crate::llama`]
     Llama(crate::llama::LlamaConfig),
     /// [`crate::glm`], [`crate::alm`]
@@ -95,9 +99,12 @@ impl Weights {
     }
 }
 
-/// How many numbers are learned; running statistics of batch norms are not.
+/// The ends of the paths of what a model keeps and does not learn: running statistics of batch norms, queues.
+const STATE: &[&str] = &[".running_mean", ".running_var", "_queue.entries", "_queue.next"];
+
+/// How many numbers are learned; running statistics and queues are not.
 pub fn count(parameters: &[Parameter]) -> usize {
-    let is_learned = |path: &str| !path.ends_with("running_mean") && !path.ends_with("running_var");
+    let is_learned = |path: &str| !STATE.iter().any(|end| path.ends_with(end));
     let learned = parameters.iter().filter(|parameter| is_learned(&parameter.path));
     learned.map(|parameter| parameter.shape.iter().product::<usize>()).sum()
 }
@@ -140,6 +147,8 @@ impl Shape {
             Shape::Mae(config) => parameters(&config.init(&device)),
             Shape::Painter(config) => parameters(&config.init(&device)),
             Shape::SegGpt(config) => parameters(&config.init(&device)),
+            Shape::EfficientNet(config) => parameters(&config.init(&device)),
+            Shape::Brivl(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),
             Shape::Gpt2(config) => parameters(&config.init(&device)),

@@ -14,8 +14,9 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    alm, altclip, aquila, bert, chinese_clip, clip, consert, cpm, cpm2, ernie, ernie3, eva, eva_clip, glm,
-    glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, seggpt, t5, taiyi, vit, yuan,
+    alm, altclip, aquila, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie, ernie3,
+    eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, seggpt, t5,
+    taiyi, vit, yuan,
 };
 
 /// What the zoo says of one system.
@@ -106,6 +107,8 @@ pub const SYSTEMS: &[System] = &[
     cpm2::SYSTEM,
     eva::SYSTEM,
     eva_clip::SYSTEM,
+    efficientnet::SYSTEM,
+    brivl::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.

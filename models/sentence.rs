@@ -286,9 +286,9 @@ impl SentenceEncoder {
     }
 }
 
-/// Rows of length 1: `[batch, width] -> [batch, width]`. A row of zeros stays.
-pub fn unit(vectors: Tensor<2>) -> Tensor<2> {
-    let length = vectors.clone().square().sum_dim(1).sqrt().clamp_min(1e-12);
+/// Rows of length 1: `[..., width] -> [..., width]`. A row of zeros stays.
+pub fn unit<const D: usize>(vectors: Tensor<D>) -> Tensor<D> {
+    let length = vectors.clone().square().sum_dim(D - 1).sqrt().clamp_min(1e-12);
     vectors / length
 }
 

@@ -5,7 +5,9 @@ pub mod preprocess;
 pub mod resample;
 
 pub mod conv;
+pub mod efficientnet;
 pub mod palette;
 pub mod patch;
 pub mod position;
 pub mod resnet;
+pub mod sample;

@@ -206,14 +206,15 @@ impl ResNet {
 }
 
 /// A 1x1 convolution without bias.
-fn pointwise(channels_in: usize, channels_out: usize, device: &Device) -> Linear {
+pub(crate) fn pointwise(channels_in: usize, channels_out: usize, device: &Device) -> Linear {
     let std = (2.0 / channels_in as f64).sqrt();
     let mut conv = LinearConfig::new(channels_in, channels_out).with_bias(false).init(device);
     conv.weight = Initializer::Normal { mean: 0.0, std }.init([channels_out, channels_in], device);
     conv
 }
 
-fn normalise(norm: &BatchNorm, x: Tensor<4>) -> Tensor<4> {
+/// Every channel of a picture, channels last.
+pub(crate) fn normalise(norm: &BatchNorm, x: Tensor<4>) -> Tensor<4> {
     let [batch, height, width, channels] = x.dims();
     norm.forward(x.reshape([batch * height * width, channels])).reshape([batch, height, width, channels])
 }

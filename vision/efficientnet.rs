@@ -1,0 +1,310 @@
+//! EfficientNet: inverted bottlenecks with squeeze and excitation, whose widths and depths grow together (Tan & Le 2019,
+//! <https://arxiv.org/abs/1905.11946>). The numbers match timm's `tf_efficientnet_*`, which pad as TensorFlow does.
+//!
+//! Activations are channels-last, so that 1x1 convolutions and normalisations are plain matrix work.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::activation::{sigmoid, silu};
+use burn::tensor::ops::{ConvOptions, PadMode};
+use burn::tensor::{Device, Tensor, module::conv2d};
+use volary_kernels::layers::{BatchNorm, Linear, LinearConfig};
+
+use crate::resnet::{normalise, pointwise};
+
+const BATCH_NORM_EPS: f64 = 1e-3;
+/// A block's squeezed width is its input's width over this.
+const SQUEEZE: usize = 4;
+/// Widths are multiples of this.
+const DIVISOR: usize = 8;
+
+/// Shape of an [`EfficientNet`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct EfficientNetConfig {
+    /// Width of the stem.
+    pub stem: usize,
+    /// What comes after it.
+    pub stages: [StageConfig; 7],
+    /// Width of the features.
+    pub d_features: usize,
+    /// Number of classes; without a classifier 0.
+    pub n_classes: usize,
+}
+
+/// Blocks of one width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StageConfig {
+    /// Side of the depthwise convolutions.
+    pub kernel_size: usize,
+    /// By how much the first block shrinks the picture.
+    pub stride: usize,
+    /// How many times wider than its input a block is inside.
+    pub expansion: usize,
+    /// Width of the blocks' outputs.
+    pub width: usize,
+    /// Number of blocks.
+    pub n_blocks: usize,
+}
+
+/// Tan & Le 2019, table 1: EfficientNet-B0.
+const B0: [StageConfig; 7] = [
+    StageConfig { kernel_size: 3, stride: 1, expansion: 1, width: 16, n_blocks: 1 },
+    StageConfig { kernel_size: 3, stride: 2, expansion: 6, width: 24, n_blocks: 2 },
+    StageConfig { kernel_size: 5, stride: 2, expansion: 6, width: 40, n_blocks: 2 },
+    StageConfig { kernel_size: 3, stride: 2, expansion: 6, width: 80, n_blocks: 3 },
+    StageConfig { kernel_size: 5, stride: 1, expansion: 6, width: 112, n_blocks: 3 },
+    StageConfig { kernel_size: 5, stride: 2, expansion: 6, width: 192, n_blocks: 4 },
+    StageConfig { kernel_size: 3, stride: 1, expansion: 6, width: 320, n_blocks: 1 },
+];
+
+impl EfficientNetConfig {
+    /// B0 with all widths times `width` and all depths times `depth`, without a classifier. Widths are rounded to
+    /// multiples of 8, down by no more than a tenth; depths up.
+    pub const fn scaled(width: f64, depth: f64) -> Self {
+        let mut stages = B0;
+        let mut at = 0;
+        while at < stages.len() {
+            stages[at].width = scaled_width(stages[at].width, width);
+            stages[at].n_blocks = scaled_depth(stages[at].n_blocks, depth);
+            at += 1;
+        }
+        Self { stem: scaled_width(32, width), stages, d_features: scaled_width(1280, width), n_classes: 0 }
+    }
+
+    /// The same with a classifier.
+    pub const fn with_classes(self, n_classes: usize) -> Self {
+        Self { n_classes, ..self }
+    }
+
+    /// An untrained network.
+    pub fn init(&self, device: &Device) -> EfficientNet {
+        let mut d_in = self.stem;
+        let stages = self.stages.iter().map(|stage| {
+            let blocks = (0..stage.n_blocks).map(|at| {
+                let stride = if at == 0 { stage.stride } else { 1 };
+                let block = Block::new(d_in, &StageConfig { stride, ..*stage }, device);
+                d_in = stage.width;
+                block
+            });
+            Stage { blocks: blocks.collect() }
+        });
+        let stages = stages.collect();
+        let classifier = || LinearConfig::new(self.d_features, self.n_classes).init(device);
+        EfficientNet {
+            stem: SameConv::new([self.stem, 3, 3, 3], 2, 1, device),
+            stem_norm: norm(self.stem, device),
+            stages,
+            head: pointwise(d_in, self.d_features, device),
+            head_norm: norm(self.d_features, device),
+            classifier: (self.n_classes > 0).then(classifier),
+        }
+    }
+}
+
+const fn scaled_width(width: usize, by: f64) -> usize {
+    let exact = width as f64 * by;
+    let near = (exact + DIVISOR as f64 / 2.0) as usize / DIVISOR * DIVISOR;
+    let near = if near < DIVISOR { DIVISOR } else { near };
+    if (near as f64) < 0.9 * exact { near + DIVISOR } else { near }
+}
+
+const fn scaled_depth(depth: usize, by: f64) -> usize {
+    let exact = depth as f64 * by;
+    let whole = exact as usize;
+    if (whole as f64) < exact { whole + 1 } else { whole }
+}
+
+fn norm(channels: usize, device: &Device) -> BatchNorm {
+    BatchNorm::new(channels, BATCH_NORM_EPS, device)
+}
+
+/// A convolution without bias, channels last, padded with zeros so that the output has a `stride`-th of the input's
+/// sides, rounded up. Where the padding is odd, right and bottom have more of it (TensorFlow's `SAME`).
+#[derive(Module, Debug)]
+pub struct SameConv {
+    /// `[out, in / groups, side, side]`.
+    pub weight: Param<Tensor<4>>,
+    stride: usize,
+    groups: usize,
+}
+
+impl SameConv {
+    /// An untrained convolution with a weight of `shape`.
+    pub fn new(shape: [usize; 4], stride: usize, groups: usize, device: &Device) -> Self {
+        let std = (2.0 / (shape[1] * shape[2] * shape[3]) as f64).sqrt();
+        Self { weight: Initializer::Normal { mean: 0.0, std }.init(shape, device), stride, groups }
+    }
+
+    /// `[batch, height, width, in] -> [batch, ⌈height / stride⌉, ⌈width / stride⌉, out]`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let [_, height, width, _] = x.dims();
+        let [_, _, side, _] = self.weight.dims();
+        let (rows, columns) = (self.padding(height, side), self.padding(width, side));
+        let x = x.permute([0, 3, 1, 2]); // [batch, in, height, width]
+        let x = match (rows, columns) {
+            ((0, 0), (0, 0)) => x,
+            _ => x.pad([rows, columns], PadMode::Constant(0.0)),
+        };
+        let options = ConvOptions::new([self.stride; 2], [0, 0], [1, 1], self.groups);
+        conv2d(x, self.weight.val(), None, options).permute([0, 2, 3, 1])
+    }
+
+    /// Zeros before and after `length` values.
+    fn padding(&self, length: usize, side: usize) -> (usize, usize) {
+        let reach = (length.div_ceil(self.stride) - 1) * self.stride + side;
+        let total = reach.saturating_sub(length);
+        (total / 2, total - total / 2)
+    }
+}
+
+/// Expansion, depthwise convolution, squeeze and excitation, projection; where the shape stays, beside a shortcut.
+#[derive(Module, Debug)]
+pub struct Block {
+    /// Absent where the block is no wider than its input.
+    pub expansion: Option<Expansion>,
+    /// Every channel by itself.
+    pub depthwise: SameConv,
+    /// `[inner]`.
+    pub depthwise_norm: BatchNorm,
+    /// `[d_in / 4, inner]`.
+    pub squeeze: Linear,
+    /// `[inner, d_in / 4]`.
+    pub excite: Linear,
+    /// `[d_out, inner]`.
+    pub projection: Linear,
+    /// `[d_out]`.
+    pub projection_norm: BatchNorm,
+    shortcut: bool,
+}
+
+/// The widening 1x1 convolution of a [`Block`].
+#[derive(Module, Debug)]
+pub struct Expansion {
+    /// `[inner, d_in]`.
+    pub conv: Linear,
+    /// `[inner]`.
+    pub norm: BatchNorm,
+}
+
+impl Block {
+    fn new(d_in: usize, config: &StageConfig, device: &Device) -> Self {
+        let StageConfig { kernel_size, stride, expansion, width, .. } = *config;
+        let inner = d_in * expansion;
+        let squeezed = (d_in / SQUEEZE).max(1);
+        let expanded = || Expansion { conv: pointwise(d_in, inner, device), norm: norm(inner, device) };
+        Self {
+            expansion: (expansion > 1).then(expanded),
+            depthwise: SameConv::new([inner, 1, kernel_size, kernel_size], stride, inner, device),
+            depthwise_norm: norm(inner, device),
+            squeeze: LinearConfig::new(inner, squeezed).init(device),
+            excite: LinearConfig::new(squeezed, inner).init(device),
+            projection: pointwise(inner, width, device),
+            projection_norm: norm(width, device),
+            shortcut: stride == 1 && d_in == width,
+        }
+    }
+
+    fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let y = match &self.expansion {
+            Some(Expansion { conv, norm }) => silu(normalise(norm, conv.forward(x.clone()))),
+            None => x.clone(),
+        };
+        let y = silu(normalise(&self.depthwise_norm, self.depthwise.forward(y)));
+        let mean = y.clone().mean_dim(1).mean_dim(2); // [batch, 1, 1, inner]
+        let gate = sigmoid(self.excite.forward(silu(self.squeeze.forward(mean))));
+        let y = normalise(&self.projection_norm, self.projection.forward(y * gate));
+        if self.shortcut { x + y } else { y }
+    }
+}
+
+/// Blocks of one width.
+#[derive(Module, Debug)]
+pub struct Stage {
+    /// The first may shrink the picture.
+    pub blocks: Vec<Block>,
+}
+
+/// The whole network.
+#[derive(Module, Debug)]
+pub struct EfficientNet {
+    /// 3 -> stem, stride 2.
+    pub stem: SameConv,
+    /// `[stem]`.
+    pub stem_norm: BatchNorm,
+    /// Seven of them.
+    pub stages: Vec<Stage>,
+    /// `[d_features, width of the last stage]`.
+    pub head: Linear,
+    /// `[d_features]`.
+    pub head_norm: BatchNorm,
+    /// `[n_classes, d_features]`.
+    pub classifier: Option<Linear>,
+}
+
+impl EfficientNet {
+    /// A picture's map of features: pixels `[batch, 3, height, width] -> [batch, ⌈height / 32⌉, ⌈width / 32⌉, d_features]`.
+    pub fn features(&self, pixels: Tensor<4>) -> Tensor<4> {
+        let x = pixels.permute([0, 2, 3, 1]); // [batch, height, width, 3]
+        let x = silu(normalise(&self.stem_norm, self.stem.forward(x)));
+        let blocks = self.stages.iter().flat_map(|stage| &stage.blocks);
+        let x = blocks.fold(x, |x, block| block.forward(x));
+        silu(normalise(&self.head_norm, self.head.forward(x)))
+    }
+
+    /// Scores of classes by the mean of a map: `[batch, rows, columns, d_features] -> [batch, n_classes]`, if there is a
+    /// classifier.
+    pub fn logits(&self, features: Tensor<4>) -> Option<Tensor<2>> {
+        let [batch, _, _, d_features] = features.dims();
+        let mean = features.mean_dim(1).mean_dim(2).reshape([batch, d_features]);
+        self.classifier.as_ref().map(|classifier| classifier.forward(mean))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{TensorData, Tolerance};
+
+    use super::*;
+
+    fn conv(side: usize, stride: usize) -> SameConv {
+        let weight = Tensor::ones([1, 1, side, side], &Device::flex());
+        SameConv { weight: Param::from_tensor(weight), stride, groups: 1 }
+    }
+
+    /// Sums over 3x3 windows with stride 2: on even sides the zeros are right and below, on odd ones all around.
+    #[test]
+    fn padding_is_that_of_tensorflow() {
+        let device = Device::flex();
+        let even = Tensor::<1, burn::tensor::Int>::arange(0..16, &device).float().reshape([1, 4, 4, 1]);
+        let expected = TensorData::from([45.0f32, 39.0, 66.0, 50.0]);
+        let found = conv(3, 2).forward(even).reshape([4]).into_data();
+        found.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-5));
+
+        let odd = Tensor::<1, burn::tensor::Int>::arange(0..9, &device).float().reshape([1, 3, 3, 1]);
+        let expected = TensorData::from([8.0f32, 12.0, 20.0, 24.0]);
+        let found = conv(3, 2).forward(odd).reshape([4]).into_data();
+        found.assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-5));
+    }
+
+    #[test]
+    fn a_side_shrinks_by_the_stride_rounded_up() {
+        for side in [1, 3, 5] {
+            for stride in [1, 2] {
+                for length in 1..9usize {
+                    let x = Tensor::zeros([1, length, 2, 1], &Device::flex());
+                    let expected = [1, length.div_ceil(stride), 2usize.div_ceil(stride), 1];
+                    assert_eq!(conv(side, stride).forward(x).dims(), expected, "{side} {stride}");
+                }
+            }
+        }
+    }
+
+    /// Of timm's `tf_efficientnet_b7`, and of a width that rounding down would cut by more than a tenth.
+    #[test]
+    fn widths_and_depths_of_b7() {
+        let config = EfficientNetConfig::scaled(2.0, 3.1);
+        assert_eq!((config.stem, config.d_features), (64, 2560));
+        assert_eq!(config.stages.map(|stage| stage.width), [32, 48, 80, 160, 224, 384, 640]);
+        assert_eq!(config.stages.map(|stage| stage.n_blocks), [4, 7, 7, 10, 10, 13, 4]);
+        assert_eq!(scaled_width(112, 0.1), 16);
+    }
+}
