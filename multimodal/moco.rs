@@ -200,7 +200,7 @@ mod tests {
                 let mut expected = vec![0.0; size];
                 let mut written = 0;
                 for &batch in batches {
-                    queue = queue.enqueue(numbered(100 + written, batch.max(1)).narrow(0, 0, batch));
+                    queue = queue.enqueue(numbered(100 + written, batch));
                     (written..written + batch).for_each(|i| expected[i % size] = (100 + i) as f32);
                     written += batch;
                 }
