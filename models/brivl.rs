@@ -412,8 +412,8 @@ impl BrivlConfig {
 
         let cnn = config.text("CNN").unwrap_or("tf_efficientnet_b5_ns");
         let backbone = match efficientnet::architecture(cnn) {
-            Some(net) if net.d_features != image.d_model => {
-                let expected = format!("{}, the width of {cnn}", net.d_features);
+            Some(net) if net.d_features() != image.d_model => {
+                let expected = format!("{}, the width of {cnn}", net.d_features());
                 return Err(config.error("IMG_FEATURE_DIM", &expected));
             }
             Some(net) => {

@@ -17,15 +17,13 @@ const SQUEEZE: usize = 4;
 /// Widths are multiples of this.
 const DIVISOR: usize = 8;
 
-/// Shape of an [`EfficientNet`].
-#[derive(Clone, Debug, PartialEq)]
+/// Shape of an [`EfficientNet`]: B0 with all widths and depths multiplied.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EfficientNetConfig {
-    /// Width of the stem.
-    pub stem: usize,
-    /// What comes after it.
-    pub stages: [StageConfig; 7],
-    /// Width of the features.
-    pub d_features: usize,
+    /// What widths are multiplied by; they are rounded to multiples of 8, down by no more than a tenth.
+    pub width: f64,
+    /// What depths are multiplied by; they are rounded up.
+    pub depth: f64,
     /// Number of classes; without a classifier 0.
     pub n_classes: usize,
 }
@@ -57,17 +55,9 @@ const B0: [StageConfig; 7] = [
 ];
 
 impl EfficientNetConfig {
-    /// B0 with all widths times `width` and all depths times `depth`, without a classifier. Widths are rounded to
-    /// multiples of 8, down by no more than a tenth; depths up.
+    /// B0 with all widths times `width` and all depths times `depth`, without a classifier.
     pub const fn scaled(width: f64, depth: f64) -> Self {
-        let mut stages = B0;
-        let mut at = 0;
-        while at < stages.len() {
-            stages[at].width = scaled_width(stages[at].width, width);
-            stages[at].n_blocks = scaled_depth(stages[at].n_blocks, depth);
-            at += 1;
-        }
-        Self { stem: scaled_width(32, width), stages, d_features: scaled_width(1280, width), n_classes: 0 }
+        Self { width, depth, n_classes: 0 }
     }
 
     /// The same with a classifier.
@@ -75,42 +65,50 @@ impl EfficientNetConfig {
         Self { n_classes, ..self }
     }
 
+    /// Width of the features.
+    pub fn d_features(&self) -> usize {
+        scaled_width(1280, self.width)
+    }
+
+    /// What comes after the stem.
+    pub fn stages(&self) -> [StageConfig; 7] {
+        B0.map(|stage| StageConfig {
+            width: scaled_width(stage.width, self.width),
+            n_blocks: (stage.n_blocks as f64 * self.depth).ceil() as usize,
+            ..stage
+        })
+    }
+
     /// An untrained network.
     pub fn init(&self, device: &Device) -> EfficientNet {
-        let mut d_in = self.stem;
-        let stages = self.stages.iter().map(|stage| {
+        let (stem, d_features) = (scaled_width(32, self.width), self.d_features());
+        let mut d_in = stem;
+        let stages = self.stages().map(|stage| {
             let blocks = (0..stage.n_blocks).map(|at| {
                 let stride = if at == 0 { stage.stride } else { 1 };
-                let block = Block::new(d_in, &StageConfig { stride, ..*stage }, device);
+                let block = Block::new(d_in, &StageConfig { stride, ..stage }, device);
                 d_in = stage.width;
                 block
             });
             Stage { blocks: blocks.collect() }
         });
-        let stages = stages.collect();
-        let classifier = || LinearConfig::new(self.d_features, self.n_classes).init(device);
+        let classifier = || LinearConfig::new(d_features, self.n_classes).init(device);
         EfficientNet {
-            stem: SameConv::new([self.stem, 3, 3, 3], 2, 1, device),
-            stem_norm: norm(self.stem, device),
-            stages,
-            head: pointwise(d_in, self.d_features, device),
-            head_norm: norm(self.d_features, device),
+            stem: SameConv::new([stem, 3, 3, 3], 2, 1, device),
+            stem_norm: norm(stem, device),
+            stages: stages.into(),
+            head: pointwise(d_in, d_features, device),
+            head_norm: norm(d_features, device),
             classifier: (self.n_classes > 0).then(classifier),
         }
     }
 }
 
-const fn scaled_width(width: usize, by: f64) -> usize {
+fn scaled_width(width: usize, by: f64) -> usize {
     let exact = width as f64 * by;
     let near = (exact + DIVISOR as f64 / 2.0) as usize / DIVISOR * DIVISOR;
-    let near = if near < DIVISOR { DIVISOR } else { near };
+    let near = near.max(DIVISOR);
     if (near as f64) < 0.9 * exact { near + DIVISOR } else { near }
-}
-
-const fn scaled_depth(depth: usize, by: f64) -> usize {
-    let exact = depth as f64 * by;
-    let whole = exact as usize;
-    if (whole as f64) < exact { whole + 1 } else { whole }
 }
 
 fn norm(channels: usize, device: &Device) -> BatchNorm {
@@ -302,9 +300,9 @@ mod tests {
     #[test]
     fn widths_and_depths_of_b7() {
         let config = EfficientNetConfig::scaled(2.0, 3.1);
-        assert_eq!((config.stem, config.d_features), (64, 2560));
-        assert_eq!(config.stages.map(|stage| stage.width), [32, 48, 80, 160, 224, 384, 640]);
-        assert_eq!(config.stages.map(|stage| stage.n_blocks), [4, 7, 7, 10, 10, 13, 4]);
+        assert_eq!((scaled_width(32, 2.0), config.d_features()), (64, 2560));
+        assert_eq!(config.stages().map(|stage| stage.width), [32, 48, 80, 160, 224, 384, 640]);
+        assert_eq!(config.stages().map(|stage| stage.n_blocks), [4, 7, 7, 10, 10, 13, 4]);
         assert_eq!(scaled_width(112, 0.1), 16);
     }
 }
