@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use volary_multimodal::retrieval::VectorFileError;
 use volary_text::chat::ChatError;
 use volary_text::generate::GenerateError;
 use volary_text::infill::BlanksError;
@@ -63,6 +64,9 @@ pub enum Error {
     /// A picture cannot be read.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// An index of pictures cannot be read or written.
+    #[error(transparent)]
+    Index(#[from] VectorFileError),
     /// The preprocessor is wrong, or does not fit.
     #[error(transparent)]
     Preprocess(#[from] PreprocessError),

@@ -1,4 +1,12 @@
-//! How well queries find their counterparts.
+//! Exact search among vectors, the file that keeps them, and how well queries find their counterparts.
+
+mod file;
+mod journal;
+mod nearest;
+
+pub use file::{ModelHash, VectorFile, VectorFileError, write_vectors};
+pub use journal::{Journal, Segment};
+pub use nearest::{Hit, nearest};
 
 /// The share of queries whose counterpart is among the best `k` candidates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]

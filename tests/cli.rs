@@ -4,7 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use burn::tensor::Device;
+use ndarray::Axis;
 use serde_json::Value;
+use volary::Clip;
 use volary::bert::BertConfig;
 use volary::folder::Folder;
 use volary_vision::image::{ReadOptions, Rgb8, read};
@@ -13,13 +16,14 @@ use volary_weights::{read_tensors, save};
 use crate::support::{copy_folder, fixture};
 
 /// The program, without a network and with an empty cache.
-fn volary() -> Command {
+pub fn volary() -> Command {
     let mut command = Command::cargo_bin("volary").unwrap();
     command.env("HF_HUB_OFFLINE", "1").env("HF_HUB_CACHE", "no/cache");
     command
 }
 
-fn example(name: &str) -> PathBuf {
+/// A picture of `examples/pictures`.
+pub fn example(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/pictures").join(name)
 }
 
@@ -58,6 +62,35 @@ fn classify_without_labels_names_in_both_languages() {
     let labels = answers[0]["labels"].as_array().unwrap();
     assert_eq!(labels.len(), 3);
     assert_eq!((labels[0]["label"].as_str(), labels[0]["zh"].as_str()), (Some("bicycle"), Some("自行车")));
+}
+
+/// Each label's vector is the mean of its sentences' unit vectors, made a unit vector again.
+#[test]
+fn classify_averages_templates() {
+    let templates = ["a photo of a {}", "一张{}的照片"];
+    let labels = ["cat", "bicycle", "rocket"];
+    let mut command = volary();
+    command.arg("classify").arg(example("cat.png")).args(["--json", "--labels", &labels.join(",")]);
+    for template in templates {
+        command.args(["--template", template]);
+    }
+    let told: Value = serde_json::from_str(&stdout(&mut command)).unwrap();
+
+    let clip = Clip::embedded().load(&Device::flex()).unwrap();
+    let picture = clip.encode_images(&[read(&example("cat.png"), ReadOptions::SEEN).unwrap()]).unwrap();
+    let scale = clip.scale();
+    let logits = labels.map(|label| {
+        let sentences = templates.map(|template| template.replace("{}", label));
+        let sum = clip.encode_texts(&sentences).unwrap().sum_axis(Axis(0));
+        scale * sum.dot(&picture.row(0)) / sum.dot(&sum).sqrt()
+    });
+    let total: f32 = logits.iter().map(|logit| logit.exp()).sum();
+    for (label, logit) in labels.iter().zip(logits) {
+        let answers = told[0]["labels"].as_array().unwrap();
+        let found = answers.iter().find(|answer| answer["label"] == *label).unwrap();
+        let found = found["probability"].as_f64().unwrap() as f32;
+        assert!((found - logit.exp() / total).abs() < 1e-4, "{label}: {found}");
+    }
 }
 
 #[test]
@@ -108,6 +141,8 @@ fn wrong_use_is_exit_code_2() {
         &["classify", "a.png", "--labels", " , "],
         &["classify", "a.png", "--template", "no place"],
         &["search", "."],
+        &["search", ".", "cat", "--weight", "0.5"],
+        &["search", ".", "cat", "--weight", "0,0"],
         &["list", "--task", "dance"],
         &["nonsense"],
     ] {
@@ -181,7 +216,7 @@ fn texts_are_embedded_by_a_text_encoder() {
     fs::write(folder.path().join("config.json"), config).unwrap();
     let config = BertConfig::parse(&disk.config("config.json").unwrap()).unwrap();
     let weights = folder.path().join("model.safetensors");
-    save(&config.init(&burn::tensor::Device::flex()), config.keys(), None, &weights, None).unwrap();
+    save(&config.init(&Device::flex()), config.keys(), None, &weights, None).unwrap();
 
     let embed = |inputs: &[&std::ffi::OsStr]| {
         let mut command = volary();
@@ -198,49 +233,6 @@ fn texts_are_embedded_by_a_text_encoder() {
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(said.contains("a text encoder cannot look at pictures"), "{said}");
-}
-
-#[test]
-fn search_indexes_only_what_changed() {
-    let scratch = tempfile::tempdir().unwrap();
-    let folder = scratch.path().join("pictures");
-    fs::create_dir_all(folder.join("inside")).unwrap();
-    for (name, to) in
-        [("cat.png", "cat.png"), ("pizza.png", "inside/pizza.png"), ("rocket.png", "rocket.png")]
-    {
-        fs::copy(example(name), folder.join(to)).unwrap();
-    }
-    fs::write(folder.join("broken.png"), "no picture").unwrap();
-    let index = scratch.path().join("index.safetensors");
-    let search = |query: &str| -> (Value, String) {
-        let output = volary()
-            .arg("search")
-            .arg(&folder)
-            .args([query, "--json", "--index"])
-            .arg(&index)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        (serde_json::from_slice(&output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
-    };
-    let (found, told) = search("火箭");
-    assert_eq!(found.as_array().unwrap().len(), 3);
-    assert!(found[0]["image"].as_str().unwrap().ends_with("rocket.png"), "{found}");
-    assert!(told.contains("broken.png"), "what was skipped is told: {told}");
-
-    // Whatever is in the index by now is not encoded again: a file of the same size and time passes for it.
-    fs::remove_file(folder.join("rocket.png")).unwrap();
-    fs::copy(example("bicycle.png"), folder.join("bicycle.png")).unwrap();
-    let (found, _) = search("bicycle");
-    let names: Vec<&str> =
-        found.as_array().unwrap().iter().map(|row| row["image"].as_str().unwrap()).collect();
-    assert!(names[0].ends_with("bicycle.png"), "{names:?}");
-    assert!(!names.iter().any(|name| name.ends_with("rocket.png")), "{names:?}");
-
-    fs::write(&index, "no index").unwrap();
-    let output = volary().arg("search").arg(&folder).args(["cat", "--index"]).arg(&index).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("index.safetensors"));
 }
 
 #[test]

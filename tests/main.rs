@@ -9,6 +9,7 @@ mod corrupt;
 mod hub;
 mod parity;
 mod readme;
+mod search;
 mod support;
 mod towers;
 #[cfg(feature = "train")]

@@ -154,7 +154,7 @@ fn search_ranks_with_any_towers() {
         let model = folder.path().to_str().unwrap();
         let like = pictures.path().join("cat.png");
         let found = told(&["search", "--model", model, "--like"], &[&like, pictures.path()]);
-        let found = found.as_array().unwrap();
+        let found = found[0]["images"].as_array().unwrap();
         assert_eq!(found.len(), count.min(10));
         assert!(found[0]["image"].as_str().unwrap().ends_with("cat.png"), "{found:?}");
         assert!((found[0]["similarity"].as_f64().unwrap() - 1.0).abs() < 1e-3);

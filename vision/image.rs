@@ -13,14 +13,42 @@ use std::fs::File;
 use std::io::{BufWriter, Cursor, Read};
 use std::path::Path;
 
-use ::image::ImageDecoder;
-use ::image::codecs::{bmp::BmpDecoder, jpeg::JpegDecoder, webp::WebPDecoder};
+use ::image::codecs::jpeg::{JpegDecoder, JpegEncoder};
+use ::image::codecs::{bmp::BmpDecoder, webp::WebPDecoder};
 use ::image::metadata::Orientation as Exif;
+use ::image::{ExtendedColorType, ImageDecoder};
+
+use crate::resample::{Filter, Samples, resize};
 
 /// No picture larger than this is decoded: 256 megapixels, three quarters of a gigabyte of RGB.
 pub const MAX_PIXELS: u64 = 1 << 28;
 /// No file longer than this is read: 1 GiB.
 pub const MAX_BYTES: u64 = 1 << 30;
+
+/// The pixels of a picture by its header, `[height, width]`; nothing is decoded. Fit to decide whether to decode it.
+///
+/// # Errors
+/// When it is no picture, or its header is damaged.
+pub fn size(bytes: &[u8], name: &str) -> Result<[u64; 2], ImageError> {
+    let file = Source { bytes, name, format: recognise(bytes, name)? };
+    let damaged = |error: ::image::ImageError| file.damaged(error);
+    let (width, height) = match file.format {
+        Format::Png => {
+            let mut decoder = png::Decoder::new(Cursor::new(bytes));
+            let header = decoder.read_header_info().map_err(|error| file.damaged(error))?;
+            (header.width, header.height)
+        }
+        Format::Gif => {
+            let decoder = gif::DecodeOptions::new().read_info(Cursor::new(bytes));
+            let decoder = decoder.map_err(|error| file.damaged(error))?;
+            (decoder.width().into(), decoder.height().into())
+        }
+        Format::Jpeg => JpegDecoder::new(Cursor::new(bytes)).map_err(damaged)?.dimensions(),
+        Format::WebP => WebPDecoder::new(Cursor::new(bytes)).map_err(damaged)?.dimensions(),
+        Format::Bmp => BmpDecoder::new(Cursor::new(bytes)).map_err(damaged)?.dimensions(),
+    };
+    Ok([height.into(), width.into()])
+}
 
 /// Which way up a photo is returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,6 +268,35 @@ impl Rgb8 {
         writer.write_image_data(&self.pixels)?;
         Ok(writer.finish()?)
     }
+
+    /// The picture, made smaller so that neither side is longer than `side` pixels; at least one pixel each way.
+    pub fn thumbnail(&self, side: usize) -> Rgb8 {
+        let (width, height) = (self.width, self.height);
+        let longest = width.max(height);
+        if longest <= side {
+            return self.clone();
+        }
+        let [height, width] = [height, width].map(|length| (length * side / longest).max(1));
+        let source = Samples { height: self.height, width: self.width, channels: 3, data: &self.pixels };
+        let pixels = resize(source, [height, width], [0..height, 0..width], Filter::Bilinear);
+        Rgb8 { width, height, pixels }
+    }
+
+    /// The picture as a JPEG file, at a quality from 1 to 100.
+    ///
+    /// # Errors
+    /// When a side is longer than the 65,535 pixels that a JPEG can have.
+    pub fn to_jpeg(&self, quality: u8) -> Result<Vec<u8>, ImageError> {
+        let mut file = Vec::new();
+        let [width, height] = [self.width, self.height].map(|side| u32::try_from(side).unwrap_or(u32::MAX));
+        JpegEncoder::new_with_quality(&mut file, quality)
+            .encode(&self.pixels, width, height, ExtendedColorType::Rgb8)
+            .map_err(|_| {
+                let found = self.width.max(self.height) as u64;
+                ImageError::TooLarge { name: "a JPEG".into(), found, unit: "pixels a side", limit: 65_535 }
+            })?;
+        Ok(file)
+    }
 }
 
 /// How a file stores its colours, as far as a reference that resizes before it converts to RGB can tell.
@@ -271,11 +328,7 @@ impl Picture {
     /// # Errors
     /// When it cannot be read, is no picture, is damaged or too large.
     pub fn read(path: &Path, orientation: Orientation) -> Result<Self, ImageError> {
-        let name = path.display().to_string();
-        let io = |source| ImageError::Io { name: name.clone(), source };
-        let mut bytes = Vec::new();
-        File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_end(&mut bytes)).map_err(io)?;
-        Picture::decode(&bytes, &name, orientation)
+        Picture::decode(&content(path)?, &path.display().to_string(), orientation)
     }
 
     /// Decodes a file's content; `name` stands for it in errors.
@@ -361,6 +414,29 @@ impl Picture {
         }
         Picture { width: new_width, height: new_height, pixels, ..self }
     }
+}
+
+/// So many bytes tell what a file is, also in an error.
+const SNIFFED: u64 = 64;
+
+/// The bytes of a picture file. Of what is no picture, or too long for one, only the first few are read.
+///
+/// # Errors
+/// When it cannot be read, does not begin as a picture, or is longer than [`MAX_BYTES`].
+pub fn content(path: &Path) -> Result<Vec<u8>, ImageError> {
+    let name = path.display().to_string();
+    let io = |source| ImageError::Io { name: name.clone(), source };
+    let file = File::open(path).map_err(io)?;
+    let mut bytes = Vec::new();
+    (&file).take(SNIFFED).read_to_end(&mut bytes).map_err(io)?;
+    recognise(&bytes, &name)?;
+    let (found, limit) = (file.metadata().map_err(io)?.len(), MAX_BYTES);
+    if found > limit {
+        return Err(ImageError::TooLarge { name, found, unit: "bytes", limit });
+    }
+    // a file that grows meanwhile is cut off, too
+    (&file).take(limit + 1 - SNIFFED).read_to_end(&mut bytes).map_err(io)?;
+    Ok(bytes)
 }
 
 /// Reads a picture file as RGB.

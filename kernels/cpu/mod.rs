@@ -1,3 +1,4 @@
 //! Bodies for the CPU behind [`crate::ops`].
 
+pub mod products;
 pub mod quantized;

@@ -2,11 +2,13 @@
 
 mod activation;
 mod attention;
+mod products;
 mod quantized;
 mod rope;
 
 pub use activation::Activation;
 pub use attention::{Mask, attention};
+pub use products::products;
 pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};
 pub use rope::{
     DynamicScaling, GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling,

@@ -2,6 +2,7 @@
 
 mod chat;
 mod classify;
+mod contact_sheet;
 mod convert;
 mod doctor;
 mod embed;

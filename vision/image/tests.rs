@@ -163,3 +163,74 @@ fn pixels_must_fill_their_size() {
     assert!(matches!(Rgb8::new(0, 2, vec![]), Err(ImageError::ZeroSize { .. })));
     assert_eq!(Rgb8::new(2, 1, vec![1, 2, 3, 4, 5, 6]).unwrap().pixels(), [1, 2, 3, 4, 5, 6]);
 }
+
+/// A JPEG of two pixels side by side, dark and light, with an EXIF segment written by hand around each orientation.
+#[test]
+fn a_photo_stands_as_its_exif_says() {
+    let two = Rgb8::new(16, 8, vec![[[20; 24], [230; 24]].concat(); 8].concat()).unwrap();
+    let plain = two.to_jpeg(95).unwrap();
+    // (orientation, sides, whether the picture's first pixel is the dark one)
+    let cases = [
+        (1, [16, 8], true),
+        (2, [16, 8], false),
+        (3, [16, 8], false),
+        (4, [16, 8], true),
+        (5, [8, 16], true),
+        (6, [8, 16], true),
+        (7, [8, 16], false),
+        (8, [8, 16], false),
+    ];
+    for (orientation, sides, dark) in cases {
+        // one tag in big-endian TIFF: 0x0112, a short, once
+        let tag = [0x01, 0x12, 0, 3, 0, 0, 0, 1, 0, orientation, 0, 0];
+        let tiff = [&b"Exif\0\0MM\0*\0\0\0\x08\0\x01"[..], &tag, &[0; 4]].concat();
+        let length = (tiff.len() as u16 + 2).to_be_bytes();
+        let file = [&plain[..2], &[0xFF, 0xE1], &length, &tiff, &plain[2..]].concat();
+        let seen = decode(&file, "photo.jpg", ReadOptions::SEEN).unwrap();
+        assert_eq!([seen.width(), seen.height()], sides, "{orientation}");
+        assert_eq!(seen.pixels()[0] < 128, dark, "{orientation}");
+        let last = seen.pixels()[seen.pixels().len() - 1];
+        assert_eq!(last < 128, !dark, "{orientation}");
+        let stored = decode(&file, "photo.jpg", ReadOptions::STORED).unwrap();
+        assert_eq!(([stored.width(), stored.height()], stored.pixels()[0] < 128), ([16, 8], true));
+        assert_eq!(size(&file, "photo.jpg").unwrap(), [8, 16]);
+    }
+}
+
+#[test]
+fn sizes_are_read_from_headers() {
+    for (name, bytes) in files() {
+        let picture = decode(&bytes, &name, ReadOptions::STORED).unwrap();
+        assert_eq!(size(&bytes, &name).unwrap(), [picture.height() as u64, picture.width() as u64], "{name}");
+    }
+    assert!(size(b"no picture", "a").is_err());
+}
+
+#[test]
+fn thumbnails_fit() {
+    let wide = Rgb8::new(100, 1, vec![9; 300]).unwrap();
+    let small = wide.thumbnail(10);
+    assert_eq!((small.width(), small.height(), small.pixels()), (10, 1, &[9; 30][..]));
+    assert_eq!(wide.thumbnail(100), wide);
+    let tall = Rgb8::new(30, 60, vec![200; 30 * 60 * 3]).unwrap().thumbnail(20);
+    assert_eq!((tall.width(), tall.height()), (10, 20));
+    let again = decode(&tall.to_jpeg(80).unwrap(), "small.jpg", ReadOptions::SEEN).unwrap();
+    assert!(again.pixels().iter().all(|value| value.abs_diff(200) < 4));
+    assert!(Rgb8::new(70_000, 1, vec![0; 210_000]).unwrap().to_jpeg(80).is_err());
+}
+
+/// What is no picture is refused by its first bytes, however long it is.
+#[test]
+fn a_long_file_that_is_no_picture_is_not_read() {
+    let folder = std::env::temp_dir().join(format!("volary-image-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (film, long) = (folder.join("film.jpg"), folder.join("long.png"));
+    std::fs::write(&film, [0; 4096]).unwrap();
+    std::fs::write(&long, b"\x89PNG\r\n\x1a\n").unwrap();
+    // sparse: it takes no room
+    File::options().write(true).open(&long).unwrap().set_len(MAX_BYTES + 1).unwrap();
+    let told = [&film, &long].map(|path| content(path).unwrap_err().to_string());
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(told[0].contains("not a picture"), "{}", told[0]);
+    assert!(told[1].contains("1073741825 bytes; at most 1073741824 are read"), "{}", told[1]);
+}
