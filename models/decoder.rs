@@ -5,7 +5,7 @@ use burn::tensor::{Bool, Device, Int, Tensor};
 use volary_kernels::layers::KvCache;
 use volary_kernels::ops::{Mask, Positions};
 use volary_text::documents::{Documents, shifted};
-use volary_text::generate::{LeftPadded, Session, column, indices};
+use volary_text::generate::{Appending, LeftPadded, Session, indices};
 
 use crate::causal::{self, CONTINUATION, GREEDY, Head, next_token_loss};
 use crate::error::Error;
@@ -96,34 +96,30 @@ pub struct DecoderSession<'a, M> {
     reading: Reading,
 }
 
-impl<M: Decoder> DecoderSession<'_, M> {
-    /// Scores of what follows the last of the tokens `[rows, new]`: `[rows, vocab_size]`.
-    fn append(&mut self, ids: Tensor<2, Int>, mask: Mask) -> Tensor<2> {
+impl<M: Decoder> Appending for DecoderSession<'_, M> {
+    fn prompts(&self) -> &LeftPadded {
+        &self.prompts
+    }
+
+    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [_, new] = ids.dims();
         let held = self.caches.first().map_or(0, KvCache::len);
         let positions = self.prompts.positions(held, new);
-        let mask = Mask::All(vec![mask, self.prompts.mask(held + new)]);
-        let states = self.model.read(Text { ids, positions, mask }, &mut self.caches); // [rows, new, d_model]
-        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
-    }
-}
-
-impl<M: Decoder> Session for DecoderSession<'_, M> {
-    fn start(&mut self) -> Tensor<2> {
         let mask = match self.reading {
-            Reading::Causal => Mask::Causal,
-            Reading::Prefix => Mask::Full,
+            Reading::Prefix if held == 0 => Mask::Full,
+            _ => Mask::Causal,
         };
-        self.append(self.prompts.ids(), mask)
+        let mask = Mask::All(vec![mask, self.prompts.mask(held + new)]);
+        self.model.read(Text { ids, positions, mask }, &mut self.caches)
     }
 
-    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        self.append(column(tokens, &self.model.device()), Mask::Causal)
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
+        self.model.logits(states)
     }
 
-    fn select(&mut self, rows: &[usize]) {
+    fn keep(&mut self, rows: &[usize]) {
         self.prompts.select(rows);
-        let rows = indices(rows, &self.model.device());
+        let rows = indices(rows, &self.prompts.device());
         self.caches.iter_mut().for_each(|cache| cache.select(&rows));
     }
 }

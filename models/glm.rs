@@ -18,7 +18,7 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Mlp, MlpConfig};
 use volary_kernels::ops::{Activation, Mask};
-use volary_text::generate::{LeftPadded, Session, column, greedy, indices, matrix};
+use volary_text::generate::{Appending, LeftPadded, Session, greedy, indices};
 use volary_text::infill::{Blanks, Commands};
 use volary_weights::format::{OpenOptions, RankOptions, megatron};
 use volary_weights::{Checkpoint, Entry, KeyMap, LoadOptions, Rule, load};
@@ -244,8 +244,11 @@ pub struct GlmSession<'a> {
     caches: Vec<KvCache>,
 }
 
-impl GlmSession<'_> {
-    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+impl Appending for GlmSession<'_> {
+    fn prompts(&self) -> &LeftPadded {
+        &self.prompts
+    }
+
     fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [rows, new] = ids.dims();
         let held = self.caches.first().map_or(0, KvCache::len);
@@ -270,30 +273,11 @@ impl GlmSession<'_> {
         self.model.decode(input, &mut self.caches)
     }
 
-    /// Scores of what follows the last of them: `[rows, vocab_size]`.
-    fn last(&self, states: Tensor<3>) -> Tensor<2> {
-        let [_, new, _] = states.dims();
-        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
-    }
-}
-
-impl Session for GlmSession<'_> {
-    fn start(&mut self) -> Tensor<2> {
-        let states = self.append(self.prompts.ids());
-        self.last(states)
-    }
-
-    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
-        self.last(states)
-    }
-
-    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
-        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         self.model.logits(states)
     }
 
-    fn select(&mut self, rows: &[usize]) {
+    fn keep(&mut self, rows: &[usize]) {
         self.prompts.select(rows);
         self.rows = rows.iter().map(|&row| self.rows[row].clone()).collect();
         let rows = indices(rows, &self.model.tokens.weight.device());

@@ -16,7 +16,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Embedding, GatedMlp, GatedMlpConfig, KvCache, LayerNorm, Linear, LinearConfig};
 use volary_kernels::ops::{self, Activation, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling};
-use volary_text::generate::{LeftPadded, Session, column, greedy, indices, matrix};
+use volary_text::generate::{Appending, LeftPadded, Session, greedy, indices};
 use volary_text::infill::{Blank, Blanks, Commands};
 use volary_weights::format::{MegatronLayout, Merge, OpenOptions, RankOptions};
 use volary_weights::{Bits, Checkpoint, KeyMap, LoadOptions, Rule, load};
@@ -272,8 +272,11 @@ pub struct Glm130bSession<'a> {
     caches: Vec<KvCache>,
 }
 
-impl Glm130bSession<'_> {
-    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+impl Appending for Glm130bSession<'_> {
+    fn prompts(&self) -> &LeftPadded {
+        &self.prompts
+    }
+
     fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [rows, new] = ids.dims();
         let held = self.caches.first().map_or(0, KvCache::len);
@@ -295,30 +298,11 @@ impl Glm130bSession<'_> {
         self.model.norm.forward(x)
     }
 
-    /// Scores of what follows the last of them: `[rows, vocab_size]`.
-    fn last(&self, states: Tensor<3>) -> Tensor<2> {
-        let [_, new, _] = states.dims();
-        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
-    }
-}
-
-impl Session for Glm130bSession<'_> {
-    fn start(&mut self) -> Tensor<2> {
-        let states = self.append(self.prompts.ids());
-        self.last(states)
-    }
-
-    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
-        self.last(states)
-    }
-
-    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
-        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         self.model.logits(states)
     }
 
-    fn select(&mut self, rows: &[usize]) {
+    fn keep(&mut self, rows: &[usize]) {
         self.prompts.select(rows);
         self.texts = rows.iter().map(|&row| self.texts[row].clone()).collect();
         let rows = indices(rows, &self.model.tokens.weight.device());

@@ -18,7 +18,7 @@ use volary_kernels::ops::{
     self, Activation, DynamicScaling, Llama3Scaling, Mask, Pairing, Positions, Rope, RopeConfig, RopeScaling,
     YarnScaling,
 };
-use volary_text::generate::{LeftPadded, Session, column, indices, matrix};
+use volary_text::generate::{Appending, LeftPadded, Session, indices};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
 
 use Rule::{Ignore, Rename, Under};
@@ -274,8 +274,11 @@ pub struct LlamaSession<'a> {
     cache: LlamaCache,
 }
 
-impl LlamaSession<'_> {
-    /// The states of further tokens `[rows, new]`: `[rows, new, d_model]`.
+impl Appending for LlamaSession<'_> {
+    fn prompts(&self) -> &LeftPadded {
+        &self.prompts
+    }
+
     fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
         let [_, new] = ids.dims();
         let held = self.cache.len();
@@ -284,30 +287,11 @@ impl LlamaSession<'_> {
         self.model.decode(input, &mut self.cache)
     }
 
-    /// Scores of what follows the last of them: `[rows, vocab_size]`.
-    fn last(&self, states: Tensor<3>) -> Tensor<2> {
-        let [_, new, _] = states.dims();
-        self.model.logits(states.narrow(1, new - 1, 1)).squeeze_dim(1)
-    }
-}
-
-impl Session for LlamaSession<'_> {
-    fn start(&mut self) -> Tensor<2> {
-        let states = self.append(self.prompts.ids());
-        self.last(states)
-    }
-
-    fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
-        let states = self.append(column(tokens, &self.model.tokens.weight.device()));
-        self.last(states)
-    }
-
-    fn read_all(&mut self, tokens: &[Vec<u32>]) -> Tensor<3> {
-        let states = self.append(matrix(tokens, &self.model.tokens.weight.device()));
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         self.model.logits(states)
     }
 
-    fn select(&mut self, rows: &[usize]) {
+    fn keep(&mut self, rows: &[usize]) {
         self.prompts.select(rows);
         let rows = indices(rows, &self.model.tokens.weight.device());
         self.cache.blocks.iter_mut().for_each(|cache| cache.select(&rows));

@@ -6,6 +6,7 @@
 
 use burn::tensor::Tensor;
 
+mod appending;
 mod beams;
 mod error;
 mod likelihood;
@@ -19,6 +20,7 @@ mod spelling;
 mod tests;
 mod write;
 
+pub use appending::Appending;
 pub use error::GenerateError;
 pub use likelihood::{Window, log_likelihoods, windows};
 pub use padded::{LeftPadded, RightPadded, column, indices, matrix};

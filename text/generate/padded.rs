@@ -35,6 +35,11 @@ impl LeftPadded {
         self.ids.clone()
     }
 
+    /// Where they are.
+    pub fn device(&self) -> Device {
+        self.ids.device()
+    }
+
     /// The length of the longest prompt.
     pub fn longest(&self) -> usize {
         self.ids.dims()[1]
