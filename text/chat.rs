@@ -29,6 +29,8 @@ use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
 use serde::{Deserialize, Serialize};
 
+use crate::tokenizer::{self, TokenizerError, read, utf8};
+
 /// How many instructions a template may take: far more than a long conversation needs, and over in a second.
 const FUEL: u64 = 5_000_000;
 
@@ -73,30 +75,9 @@ impl Message {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChatError {
-    /// A file exists and cannot be read.
-    #[error("{}: {source}", .file.display())]
-    Read {
-        /// The file.
-        file: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
-    /// A text file is not UTF-8.
-    #[error("{}: not UTF-8 at byte {at}", .file.display())]
-    NotUtf8 {
-        /// The file.
-        file: PathBuf,
-        /// The first byte that is not UTF-8.
-        at: usize,
-    },
-    /// A JSON file does not parse.
-    #[error("{}: {source}", .file.display())]
-    Json {
-        /// The file.
-        file: PathBuf,
-        /// Line, column and reason.
-        source: serde_json::Error,
-    },
+    /// A file of the tokenizer cannot be read.
+    #[error(transparent)]
+    File(#[from] TokenizerError),
     /// A field holds something else than a template.
     #[error("{}: {field} must be a template, or a list of templates with names, found {found}", .file.display())]
     Field {
@@ -440,23 +421,17 @@ fn special_tokens(values: &serde_json::Value) -> impl Iterator<Item = (&str, &st
 }
 
 fn read_text(file: &Path) -> Result<Option<String>, ChatError> {
-    let bytes = match std::fs::read(file) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(ChatError::Read { file: file.into(), source }),
+    let Some(bytes) = read(file)? else {
+        return Ok(None);
     };
-    let not_utf8 = |error: std::string::FromUtf8Error| ChatError::NotUtf8 {
-        file: file.into(),
-        at: error.utf8_error().valid_up_to(),
-    };
-    String::from_utf8(bytes).map(Some).map_err(not_utf8)
+    Ok(Some(utf8(file, &bytes)?.to_owned()))
 }
 
 fn read_json(file: &Path) -> Result<Option<serde_json::Value>, ChatError> {
     let Some(text) = read_text(file)? else {
         return Ok(None);
     };
-    serde_json::from_str(&text).map(Some).map_err(|source| ChatError::Json { file: file.into(), source })
+    Ok(Some(tokenizer::read_json(file, text.as_bytes())?))
 }
 
 #[cfg(test)]

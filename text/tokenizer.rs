@@ -61,6 +61,8 @@ pub use kind::TokenizerKind;
 pub use stream::DecodeStream;
 pub use train::train_wordpiece;
 
+pub(crate) use files::{read_json, utf8};
+
 use check::{Ids, added_tokens, check};
 use config::{Config, Role};
 use engine::{Decoder, Engine, Model, Normalizer, Step};
@@ -615,7 +617,7 @@ fn strip(text: &str) -> &str {
 }
 
 /// A file's bytes, or `None` if it is not there.
-fn read(file: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
+pub(crate) fn read(file: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
     match std::fs::read(file) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

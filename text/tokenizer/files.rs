@@ -310,11 +310,11 @@ pub(super) fn command(token: &str) -> AddedToken {
     AddedToken::from(token, true).lstrip(token.ends_with("MASK]"))
 }
 
-pub(super) fn read_json(file: &Path, bytes: &[u8]) -> Result<Value, TokenizerError> {
+pub(crate) fn read_json(file: &Path, bytes: &[u8]) -> Result<Value, TokenizerError> {
     serde_json::from_slice(bytes).map_err(|source| TokenizerError::Json { file: file.into(), source })
 }
 
-fn utf8<'a>(file: &Path, bytes: &'a [u8]) -> Result<&'a str, TokenizerError> {
+pub(crate) fn utf8<'a>(file: &Path, bytes: &'a [u8]) -> Result<&'a str, TokenizerError> {
     std::str::from_utf8(bytes)
         .map_err(|error| TokenizerError::NotUtf8 { file: file.into(), at: error.valid_up_to() })
 }
