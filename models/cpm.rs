@@ -26,7 +26,6 @@ use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule};
 
 use Rule::{Ignore, Rename, Split, Under};
 
-use crate::causal::Head;
 use crate::config::{Config, ConfigError};
 use crate::decoder::Runner;
 use crate::error::Error;
@@ -81,22 +80,9 @@ impl CpmConfig {
 /// # Errors
 /// If one is malformed.
 pub(crate) fn megatron_sizes(config: &Config, default: &Gpt2Config) -> Result<Gpt2Config, ConfigError> {
-    let d_model = config.size_or("hidden_size", default.d_model)?;
-    let n_heads = config.size_or("num_attention_heads", default.n_heads)?;
-    config.divides("num_attention_heads", n_heads, d_model)?;
     Ok(Gpt2Config {
-        vocab_size: config.size_or("vocab_size", default.vocab_size)?,
-        n_positions: config.size_or("max_position_embeddings", default.n_positions)?,
-        d_model,
-        d_ff: config.size_or("ffn_hidden_size", 4 * d_model)?,
-        n_layers: config.blocks_or("num_layers", default.n_layers)?,
-        n_heads,
-        d_head: d_model / n_heads,
         layer_norm_eps: config.number_or("layernorm_epsilon", default.layer_norm_eps)?,
-        activation: Activation::GeluTanh,
-        scale_scores: true,
-        scale_by_layer: false,
-        head: Head::Tied,
+        ..sizes(config, default, "ffn_hidden_size", "num_layers")?
     })
 }
 
@@ -104,6 +90,23 @@ pub(crate) fn megatron_sizes(config: &Config, default: &Gpt2Config) -> Result<Gp
 fn paddle_sizes(config: &Config, default: &Gpt2Config) -> Result<Gpt2Config, ConfigError> {
     // with it, queries, keys and values lie together for each head
     config.only("fuse_attention_qkv", &["false"])?;
+    Ok(Gpt2Config {
+        activation: match config.text("hidden_act") {
+            // its code takes the approximation
+            Some("gelu") => Activation::GeluTanh,
+            _ => config.activation_or("hidden_act", Activation::GeluTanh)?,
+        },
+        ..sizes(config, default, "intermediate_size", "num_hidden_layers")?
+    })
+}
+
+/// What both name alike, but for these two.
+fn sizes(
+    config: &Config,
+    default: &Gpt2Config,
+    d_ff: &str,
+    n_layers: &str,
+) -> Result<Gpt2Config, ConfigError> {
     let d_model = config.size_or("hidden_size", default.d_model)?;
     let n_heads = config.size_or("num_attention_heads", default.n_heads)?;
     config.divides("num_attention_heads", n_heads, d_model)?;
@@ -111,15 +114,10 @@ fn paddle_sizes(config: &Config, default: &Gpt2Config) -> Result<Gpt2Config, Con
         vocab_size: config.size_or("vocab_size", default.vocab_size)?,
         n_positions: config.size_or("max_position_embeddings", default.n_positions)?,
         d_model,
-        d_ff: config.size_or("intermediate_size", 4 * d_model)?,
-        n_layers: config.blocks_or("num_hidden_layers", default.n_layers)?,
+        d_ff: config.size_or(d_ff, 4 * d_model)?,
+        n_layers: config.blocks_or(n_layers, default.n_layers)?,
         n_heads,
         d_head: d_model / n_heads,
-        activation: match config.text("hidden_act") {
-            // its code takes the approximation
-            Some("gelu") => Activation::GeluTanh,
-            _ => config.activation_or("hidden_act", Activation::GeluTanh)?,
-        },
         ..default.clone()
     })
 }

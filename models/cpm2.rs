@@ -19,7 +19,6 @@ use burn::tensor::module::embedding;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::Embedding;
 use volary_kernels::ops::{Activation, Mask};
-use volary_text::generate::Session;
 use volary_weights::format::{MegatronLayout, Merge, OpenOptions, RankOptions};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Rule, load};
 
@@ -29,10 +28,9 @@ use crate::causal;
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::generator::{Generator, check_prompts};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe_with};
-use crate::t5::{Head, MlpForm, T5, T5Config, T5Input, T5Output, buckets};
+use crate::t5::{self, Head, MlpForm, T5, T5Config, T5Input, T5Output, buckets};
 use crate::tensors::{Inputs, Outputs, output};
 
 /// The authors' `configs/model/cpm2_config.json`, which says `relu` where the code has a gated tanh-GELU, with their
@@ -232,23 +230,18 @@ pub const SYSTEM: System = System {
         let checkpoint = checkpoint(folder, Some(config.vocab_size))?;
         describe_with(checkpoint.as_ref(), &config.init(&Device::flex()), &KEYS)
     },
-    open: |folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?)),
-    generator: Some(|folder, options, device| Ok(Box::new(Runner::load(folder, options, device)?))),
+    open: |folder, options, device| Ok(Box::new(Runner(read(folder, options, device)?))),
+    generator: Some(|folder, options, device| Ok(Box::new(read(folder, options, device)?))),
 };
 
-/// An encoder and a decoder behind the forward contract.
-struct Runner {
-    model: T5,
-    config: T5Config,
-}
+/// CPM-2 behind the forward contract.
+struct Runner(t5::Runner);
 
-impl Runner {
-    fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
-        let config = config_of(folder)?;
-        let checkpoint = checkpoint(folder, Some(config.vocab_size))?;
-        let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
-        Ok(Self { model, config })
-    }
+fn read(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<t5::Runner, Error> {
+    let config = config_of(folder)?;
+    let checkpoint = checkpoint(folder, Some(config.vocab_size))?;
+    let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
+    Ok(t5::Runner { model, config })
 }
 
 impl Forward for Runner {
@@ -258,7 +251,7 @@ impl Forward for Runner {
     /// Gives `lm_logits`; `encoder_last_hidden_state`, and of each row i, as `encoder_last_hidden_state_row<i>`, those of
     /// the tokens that see something; and the twelve `greedy.tokens` that answer the first row.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
-        let T5Config { vocab_size, n_heads, .. } = self.config;
+        let T5Config { vocab_size, n_heads, .. } = self.0.config;
         let ids = inputs.ids::<2>("enc_input_ids", vocab_size);
         let decoder_ids = inputs.ids::<2>("dec_input_ids", vocab_size);
         let visible = inputs.visible("enc_attention_mask");
@@ -287,7 +280,7 @@ impl Forward for Runner {
         inputs.finish()?;
 
         let mask = |visible: &Option<Tensor<4, Bool>>| visible.clone().map_or(Mask::Full, Mask::Visible);
-        let T5Output { encoder, decoder } = self.model.forward(T5Input {
+        let T5Output { encoder, decoder } = self.0.model.forward(T5Input {
             ids: ids.clone(),
             mask: mask(&visible),
             decoder_ids,
@@ -295,7 +288,7 @@ impl Forward for Runner {
             cross_mask: mask(&cross_visible),
         });
         let mut outputs = vec![
-            output("lm_logits", self.model.logits(decoder)),
+            output("lm_logits", self.0.model.logits(decoder)),
             output("encoder_last_hidden_state", encoder.clone()),
         ];
         for row in 0..batch {
@@ -314,10 +307,10 @@ impl Forward for Runner {
 
         let first =
             |visible: &Option<Tensor<4, Bool>>| visible.clone().map(|visible| visible.narrow(0, 0, 1));
-        let x = self.model.encoder.tokens.forward(ids.narrow(0, 0, 1)); // [1, read, d_model]
+        let x = self.0.model.encoder.tokens.forward(ids.narrow(0, 0, 1)); // [1, read, d_model]
         let seen = first(&cross_visible).map(|seen| seen.narrow(2, 0, 1)); // [1, heads or 1, 1, read]
         let mask = mask(&first(&visible));
-        let session = self.model.session_of(x, mask, seen, self.config.start, causal::GREEDY);
+        let session = self.0.model.session_of(x, mask, seen, self.0.config.start, causal::GREEDY);
         outputs.push(causal::greedy_tokens(session));
         Ok(outputs)
     }
@@ -332,26 +325,6 @@ fn seeing(visible: &Tensor<4, Bool>, row: usize) -> Vec<i64> {
         (0..heads).any(|head| visible[(head * queries + query) * keys..][..keys].contains(&true))
     };
     (0..queries).filter(|&query| sees(query)).map(|query| query as i64).collect()
-}
-
-impl Generator for Runner {
-    fn vocab_size(&self) -> usize {
-        self.config.vocab_size
-    }
-
-    /// Distances have no end.
-    fn context(&self) -> Option<usize> {
-        None
-    }
-
-    fn before<'a>(&self, _: &'a [u32]) -> &'a [u32] {
-        &[]
-    }
-
-    fn session<'a>(&'a self, prompts: &[Vec<u32>], max_new: usize) -> Result<Box<dyn Session + 'a>, Error> {
-        check_prompts(self, prompts, max_new)?;
-        Ok(Box::new(self.model.session(prompts, self.config.start, max_new)))
-    }
 }
 
 /// Vectors that the encoder reads in place of tokens: all that prompt tuning learns (section 4 of the paper, after
@@ -589,9 +562,7 @@ mod tests {
         let folder = ranks("vocabulary", &config().replace("88", "87"));
         let config = config_of(&Folder::Disk(folder.clone())).unwrap();
         assert_eq!(config.vocab_size, 87);
-        assert!(
-            Runner::load(&Folder::Disk(folder.clone()), &LoadOptions::default(), &Device::flex()).is_ok()
-        );
+        assert!(super::read(&Folder::Disk(folder.clone()), &LoadOptions::default(), &Device::flex()).is_ok());
         let text = std::fs::read_to_string(folder.join("config.json")).unwrap().replace("87", "89");
         std::fs::write(folder.join("config.json"), text).unwrap();
         let message = run(&folder, &BTreeMap::new()).unwrap_err().to_string();

@@ -21,7 +21,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::vit::timm_classes;
+use crate::vit::{timm_args, timm_classes};
 
 /// Multipliers of width and depth of timm's sizes.
 const SIZES: &[(&str, f64, f64)] = &[
@@ -60,9 +60,7 @@ pub fn parse(config: &Config) -> Result<EfficientNetConfig, ConfigError> {
     let (width, depth) =
         own.ok_or_else(|| config.error("architecture", "tf_efficientnet_ with b0 to b8 or l2"))?;
     let args = config.object_or_empty("model_args")?;
-    if let Some(field) = args.fields().find(|field| args.has(field) && !ARGS.contains(field)) {
-        return Err(args.error(field, "no such argument (it is not supported)"));
-    }
+    timm_args(&args, &[ARGS], &[])?;
     let multiplier = |field: &str, own: f64| match args.number_or(field, own)? {
         by if by > 0.0 && by <= 32.0 => Ok(by),
         _ => Err(args.error(field, "a number above 0 and at most 32")),

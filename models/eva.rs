@@ -28,7 +28,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::vit::{LastNorm, Pooling, mlp_width, side_or, timm_classes};
+use crate::vit::{LastNorm, Pooling, mlp_width, side_or, timm_args, timm_classes};
 
 /// Shape of an EVA.
 #[derive(Clone, Debug, PartialEq)]
@@ -453,14 +453,7 @@ impl EvaConfig {
     /// # Errors
     /// If there is none, or `args` are malformed or ask for what is not built.
     pub fn timm_args(own: Self, args: &Config, classes: usize) -> Result<Self, ConfigError> {
-        for (field, allowed) in ARGS_FIXED {
-            args.only(field, allowed)?;
-        }
-        let is_fixed = |field: &str| ARGS_FIXED.iter().any(|(name, _)| *name == field);
-        let is_known = |field: &str| ARGS.contains(&field) || is_fixed(field);
-        if let Some(field) = args.fields().find(|&field| args.has(field) && !is_known(field)) {
-            return Err(args.error(field, "no such argument (it is not supported)"));
-        }
+        timm_args(args, &[ARGS], ARGS_FIXED)?;
         let d_model = args.size_or("embed_dim", own.d_model)?;
         let pooling = match args.text("global_pool") {
             None if args.has("global_pool") => return Err(args.error("global_pool", "a text")),
@@ -523,8 +516,6 @@ impl EvaConfig {
             config.only(field, allowed)?;
         }
         let d_model = config.size_or("embed_dim", 768)?;
-        let gated = config.flag_or("naiveswiglu", false)?;
-        let sub_norms = config.flag_or("subln", false)?;
         Self {
             image_size: side_or(config, "img_size", 224)?,
             patch_size: side_or(config, "patch_size", 16)?,
@@ -537,12 +528,7 @@ impl EvaConfig {
             qkv_bias: config.flag_or("qkv_bias", true)?,
             // the sub-norms of the masked pretraining are those of the MLP alone
             attention_norm: false,
-            mlp: match (gated, sub_norms) {
-                (true, true) => MlpKind::GatedNormed,
-                (true, false) => MlpKind::Gated,
-                (false, false) => MlpKind::Plain,
-                (false, true) => return Err(config.error("subln", "false without `naiveswiglu`")),
-            },
+            mlp: MlpKind::authors(config)?,
             rope: config.flag_or("rope", false)?.then_some(GridRope { pretrained_side: None }),
             last_norm: LastNorm::Tokens,
             pooling: Pooling::Class,
@@ -575,6 +561,18 @@ impl EvaConfig {
             (NormKind::Layer, _) => &KEYS_GATED,
             (NormKind::Rms, MlpKind::Plain) => &KEYS_RMS,
             (NormKind::Rms, _) => &KEYS_RMS_GATED,
+        }
+    }
+}
+
+impl MlpKind {
+    /// As the settings `naiveswiglu` and `subln` of the authors' code say.
+    pub(crate) fn authors(config: &Config) -> Result<Self, ConfigError> {
+        match (config.flag_or("naiveswiglu", false)?, config.flag_or("subln", false)?) {
+            (true, true) => Ok(Self::GatedNormed),
+            (true, false) => Ok(Self::Gated),
+            (false, false) => Ok(Self::Plain),
+            (false, true) => Err(config.error("subln", "false without `naiveswiglu`")),
         }
     }
 }
@@ -780,16 +778,10 @@ struct Runner {
 impl Forward for Runner {
     /// timm's layout takes `pixel_values`; the masked pretraining `image`, `bool_masked_pos` and, for the loss,
     /// `clip_targets` `[masked, width]`.
-    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error> {
         match self.layout {
             Layout::Timm => self.pooled(inputs),
-            Layout::Masked => {
-                let pixels = self.config.pixels(&mut inputs, "image");
-                let masked = inputs.mask("bool_masked_pos");
-                let targets = inputs.float::<2>("clip_targets");
-                inputs.missing("bool_masked_pos");
-                self.masked(inputs, pixels, masked, targets)
-            }
+            Layout::Masked => self.masked(inputs),
         }
     }
 }
@@ -811,13 +803,11 @@ impl Runner {
         Ok(vec![output("forward_features", hidden), output("pre_logits", pooled), output("logits", logits)])
     }
 
-    fn masked(
-        &self,
-        mut inputs: Inputs,
-        pixels: Option<Tensor<4>>,
-        masked: Option<Tensor<2, Bool>>,
-        targets: Option<Tensor<2>>,
-    ) -> Result<Outputs, Error> {
+    fn masked(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let pixels = self.config.pixels(&mut inputs, "image");
+        let masked = inputs.mask("bool_masked_pos");
+        let targets = inputs.float::<2>("clip_targets");
+        inputs.missing("bool_masked_pos");
         let patches = self.config.side().pow(2);
         if let (Some(pixels), Some(masked)) = (&pixels, &masked)
             && masked.dims() != [pixels.dims()[0], patches]

@@ -177,8 +177,7 @@ impl EvaClipConfig {
         let d_model = vision.size_or("width", 768)?;
         let head_width = vision.size_or("head_width", 64)?;
         vision.divides("head_width", head_width, d_model)?;
-        let gated = vision.flag_or("naiveswiglu", false)?;
-        let sub_norms = vision.flag_or("subln", false)?;
+        let mlp = MlpKind::authors(&vision)?;
         let qkv_bias = vision.flag_or("qkv_bias", true)?;
         let image_size = side_or(&vision, "image_size", 224)?;
         let patch_size = side_or(&vision, "patch_size", 16)?;
@@ -200,13 +199,8 @@ impl EvaClipConfig {
             norm_eps: 1e-6,
             wiring: if vision.flag_or("postnorm", false)? { Wiring::Post } else { Wiring::Pre },
             qkv_bias,
-            attention_norm: sub_norms,
-            mlp: match (gated, sub_norms) {
-                (true, true) => MlpKind::GatedNormed,
-                (true, false) => MlpKind::Gated,
-                (false, false) => MlpKind::Plain,
-                (false, true) => return Err(vision.error("subln", "false without `naiveswiglu`")),
-            },
+            attention_norm: mlp == MlpKind::GatedNormed,
+            mlp,
             rope: rope.then_some(GridRope { pretrained_side: Some(pretrained_side) }),
             last_norm: LastNorm::Tokens,
             pooling: Pooling::Class,
@@ -381,9 +375,17 @@ const fn clip(vision: EvaConfig, image_size: usize, d_embed: usize, text: TextCo
     }
 }
 
-const fn hub(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
-    let source = "open_clip, sum over the parameters";
+const fn preset(
+    name: &'static str,
+    config: EvaClipConfig,
+    parameters: usize,
+    source: &'static str,
+) -> Preset {
     Preset { name, shape: Shape::EvaClip(config), weights: Weights::Hub, license: "MIT", parameters, source }
+}
+
+const fn hub(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
+    preset(name, config, parameters, "open_clip, sum over the parameters")
 }
 
 /// "EVA-CLIP-18B", table 1: 8B, whose text tower is that of E+.
@@ -420,7 +422,7 @@ const EIGHTEEN: EvaClipConfig = EvaClipConfig {
 const fn large(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
     let source =
         "counted here; the authors say 8.1 and 18.1 billion, and 7.5 and 17.6 of the towers for pictures";
-    Preset { name, shape: Shape::EvaClip(config), weights: Weights::Hub, license: "MIT", parameters, source }
+    preset(name, config, parameters, source)
 }
 
 /// Published sizes.

@@ -23,9 +23,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output, scalar};
-use crate::vit::{
-    BLOCK, Head, LastNorm, Pooling, Positioned, TRUNK, Vit, VitBlock, VitConfig, side_or, sides_or,
-};
+use crate::vit::{self, BLOCK, Head, TRUNK, Vit, VitBlock, VitConfig, side_or, sides_or};
 
 /// Shape of an MAE.
 #[derive(Clone, Debug, PartialEq)]
@@ -314,28 +312,7 @@ impl Forward for Runner {
 }
 
 /// He et al. 2021, table 8 and appendix A.1: ViT-B.
-const ENCODER: VitConfig = VitConfig {
-    image_size: [224; 2],
-    patch_size: 16,
-    channels: 3,
-    d_model: 768,
-    d_ff: 3072,
-    n_layers: 12,
-    n_heads: 12,
-    activation: Activation::Gelu,
-    layer_norm_eps: 1e-12,
-    class_token: true,
-    n_registers: 0,
-    positioned: Positioned::All,
-    qkv_bias: true,
-    qk_norm: false,
-    projection_bias: true,
-    layer_scale: None,
-    pre_norm: false,
-    last_norm: LastNorm::Tokens,
-    pooling: Pooling::Class,
-    head: Head::Absent,
-};
+const ENCODER: VitConfig = VitConfig { head: Head::Absent, ..vit::BASE };
 const LARGE: VitConfig = VitConfig { d_model: 1024, d_ff: 4096, n_layers: 24, n_heads: 16, ..ENCODER };
 const HUGE: VitConfig =
     VitConfig { patch_size: 14, d_model: 1280, d_ff: 5120, n_layers: 32, n_heads: 16, ..ENCODER };

@@ -740,10 +740,10 @@ impl Forward for EncoderRunner {
     }
 }
 
-/// An encoder and a decoder behind the forward contract.
-struct Runner {
-    model: T5,
-    config: T5Config,
+/// An encoder and a decoder behind the contracts of the registry.
+pub(crate) struct Runner {
+    pub model: T5,
+    pub config: T5Config,
 }
 
 impl Runner {

@@ -457,7 +457,7 @@ impl VitConfig {
                      clip_quickgelu_{N}, dinov2 or reg4_dinov2";
         let own = architecture.ok_or_else(|| config.error("architecture", known))?;
         let args = config.object_or_empty("model_args")?;
-        timm_args(&args)?;
+        timm_args(&args, &[ARGS, ARGS_OF_TRAINING], ARGS_FIXED)?;
         // before there was a `pretrained_cfg`, its fields stood by themselves
         let has_own = config.has("pretrained_cfg");
         let pretrained = if has_own { config.object("pretrained_cfg")? } else { config.clone() };
@@ -711,14 +711,19 @@ const ARGS_FIXED: &[(&str, &[&str])] = &[
     ("attn_layer", &["\"\"", "\"attn\""]),
 ];
 
-/// Refuses arguments that would change the numbers and are not built.
-fn timm_args(args: &Config) -> Result<(), ConfigError> {
-    for (field, allowed) in ARGS_FIXED {
+/// Refuses arguments of timm that would change the numbers and are not built: all but those in `known`, and of those in
+/// `fixed` all but some values.
+pub(crate) fn timm_args(
+    args: &Config,
+    known: &[&[&str]],
+    fixed: &[(&str, &[&str])],
+) -> Result<(), ConfigError> {
+    for (field, allowed) in fixed {
         args.only(field, allowed)?;
     }
-    let is_fixed = |field: &str| ARGS_FIXED.iter().any(|(name, _)| *name == field);
-    let is_known =
-        |field: &str| ARGS.contains(&field) || ARGS_OF_TRAINING.contains(&field) || is_fixed(field);
+    let is_known = |field: &str| {
+        known.iter().any(|known| known.contains(&field)) || fixed.iter().any(|(name, _)| *name == field)
+    };
     match args.fields().find(|&field| args.has(field) && !is_known(field)) {
         Some(field) => Err(args.error(field, "no such argument (it is not supported)")),
         None => Ok(()),
@@ -875,7 +880,7 @@ impl Forward for Runner {
 }
 
 /// Dosovitskiy et al. 2020, table 1: ViT-B, with 16 x 16 patches.
-const BASE: VitConfig = VitConfig {
+pub(crate) const BASE: VitConfig = VitConfig {
     image_size: [224; 2],
     patch_size: 16,
     channels: 3,
