@@ -32,6 +32,7 @@ pub mod index;
 pub mod llama;
 pub mod mae;
 pub mod masked;
+pub mod paint;
 pub mod painter;
 pub mod pangu;
 pub mod plato;

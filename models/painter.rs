@@ -7,7 +7,7 @@
 //! list of blocks with windows is a tuple of lists, in which no block's number is found.
 //!
 //! ```sh
-//! volary forward path/to/Painter --input in.safetensors --output out.safetensors
+//! volary paint street.jpg --prompt room.jpg --target room_depth.png --model BAAI/Painter
 //! ```
 
 use std::borrow::Cow;
@@ -19,15 +19,20 @@ use volary_kernels::layers::{
 };
 use volary_kernels::ops::{Activation, Mask};
 use volary_vision::conv::Conv3x3;
+use volary_vision::image::Rgb8;
+use volary_vision::interpolation::Interpolation;
+use volary_vision::palette::Painting;
 use volary_vision::patch::{PatchEmbedding, patchify, unpatchify};
 use volary_vision::position::{DecomposedPositions, resize_positions};
-use volary_weights::{KeyMap, Ones, Rule};
+use volary_vision::resample::Filter;
+use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
 
 use Rule::{Rename, Reshape, Split, Under};
 
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::paint::{Easel, Example, misfits};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
@@ -162,6 +167,26 @@ pub struct Decoder {
     activation: Activation,
 }
 
+/// What the rows of a batch have to do with each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// Nothing: each is a question of its own.
+    Questions,
+    /// They ask the same with different examples, which are averaged.
+    Examples,
+}
+
+impl Rows {
+    /// What is shared in block `layer` (from 0); in `apart` blocks, streams are averaged each for itself.
+    pub fn sharing(self, layer: usize, apart: usize) -> Sharing {
+        match self {
+            Self::Questions => Sharing::Nothing,
+            Self::Examples if layer < apart => Sharing::EachStream,
+            Self::Examples => Sharing::All,
+        }
+    }
+}
+
 /// Whether what a block's attention says of the lower half, where the question stands, is shared within a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
@@ -200,6 +225,18 @@ impl PainterConfig {
     pub const fn patches(&self) -> usize {
         let [rows, columns] = self.grid();
         rows * columns
+    }
+
+    /// Height and width of one picture.
+    pub const fn picture_size(&self) -> [usize; 2] {
+        let [height, width] = self.image_size;
+        [height / 2, width]
+    }
+
+    /// Nothing of the upper picture's answer is masked, all of the lower one's: `[batch, patches]`.
+    pub fn lower_half(&self, batch: usize, device: &Device) -> Tensor<2> {
+        let half = self.patches() / 2;
+        Tensor::cat(vec![Tensor::zeros([batch, half], device), Tensor::ones([batch, half], device)], 1)
     }
 
     /// An untrained model. Nothing is allocated before first use.
@@ -511,7 +548,7 @@ pub const SYSTEM: System = System {
     name: "painter",
     about: "Painter: tasks shown and answered in pictures",
     file: "models/painter.rs",
-    tasks: &["forward"],
+    tasks: &["paint", "forward"],
     proved: &["painter"],
     presets: PRESETS,
     recognises: |folder, config| match config {
@@ -602,6 +639,60 @@ impl Forward for Runner {
     }
 }
 
+/// A Painter that answers pictures.
+pub struct Artist {
+    /// The model.
+    pub model: Painter,
+    /// For pictures and answers.
+    pub easel: Easel,
+}
+
+impl Artist {
+    /// Loads a folder.
+    ///
+    /// # Errors
+    /// If it is malformed, or of another system.
+    pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
+        let system = System::of(folder)?;
+        if system.name != SYSTEM.name {
+            let task = "paint answers as examples show them (systems that can: painter, seggpt)";
+            return Err(Error::Task { system: system.name, task });
+        }
+        let config = of(folder)?;
+        let easel = Easel::of_authors(config.picture_size(), Filter::Bicubic);
+        Ok(Self { model: fill(folder, config.init(device), &KEYS, options)?, easel })
+    }
+
+    /// The answer to a picture as the examples show it, at the picture's size. Of several examples, what each says of the
+    /// question is averaged in every block, as SegGPT does it with the same trunk; the authors' Painter is shown one.
+    ///
+    /// The authors resize depths and semantic segmentations bilinear, instances and keypoints by the nearest pixel, and
+    /// pictures that are restored bicubic.
+    ///
+    /// # Errors
+    /// If there is no example, or an answer is not as large as its picture.
+    pub fn paint(
+        &self,
+        picture: &Rgb8,
+        examples: &[Example],
+        interpolation: Interpolation,
+    ) -> Result<Painting, Error> {
+        let problems = misfits(examples, "target");
+        if !problems.is_empty() {
+            return Err(Error::Prompt { problems });
+        }
+        let weight = self.model.patches.weight.val();
+        let (device, dtype) = (weight.device(), weight.dtype());
+        let config = &self.model.config;
+        let asked = self.easel.question(picture, examples, &device)?;
+        let [pictures, answers] = asked.map(|pictures| pictures.cast(dtype));
+        let masked = config.lower_half(examples.len(), &device).cast(dtype);
+        let streams = self.model.embed(pictures, answers, masked);
+        let features = self.model.encode(streams, |layer| Rows::Examples.sharing(layer, config.merge + 1));
+        Ok(self.easel.answer(self.model.decode(features), picture, interpolation))
+    }
+}
+
 /// `painter_vit_large_patch16_input896x448_win_dec64_8glb_sl1` of the authors.
 pub(crate) const LARGE: PainterConfig = PainterConfig {
     image_size: [896, 448],
@@ -642,7 +733,7 @@ pub(crate) mod tests {
     use std::path::Path;
 
     use burn::tensor::{Distribution, TensorData, Tolerance};
-    use volary_weights::{LoadOptions, parameters};
+    use volary_weights::parameters;
 
     use super::*;
 

@@ -16,9 +16,9 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 use volary_kernels::ops::Activation;
 use volary_vision::image::Rgb8;
+use volary_vision::interpolation::Interpolation;
 use volary_vision::palette::Painting;
 use volary_vision::patch::patchify;
-use volary_vision::preprocess::{Convert, Normalize, Pixels, Preprocessor, Rescale, Resize, stack};
 use volary_vision::resample::Filter;
 use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
 
@@ -27,7 +27,8 @@ use Rule::{Rename, Reshape, Under};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::painter::{ATTENTION, Asked, CHANNELS, Distance, LARGE, Painter, PainterConfig, RULES, Sharing};
+use crate::paint::{Easel, Example, misfits};
+use crate::painter::{ATTENTION, Asked, CHANNELS, Distance, LARGE, Painter, PainterConfig, RULES, Rows};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output, scalar};
@@ -50,15 +51,6 @@ pub enum Meant {
     Semantic,
     /// One thing.
     Instance,
-}
-
-/// What the rows of a batch have to do with each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
-    /// Nothing: each is a question of its own.
-    Questions,
-    /// They ask the same with different examples, which are averaged.
-    Examples,
 }
 
 /// A SegGPT.
@@ -84,18 +76,6 @@ impl SegGptConfig {
             apart: self.apart,
         }
     }
-
-    /// Height and width of one picture.
-    pub const fn picture_size(&self) -> [usize; 2] {
-        let [height, width] = self.trunk.image_size;
-        [height / 2, width]
-    }
-
-    /// Nothing of the upper picture's answer is masked, all of the lower one's: `[batch, patches]`.
-    pub fn lower_half(&self, batch: usize, device: &Device) -> Tensor<2> {
-        let half = self.trunk.patches() / 2;
-        Tensor::cat(vec![Tensor::zeros([batch, half], device), Tensor::ones([batch, half], device)], 1)
-    }
 }
 
 impl SegGpt {
@@ -120,11 +100,7 @@ impl SegGpt {
         let kinds = Tensor::stack::<2>(meant.iter().map(|&meant| self.token(meant)).collect(), 0);
         let kinds = kinds.unsqueeze_dim::<3>(1); // [batch, 1, d_model]
         let streams = self.trunk.embed(pictures, answers, masked).map(|x| x + kinds.clone());
-        let features = self.trunk.encode(streams, |layer| match rows {
-            Rows::Questions => Sharing::Nothing,
-            Rows::Examples if layer < self.apart => Sharing::EachStream,
-            Rows::Examples => Sharing::All,
-        });
+        let features = self.trunk.encode(streams, |layer| rows.sharing(layer, self.apart));
         self.trunk.decode(features)
     }
 
@@ -309,7 +285,7 @@ pub const SYSTEM: System = System {
     name: "seggpt",
     about: "SegGPT: pictures segmented as an example shows it",
     file: "models/seggpt.rs",
-    tasks: &["segment", "forward"],
+    tasks: &["segment", "paint", "forward"],
     proved: &["seggpt", "seggpt_hf"],
     presets: PRESETS,
     recognises: |folder, config| match config {
@@ -374,7 +350,7 @@ impl Runner {
             let (rows, masked, default) = match case == ENSEMBLE {
                 true => (
                     Rows::Examples,
-                    self.config.lower_half(batch, &device).cast(masked.dtype()),
+                    self.config.trunk.lower_half(batch, &device).cast(masked.dtype()),
                     Some(Meant::Instance),
                 ),
                 false => (Rows::Questions, masked, None),
@@ -402,7 +378,7 @@ impl Runner {
     /// the answers, there is a `loss`, of the first of them.
     fn transformers(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let trunk = &self.config.trunk;
-        let [height, width] = self.config.picture_size();
+        let [height, width] = self.config.trunk.picture_size();
         let names = ["pixel_values", "prompt_pixel_values", "prompt_masks"];
         let [asked, examples, shown] =
             names.map(|name| inputs.needed_pictures(name, [CHANNELS, height, width]));
@@ -425,7 +401,8 @@ impl Runner {
         let labels = labels.map(|labels| labels.cast(dtype));
         let [batch, ..] = asked.dims();
         let masked = masked.map(|masked| masked.float().expand([batch, trunk.patches()]));
-        let masked = masked.unwrap_or_else(|| self.config.lower_half(batch, &asked.device())).cast(dtype);
+        let masked =
+            masked.unwrap_or_else(|| self.config.trunk.lower_half(batch, &asked.device())).cast(dtype);
         let below = |upper: &Tensor<4>, lower: Tensor<4>| Tensor::cat(vec![upper.clone(), lower], 2);
         let answers = below(&shown, labels.clone().unwrap_or_else(|| shown.clone()));
         let paint = |asked: Tensor<4>, meant, rows| {
@@ -448,36 +425,14 @@ impl Runner {
     }
 }
 
-/// What the authors' `seggpt_inference.py` does to pictures; their folder does not say.
-fn preprocessor_of_authors(size: [usize; 2]) -> Preprocessor {
-    Preprocessor {
-        convert: Convert::First(volary_vision::image::Background::DropAlpha),
-        resize: Resize::Exact(size),
-        filter: Filter::Bicubic,
-        crop: None,
-        rescale: Rescale::Over255,
-        normalize: Some(Normalize { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
-    }
-}
-
 /// A SegGPT that segments pictures. Several examples are averaged as the authors do it, whatever the layout.
 pub struct Segmenter {
     /// The model.
     pub model: SegGpt,
     /// Its shape.
     pub config: SegGptConfig,
-    /// For pictures; masks are resized by their nearest pixels.
-    pub preprocessor: Preprocessor,
-    device: Device,
-}
-
-/// A picture, and a segmentation of it: in colours, on black.
-#[derive(Clone, Debug)]
-pub struct Example {
-    /// The picture.
-    pub picture: Rgb8,
-    /// As large.
-    pub mask: Rgb8,
+    /// For pictures and masks.
+    pub easel: Easel,
 }
 
 impl Segmenter {
@@ -491,11 +446,13 @@ impl Segmenter {
             return Err(Error::Task { system: system.name, task: "segment pictures as an example shows it" });
         }
         let (config, layout) = SegGptConfig::of(folder)?;
-        let size = config.picture_size();
-        let preprocessor = match layout {
-            Layout::Authors => preprocessor_of_authors(size),
-            Layout::Transformers => folder.preprocessor()?,
+        let size = config.trunk.picture_size();
+        let of_authors = Easel::of_authors(size, Filter::Nearest);
+        let easel = match layout {
+            Layout::Authors => of_authors,
+            Layout::Transformers => Easel { preprocessor: folder.preprocessor()?, ..of_authors },
         };
+        let preprocessor = &easel.preprocessor;
         if preprocessor.image_size() != Some(size) {
             let ([height, width], folder) = (size, folder.path().display());
             let made = preprocessor.image_size().map_or("varying sizes".into(), |[h, w]| format!("{w}x{h}"));
@@ -507,58 +464,59 @@ impl Segmenter {
         // transformers mixes the two streams of several examples in one block, which the authors keep apart
         let config = SegGptConfig { apart: config.trunk.merge + 1, ..config };
         let model = fill(folder, config.init(device), layout.keys(), options)?;
-        Ok(Self { model, config, preprocessor, device: device.clone() })
+        Ok(Self { model, config, easel })
     }
 
-    /// The segmentation of a picture as the examples show it, in their colours, at the picture's size.
+    /// The segmentation of a picture as the examples show it, in their colours on black, at the picture's size.
     ///
     /// # Errors
     /// If there is no example, a mask is not as large as its picture, or marks nothing.
     pub fn segment(&self, picture: &Rgb8, examples: &[Example], meant: Meant) -> Result<Painting, Error> {
-        let mut problems = Vec::new();
-        if examples.is_empty() {
-            problems.push("there is no example".to_owned());
-        }
-        for (number, Example { picture, mask }) in (1..).zip(examples) {
-            let [wanted, found] = [picture, mask].map(|picture| [picture.width(), picture.height()]);
-            if wanted != found {
-                let ([width, height], [w, h]) = (wanted, found);
-                problems.push(format!("mask {number} is {w}x{h}, its picture {width}x{height}"));
-            } else if mask.pixels().iter().all(|&sample| sample == 0) {
-                problems.push(format!("mask {number} is black: it marks nothing"));
-            }
-        }
+        let mut problems = misfits(examples, "mask");
+        let black = |(number, example): (usize, &Example)| {
+            let black = example.answer.pixels().iter().all(|&sample| sample == 0);
+            black.then(|| format!("mask {number} is black: it marks nothing"))
+        };
+        problems.extend((1..).zip(examples).filter_map(black));
         if !problems.is_empty() {
             return Err(Error::Prompt { problems });
         }
-        let of_masks = Preprocessor { filter: Filter::Nearest, ..self.preprocessor.clone() };
-        let stacked = |pixels: Vec<Pixels>| stack(&pixels, &self.device);
-        let upper: Vec<Pixels> = examples
-            .iter()
-            .map(|example| self.preprocessor.apply(&example.picture))
-            .collect::<Result<_, _>>()?;
-        let shown: Vec<Pixels> =
-            examples.iter().map(|example| of_masks.apply(&example.mask)).collect::<Result<_, _>>()?;
-        let lower = vec![self.preprocessor.apply(picture)?; examples.len()];
-        let (upper, shown, lower) = (stacked(upper)?, stacked(shown)?, stacked(lower)?);
-        let answer = self.answer(lower, upper, shown, meant);
-        let [_, channels, height, width] = answer.dims();
-        let data = answer.into_data().convert::<f32>().iter::<f32>().collect();
-        let painting = Painting::new(&Pixels { data, channels, height, width }, self.preprocessor.normalize);
-        Ok(painting.resized([picture.height(), picture.width()]))
+        self.answer(picture, examples, meant, Interpolation::Nearest)
     }
 
-    /// What is painted below: a question, the same in every row, and its examples with their masks, each `[examples, 3,
-    /// height / 2, width]`, to `[1, 3, height / 2, width]`.
-    fn answer(&self, asked: Tensor<4>, examples: Tensor<4>, masks: Tensor<4>, meant: Meant) -> Tensor<4> {
-        let [count, _, height, _] = asked.dims();
-        let dtype = self.model.semantic_token.val().dtype();
-        let pictures = Tensor::cat(vec![examples, asked], 2).cast(dtype);
-        let answers = Tensor::cat(vec![masks.clone(), masks], 2).cast(dtype);
-        let masked = self.config.lower_half(count, &self.device).cast(dtype);
-        let rows = if count > 1 { Rows::Examples } else { Rows::Questions };
-        let painted = self.model.forward(pictures, answers, masked, &vec![Some(meant); count], rows);
-        painted.narrow(0, 0, 1).narrow(2, height, height)
+    /// The answer to a picture as the examples show it, whatever that is, at the picture's size.
+    ///
+    /// # Errors
+    /// If there is no example, or an answer is not as large as its picture.
+    pub fn paint(
+        &self,
+        picture: &Rgb8,
+        examples: &[Example],
+        meant: Meant,
+        interpolation: Interpolation,
+    ) -> Result<Painting, Error> {
+        let problems = misfits(examples, "target");
+        if !problems.is_empty() {
+            return Err(Error::Prompt { problems });
+        }
+        self.answer(picture, examples, meant, interpolation)
+    }
+
+    fn answer(
+        &self,
+        picture: &Rgb8,
+        examples: &[Example],
+        meant: Meant,
+        interpolation: Interpolation,
+    ) -> Result<Painting, Error> {
+        let token = self.model.semantic_token.val();
+        let (device, dtype, count) = (token.device(), token.dtype(), examples.len());
+        let asked = self.easel.question(picture, examples, &device)?;
+        let [pictures, answers] = asked.map(|pictures| pictures.cast(dtype));
+        let masked = self.config.trunk.lower_half(count, &device).cast(dtype);
+        let meant = vec![Some(meant); count];
+        let painted = self.model.forward(pictures, answers, masked, &meant, Rows::Examples);
+        Ok(self.easel.answer(painted, picture, interpolation))
     }
 }
 
@@ -649,7 +607,7 @@ mod tests {
             let [count, ..] = upper.dims();
             let pictures = Tensor::cat(vec![upper, asked.clone().expand([count, 3, 4, 4])], 2);
             let answers = Tensor::cat(vec![shown.clone(), shown], 2);
-            let masked = config.lower_half(count, &device);
+            let masked = config.trunk.lower_half(count, &device);
             let painted = model.forward(pictures, answers, masked, &vec![Some(Meant::Instance); count], rows);
             painted.narrow(0, 0, 1).narrow(2, 5, 3).into_data() // the first row sees the picture above
         };
@@ -673,7 +631,7 @@ mod tests {
             (random([1, 3, 8, 4]).expand([3, 3, 8, 4]), random([1, 3, 8, 4]).expand([3, 3, 8, 4]));
         let meant = [None, Some(Meant::Semantic), Some(Meant::Instance)];
         let painted =
-            model.forward(pictures, answers, config.lower_half(3, &device), &meant, Rows::Questions);
+            model.forward(pictures, answers, config.trunk.lower_half(3, &device), &meant, Rows::Questions);
         let row = |at| painted.clone().narrow(0, at, 1);
         for (a, b) in [(0, 1), (0, 2), (1, 2)] {
             assert!((row(a) - row(b)).abs().max().into_scalar::<f32>() > 1e-5, "{a} {b}");
@@ -737,10 +695,10 @@ mod tests {
     #[test]
     fn examples_that_show_nothing_are_refused() {
         let (config, device) = (tiny(), Device::flex());
-        let preprocessor = preprocessor_of_authors(config.picture_size());
-        let segmenter = Segmenter { model: config.init(&device), config, preprocessor, device };
+        let easel = Easel::of_authors(config.trunk.picture_size(), Filter::Nearest);
+        let segmenter = Segmenter { model: config.init(&device), config, easel };
         let flat = |width, height, value| Rgb8::new(width, height, vec![value; 3 * width * height]).unwrap();
-        let example = |mask| Example { picture: flat(5, 7, 9), mask };
+        let example = |answer| Example { picture: flat(5, 7, 9), answer };
         let refused = |examples: &[Example]| {
             segmenter.segment(&flat(6, 3, 1), examples, Meant::Instance).unwrap_err().to_string()
         };

@@ -6,6 +6,7 @@ pub mod resample;
 
 pub mod conv;
 pub mod efficientnet;
+pub mod interpolation;
 pub mod palette;
 pub mod patch;
 pub mod position;

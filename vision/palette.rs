@@ -4,6 +4,7 @@
 //! (<https://arxiv.org/abs/2212.02499>), section 3.1: what is segmented is a picture like any other.
 
 use crate::image::{ImageError, Rgb8};
+use crate::interpolation::Interpolation;
 use crate::preprocess::{Normalize, Pixels};
 
 /// A class per pixel, `[height, width]`, row by row; 0 is the background.
@@ -94,14 +95,14 @@ impl Palette {
 /// What a model painted, colours from 0 to 255: `[3, height, width]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Painting {
+    /// As the model makes them: some lie outside, and are cut off when they are looked at.
     data: Vec<f32>,
     height: usize,
     width: usize,
 }
 
 impl Painting {
-    /// Pixels as a model makes them, with the scale of 0 to 1 and the normalisation of its preprocessor undone; what lies
-    /// outside of 0 to 255 is cut off.
+    /// Pixels as a model makes them, with the scale of 0 to 1 and the normalisation of its preprocessor undone.
     ///
     /// # Panics
     /// If there are not 3 channels.
@@ -110,27 +111,21 @@ impl Painting {
         assert_eq!(channels, 3, "channels (left) of a painting");
         let of_channel = |(channel, values): (usize, &[f32])| -> Vec<f32> {
             let undo = |value: f32| normalize.map_or(value, |n| value * n.std[channel] + n.mean[channel]);
-            values.iter().map(|&value| (undo(value) * 255.0).clamp(0.0, 255.0)).collect()
+            values.iter().map(|&value| undo(value) * 255.0).collect()
         };
         let data = pixels.data.chunks_exact(height * width).enumerate().flat_map(of_channel).collect();
         Self { data, height, width }
     }
 
-    /// The same as large as a picture of `[height, width]`: of each pixel the nearest, as PyTorch's
-    /// `interpolate(mode="nearest")` picks it.
-    pub fn resized(&self, [height, width]: [usize; 2]) -> Self {
-        let sources = |from: usize, to: usize| -> Vec<usize> {
-            let scale = from as f32 / to as f32;
-            (0..to).map(|at| ((at as f32 * scale) as usize).min(from - 1)).collect()
-        };
-        let (rows, columns) = (sources(self.height, height), sources(self.width, width));
-        let mut data = Vec::with_capacity(3 * height * width);
-        for channel in 0..3 {
-            for row in &rows {
-                let row = &self.data[(channel * self.height + row) * self.width..][..self.width];
-                data.extend(columns.iter().map(|&column| row[column]));
-            }
+    /// The same as large as a picture of `[height, width]`. What lies outside of 0 to 255 is cut off before, but for
+    /// [`Interpolation::Bicubic`], which overshoots itself.
+    pub fn resized(mut self, size: [usize; 2], interpolation: Interpolation) -> Self {
+        if interpolation != Interpolation::Bicubic {
+            self.data.iter_mut().for_each(|value| *value = shown(*value));
         }
+        let (from, [height, width]) = ([self.height, self.width], size);
+        let maps = self.data.chunks_exact(self.height * self.width);
+        let data = maps.flat_map(|map| interpolation.resize(map, from, size)).collect();
         Self { data, height, width }
     }
 
@@ -143,8 +138,13 @@ impl Painting {
     /// Red, green and blue of every pixel, row by row.
     pub fn pixels(&self) -> impl Iterator<Item = [f32; 3]> {
         let size = self.height * self.width;
-        (0..size).map(move |at| [self.data[at], self.data[size + at], self.data[2 * size + at]])
+        (0..size).map(move |at| [at, size + at, 2 * size + at].map(|at| shown(self.data[at])))
     }
+}
+
+/// What lies outside of 0 to 255 is cut off.
+fn shown(value: f32) -> f32 {
+    value.clamp(0.0, 255.0)
 }
 
 /// A segmentation laid over its picture: 4 parts of the picture, and 6 of it in the light of the painting. Both are as
@@ -190,9 +190,25 @@ mod tests {
         let data = data.map(|value| f32::from(value) / 255.0).collect();
         let painting = Painting::new(&Pixels { data, channels: 3, height: 4, width: 9 }, None);
         assert_eq!(palette.classes(&painting), map);
-        let twice = palette.classes(&painting.resized([8, 18]));
+        let twice = palette.classes(&painting.resized([8, 18], Interpolation::Nearest));
         assert_eq!(twice.classes[..18], twice.classes[18..36]);
         assert_eq!(twice.classes[..18].iter().step_by(2).copied().collect::<Vec<_>>(), map.classes[..9]);
+    }
+
+    /// What is too bright counts as 255 between two pixels, but in a cubic as it was painted.
+    #[test]
+    fn what_lies_outside_is_cut_off_where_the_authors_do_it() {
+        let painting = || {
+            let data = [[0.0, 2.0], [0.0, 1.0], [-1.0, 1.0]].concat();
+            Painting::new(&Pixels { data, channels: 3, height: 1, width: 2 }, None)
+        };
+        assert_eq!(painting().to_rgb().pixels(), [0, 0, 0, 255, 255, 255]);
+        let middle =
+            |interpolation| painting().resized([1, 4], interpolation).to_rgb().pixels()[3..9].to_vec();
+        assert_eq!(middle(Interpolation::Nearest), [0, 0, 0, 255, 255, 255]);
+        assert_eq!(middle(Interpolation::Bilinear), [63, 63, 63, 191, 191, 191]);
+        // 0.2265625 of the way and 0.7734375
+        assert_eq!(middle(Interpolation::Bicubic), [115, 57, 0, 255, 197, 139]);
     }
 
     #[test]

@@ -3,11 +3,12 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
+use crate::interpolation::Interpolation;
+
 /// A table of positions for another number of patches, by bicubic interpolation: `[rows * columns, d]`, row by row,
 /// from `from` to `to` (rows, columns).
 ///
-/// The numbers are those of PyTorch's `interpolate(mode="bicubic", align_corners=False)`: Keys' cubic with `a = -0.75`,
-/// without antialiasing, the border repeated. With `from == to` the table stays as it is.
+/// The numbers are those of [`Interpolation::Bicubic`]. With `from == to` the table stays as it is.
 ///
 /// # Panics
 /// If the table has not `from[0] * from[1]` rows.
@@ -26,16 +27,10 @@ pub fn resize_positions(table: Tensor<2>, from: [usize; 2], to: [usize; 2]) -> T
 
 /// What each of `to` places takes from each of `from`: `[to, from]`.
 fn bicubic(from: usize, to: usize) -> TensorData {
-    const A: f64 = -0.75;
-    let near = |t: f64| ((A + 2.0) * t - (A + 3.0)) * t * t + 1.0; // up to 1 away
-    let far = |t: f64| ((A * t - 5.0 * A) * t + 8.0 * A) * t - 4.0 * A; // from 1 to 2 away
     let mut weights = vec![0.0_f32; to * from];
-    for (place, row) in weights.chunks_exact_mut(from).enumerate() {
-        let centre = (place as f64 + 0.5) * from as f64 / to as f64 - 0.5;
-        let t = centre - centre.floor();
-        for (offset, weight) in (-1..).zip([far(1.0 + t), near(t), near(1.0 - t), far(2.0 - t)]) {
-            let source = (centre.floor() as i64 + offset).clamp(0, from as i64 - 1);
-            row[source as usize] += weight as f32;
+    for (row, taps) in weights.chunks_exact_mut(from).zip(Interpolation::Bicubic.taps(from, to)) {
+        for (source, weight) in taps {
+            row[source] += weight;
         }
     }
     TensorData::new(weights, [to, from])

@@ -7,12 +7,14 @@ mod convert;
 mod doctor;
 mod embed;
 mod eval;
+mod examples;
 mod fetch;
 mod fill;
 mod forward;
 mod generate;
 mod info;
 mod list;
+mod paint;
 mod perplexity;
 mod preprocess;
 mod progress;
@@ -96,6 +98,8 @@ enum Command {
     Search(search::Arguments),
     /// Segment a picture as examples show it.
     Segment(segment::Arguments),
+    /// Answer a picture with a picture, as examples show it: depth, keypoints, restoration, ...
+    Paint(paint::Arguments),
     /// Continue a text.
     Generate(Box<generate::Arguments>),
     /// Talk with a model.
@@ -139,6 +143,7 @@ pub fn run() -> ExitCode {
         Command::Embed(arguments) => embed::run(arguments, &shared),
         Command::Search(arguments) => search::run(arguments, &shared),
         Command::Segment(arguments) => segment::run(arguments, &shared),
+        Command::Paint(arguments) => paint::run(arguments, &shared),
         Command::Generate(arguments) => generate::run(*arguments, &shared),
         Command::Chat(arguments) => chat::run(*arguments, &shared),
         Command::Fill(arguments) => fill::run(*arguments, &shared),

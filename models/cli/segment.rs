@@ -5,12 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
-use volary::Error;
-use volary::seggpt::{Example, Meant, Segmenter};
-use volary_vision::image::{ReadOptions, read};
+use volary::seggpt::{Meant, Segmenter};
 use volary_vision::palette::overlay;
 
-use super::{Shared, Usage, say, say_json};
+use super::{Shared, Usage, examples, say, say_json};
 
 /// Arguments of `segment`.
 #[derive(Args)]
@@ -56,11 +54,7 @@ struct Answer {
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let Arguments { query, prompt, mask, .. } = &arguments;
-    if prompt.len() != mask.len() {
-        let (prompts, masks) = (prompt.len(), mask.len());
-        return Err(Usage(format!("{prompts} --prompt and {masks} --mask: each prompt has one mask")).into());
-    }
-    let place = |given: &Option<PathBuf>, end| given.clone().unwrap_or_else(|| beside(query, end));
+    let place = |given: &Option<PathBuf>, end| given.clone().unwrap_or_else(|| examples::beside(query, end));
     let [mask_file, overlay_file] =
         [place(&arguments.output, "mask.png"), place(&arguments.overlay, "overlay.png")];
     if mask_file == overlay_file {
@@ -68,13 +62,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         return Err(Usage(format!("--output and --overlay are both {file}")).into());
     }
     // the pictures before the model: they are read in no time
-    let picture = |path: &PathBuf| read(path, ReadOptions::SEEN).map_err(Error::from);
-    let asked = picture(query)?;
-    let examples: Vec<Example> = prompt
-        .iter()
-        .zip(mask)
-        .map(|(prompt, mask)| Ok(Example { picture: picture(prompt)?, mask: picture(mask)? }))
-        .collect::<Result<_, Error>>()?;
+    let (asked, examples) = examples::read_all(query, prompt, mask, "mask")?;
     let meant = match arguments.meant {
         Kind::Instance => Meant::Instance,
         Kind::Semantic => Meant::Semantic,
@@ -95,10 +83,4 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     }
     let (query, mask, overlay) = (told(query), told(&mask_file), told(&overlay_file));
     say(format!("{query}: {:.1} % marked; {mask}, {overlay}", 100.0 * covered))
-}
-
-/// A file here, named after another one.
-fn beside(query: &Path, end: &str) -> PathBuf {
-    let name = query.file_stem().map_or("query".into(), |stem| stem.to_string_lossy().into_owned());
-    PathBuf::from(format!("{name}.{end}"))
 }

@@ -11,7 +11,7 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
 use volary_vision::image::Rgb8;
-use volary_vision::preprocess::{Pixels, Preprocessor, stack};
+use volary_vision::preprocess::Preprocessor;
 use volary_vision::resample::Filter;
 use volary_weights::{LoadOptions, save};
 
@@ -20,7 +20,9 @@ use super::shapes::{Part, SIDE, Task};
 use crate::config::Config;
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::seggpt::{Example, Layout, Meant, Rows, SegGpt, SegGptConfig, Segmenter, loss};
+use crate::paint::{Easel, Example};
+use crate::painter::Rows;
+use crate::seggpt::{Layout, Meant, SegGpt, SegGptConfig, Segmenter, loss};
 
 const CONFIG: &str = include_str!("shapes/config.json");
 const PREPROCESSOR_CONFIG: &str = include_str!("shapes/preprocessor_config.json");
@@ -73,6 +75,7 @@ pub fn train(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Outcome,
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let config = SegGptConfig::transformers(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?;
     let preprocessor = Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?;
+    let easel = Easel { preprocessor, filter: Filter::Nearest };
     let device = device.clone().autodiff();
     device.seed(recipe.seed);
     let mut model = config.init(&device);
@@ -81,7 +84,7 @@ pub fn train(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Outcome,
     let bar = ProgressBar::new(recipe.steps as u64).with_style(style.expect("the template is valid"));
     let mut losses = Vec::with_capacity(recipe.steps);
     for step in 0..recipe.steps {
-        let (loss, gradients) = gradients(recipe, &config, &preprocessor, &model, step, &device)?;
+        let (loss, gradients) = gradients(recipe, &config, &easel, &model, step, &device)?;
         if !loss.is_finite() {
             let problem = format!("step {step}: the loss is {loss}; lower the learning rate");
             return Err(Error::Data { file: folder.into(), problem });
@@ -104,7 +107,7 @@ pub fn train(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Outcome,
 fn gradients(
     recipe: &Recipe,
     config: &SegGptConfig,
-    preprocessor: &Preprocessor,
+    easel: &Easel,
     model: &SegGpt,
     step: usize,
     device: &Device,
@@ -117,7 +120,7 @@ fn gradients(
             let (model, rows) = (model.clone().fork(device), rows.to_vec());
             let share = rows.len() as f64 / recipe.batch as f64;
             scope.spawn(move || {
-                let batch = Batch::draw(recipe, preprocessor, step, &rows, device)?;
+                let batch = Batch::draw(recipe, easel, step, &rows, device)?;
                 let loss = batch.loss(config, &model) * share;
                 let value = loss.clone().into_scalar::<f32>();
                 Ok((value, GradientsParams::from_grads(loss.backward(), &model)))
@@ -145,34 +148,30 @@ struct Batch {
 impl Batch {
     fn draw(
         recipe: &Recipe,
-        preprocessor: &Preprocessor,
+        easel: &Easel,
         step: usize,
         rows: &[usize],
         device: &Device,
     ) -> Result<Self, Error> {
-        let of_masks = Preprocessor { filter: Filter::Nearest, ..preprocessor.clone() };
-        let mut pixels: [Vec<Pixels>; 4] = Default::default();
+        let (mut above, mut below) = (Vec::new(), Vec::new());
         for row in rows {
             let row = (step * recipe.batch + row) as u64;
             let mut rng = Rng::with_seed(mix(recipe.seed, row));
             let task = Task::draw(Part::Learned, &mut rng);
-            let [above, below] = [task.example(&mut rng)?, task.example(&mut rng)?];
-            pixels[0].push(preprocessor.apply(&above.picture)?);
-            pixels[1].push(preprocessor.apply(&below.picture)?);
-            pixels[2].push(of_masks.apply(&above.mask)?);
-            pixels[3].push(of_masks.apply(&below.mask)?);
+            above.push(task.example(&mut rng)?);
+            below.push(task.example(&mut rng)?);
         }
-        let both = |above: &[Pixels], below: &[Pixels]| -> Result<Tensor<4>, Error> {
-            Ok(Tensor::cat(vec![stack(above, device)?, stack(below, device)?], 2))
-        };
-        Ok(Self { pictures: both(&pixels[0], &pixels[1])?, answers: both(&pixels[2], &pixels[3])? })
+        let [shown, answers] = easel.examples(&above, device)?;
+        let [asked, wanted] = easel.examples(&below, device)?;
+        let both = |above, below| Tensor::cat(vec![above, below], 2);
+        Ok(Self { pictures: both(shown, asked), answers: both(answers, wanted) })
     }
 
     /// `[1]`
     fn loss(self, config: &SegGptConfig, model: &SegGpt) -> Tensor<1> {
         let Self { pictures, answers } = self;
         let [rows, ..] = pictures.dims();
-        let masked = config.lower_half(rows, &pictures.device());
+        let masked = config.trunk.lower_half(rows, &pictures.device());
         let meant = vec![Some(Meant::Instance); rows];
         let painted = model.forward(pictures, answers.clone(), masked.clone(), &meant, Rows::Questions);
         let valid = answers.ones_like();
@@ -235,7 +234,7 @@ pub fn evaluate(
             let along: f32 = pixel.iter().zip(mark).map(|(value, side)| value * f32::from(side)).sum();
             along > 0.5 * light // nearer to the mark than to black
         };
-        sum += overlap(painting.pixels().map(towards), &asked.mask);
+        sum += overlap(painting.pixels().map(towards), &asked.answer);
     }
     Ok(sum / questions as f64)
 }
@@ -253,7 +252,7 @@ pub fn sheet(folder: &Path, part: Part, questions: usize, seed: u64, device: &De
     for question in 0..questions as u64 {
         let Question { asked, examples, .. } = Question::draw(part, 1, mix(seed, question))?;
         let painted = segmenter.segment(&asked.picture, &examples, Meant::Instance)?.to_rgb();
-        let row: [&Rgb8; COLUMNS] = [&examples[0].picture, &examples[0].mask, &asked.picture, &painted];
+        let row: [&Rgb8; COLUMNS] = [&examples[0].picture, &examples[0].answer, &asked.picture, &painted];
         for y in 0..SIDE * TIMES {
             let line = row
                 .iter()

@@ -5,7 +5,7 @@ use fastrand::Rng;
 use volary_vision::image::Rgb8;
 
 use crate::error::Error;
-use crate::seggpt::Example;
+use crate::paint::Example;
 
 /// Side of a drawn picture in pixels.
 pub const SIDE: usize = 32;
@@ -113,7 +113,7 @@ impl Task {
                 }
             }
         }
-        Ok(Example { picture: Rgb8::new(SIDE, SIDE, pixels)?, mask: Rgb8::new(SIDE, SIDE, mask)? })
+        Ok(Example { picture: Rgb8::new(SIDE, SIDE, pixels)?, answer: Rgb8::new(SIDE, SIDE, mask)? })
     }
 }
 
@@ -178,7 +178,7 @@ mod tests {
         for part in [Part::Learned, Part::Unseen] {
             for _ in 0..20 {
                 let task = Task::draw(part, &mut rng);
-                let Example { picture, mask } = task.example(&mut rng).unwrap();
+                let Example { picture, answer: mask } = task.example(&mut rng).unwrap();
                 let marked = || mask.pixels().chunks_exact(3).map(|pixel| pixel == task.mark);
                 let count = marked().filter(|&marked| marked).count();
                 assert!((40..200).contains(&count), "{count}");
@@ -201,7 +201,7 @@ mod tests {
             let mut rng = Rng::with_seed(7);
             Task::draw(Part::Learned, &mut rng).example(&mut rng).unwrap()
         };
-        assert_eq!((draw().picture, draw().mask), (draw().picture, draw().mask));
+        assert_eq!((draw().picture, draw().answer), (draw().picture, draw().answer));
         let hues = |part: Part| (0..500).map(move |seed| part.hue(&mut Rng::with_seed(seed)));
         let band = |hue: f32| (0.1..0.2).contains(&hue) || (0.55..0.65).contains(&hue);
         assert!(hues(Part::Unseen).all(band) && !hues(Part::Learned).any(band));

@@ -5,6 +5,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::image::{Orientation, ReadOptions};
+use crate::interpolation::Interpolation;
 use crate::palette::{ClassMap, Painting, Palette};
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures");
@@ -104,7 +105,8 @@ fn seggpt_prompts_and_answers() {
         let data = rows.flat_map(|colour| &colour[both / 2 * width..]).copied().collect();
         let pixels = Pixels { data, channels: 3, height: both / 2, width };
         let wanted = classes(&outputs, &format!("segmentation.{i}"));
-        let painting = Painting::new(&pixels, preprocessor.normalize).resized([wanted.height, wanted.width]);
+        let painting = Painting::new(&pixels, preprocessor.normalize)
+            .resized([wanted.height, wanted.width], Interpolation::Nearest);
         assert_eq!(palette.classes(&painting), wanted, "segmentation {i}");
     }
 }
