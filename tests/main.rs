@@ -7,6 +7,7 @@ mod convert;
 mod corrupt;
 #[cfg(unix)] // links, signals
 mod hub;
+mod paint;
 mod parity;
 mod readme;
 mod search;
