@@ -1,0 +1,283 @@
+//! Image towers beside PyTorch, in turns: ViT-B/32 as CLIP has it and EVA02-B/16, f32, batches of 1, 8 and 32.
+//!
+//! ```sh
+//! VOLARY_PYTHON=python3 cargo bench --bench towers -- [rounds] [largest batch]
+//! ```
+//!
+//! Writes random weights and pixels once to a temporary folder, where both programs read them; what they make of two
+//! pictures is compared before anything is timed. Each program is a process that waits while the other one computes. Every
+//! figure is the median of some rounds (5; 3 of the largest batches), the least and the greatest beside it. Where PyTorch's
+//! threads wait for each other they spin, so that its walls with two threads are noisy: one thread is measured as well, and
+//! the CPU time of the whole process.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use volary::clip::{ClipConfig, Layout, VisionTower};
+use volary::eva::Eva;
+use volary::eva_clip::EvaClipConfig;
+use volary::preset::Shape;
+use volary::registry::SYSTEMS;
+use volary_weights::{LoadOptions, load, open, read_tensors, save, save_tensors};
+
+/// What the table calls it, our preset, and open_clip's name.
+const TOWERS: [(&str, &str, &str); 2] = [
+    ("ViT-B/32", "openai/clip-vit-base-patch32", "ViT-B-32-quickgelu"),
+    ("EVA02-B/16", "timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", "EVA02-B-16"),
+];
+const BATCHES: [usize; 3] = [1, 8, 32];
+const THREADS: [usize; 2] = [1, 2];
+/// Pictures that one measurement encodes at least: small batches are run several times.
+const PICTURES: usize = 8;
+/// From this batch on there are fewer rounds.
+const LARGE: usize = 32;
+const IMAGE_SIZE: usize = 224;
+/// How far two programs may be apart, as a share of the greatest number.
+const TOLERANCE: f32 = 1e-4;
+const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/towers.py");
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["child", preset, weights, pixels] => child(preset, Path::new(weights), Path::new(pixels)),
+        [] => compare(5, LARGE),
+        [rounds] => compare(rounds.parse()?, LARGE),
+        [rounds, largest] => compare(rounds.parse()?, largest.parse()?),
+        _ => bail!("expected at most: ROUNDS LARGEST_BATCH"),
+    }
+}
+
+/// Prints the table.
+fn compare(rounds: usize, largest: usize) -> Result<()> {
+    ensure!(rounds > 0 && largest > 0, "there is nothing to measure");
+    println!("| tower | threads | batch | volary s | PyTorch s | ratio | volary CPU s | PyTorch CPU s |");
+    println!("|{}", " --- |".repeat(8));
+    for (tower, preset, open_clip) in TOWERS {
+        let folder = tempfile::tempdir()?;
+        let [weights, pixels] =
+            ["model", "pixels"].map(|name| folder.path().join(format!("{name}.safetensors")));
+        write(preset, &weights, &pixels)?;
+        for threads in THREADS {
+            let mut volary = Command::new(std::env::current_exe()?);
+            volary.args(["child", preset]).env("RAYON_NUM_THREADS", threads.to_string());
+            let mut python =
+                Command::new(std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into()));
+            python.args([PEER, open_clip, &threads.to_string()]);
+            let mut programs = [volary, python];
+            programs.iter_mut().for_each(|program| {
+                program.arg(&weights).arg(&pixels);
+            });
+            let [volary, python] = programs;
+            let mut programs = [Program::start(volary)?, Program::start(python)?];
+            agree(&mut programs, folder.path())?;
+            for batch in BATCHES.into_iter().filter(|&batch| batch <= largest) {
+                let rounds = if batch >= LARGE { rounds.min(3) } else { rounds };
+                let figures = measure(&mut programs, batch, rounds)?;
+                let [ours, theirs] = &figures;
+                let ratio = ours.wall[rounds / 2] / theirs.wall[rounds / 2];
+                let [wall, peer] = [ours, theirs].map(|figures| told(&figures.wall));
+                let [cpu, peer_cpu] = [ours, theirs].map(|figures| told(&figures.cpu));
+                println!(
+                    "| {tower} | {threads} | {batch} | {wall} | {peer} | {ratio:.2} | {cpu} | {peer_cpu} |"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Random weights under open_clip's names, and as many pictures as the largest batch has.
+fn write(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
+    let device = Device::flex();
+    device.seed(1);
+    match shape(preset)? {
+        Wanted::Clip(config) => {
+            save(&config.init(&device), Layout::OpenClip.keys(&config.vision), None, weights, None)?;
+        }
+        Wanted::Eva(config) => save(&config.init(&device), config.keys(), None, weights, None)?,
+    }
+    let shape = [LARGE, 3, IMAGE_SIZE, IMAGE_SIZE];
+    let data = Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device).into_data();
+    Ok(save_tensors(pixels, &[("pixels".to_owned(), data)])?)
+}
+
+enum Wanted {
+    Clip(&'static ClipConfig),
+    Eva(&'static EvaClipConfig),
+}
+
+fn shape(name: &str) -> Result<Wanted> {
+    let presets = SYSTEMS.iter().flat_map(|system| system.presets);
+    match presets.filter(|preset| preset.name == name).map(|preset| &preset.shape).next() {
+        Some(Shape::Clip(config)) => Ok(Wanted::Clip(config)),
+        Some(Shape::EvaClip(config)) => Ok(Wanted::Eva(config)),
+        _ => bail!("{name} is neither a CLIP nor an EVA-CLIP among the presets"),
+    }
+}
+
+/// A program that encodes pictures when it is asked to.
+struct Program {
+    process: Child,
+    asks: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Program {
+    /// Starts it, and tells with how many threads it computes.
+    fn start(mut command: Command) -> Result<Self> {
+        let told = format!("{command:?}");
+        let mut process = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{told} does not start"))?;
+        let (asks, answers) = (process.stdin.take(), process.stdout.take());
+        let asks = asks.context("it is piped")?;
+        let answers = BufReader::new(answers.context("it is piped")?);
+        let mut program = Self { process, asks, answers };
+        eprintln!("{}", program.answer()?);
+        Ok(program)
+    }
+
+    fn ask(&mut self, question: &str) -> Result<String> {
+        writeln!(self.asks, "{question}")?;
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.answers.read_line(&mut line)?;
+        ensure!(
+            line.ends_with('\n'),
+            "the program ended, see above (the peer needs torch, open_clip and timm)"
+        );
+        Ok(line.trim().to_owned())
+    }
+
+    /// What Linux counts of it so far, of all its threads, in hundredths of a second.
+    fn cpu_seconds(&self) -> Result<f64> {
+        let file = format!("/proc/{}/stat", self.process.id());
+        let status = std::fs::read_to_string(file).context("/proc is read for CPU time")?;
+        let (_, fields) = status.rsplit_once(')').context("no name in its stat")?;
+        // after the state, which is no number, come ten others
+        let ticks: Vec<f64> = fields.split_whitespace().filter_map(|field| field.parse().ok()).collect();
+        Ok(ticks.get(10..12).context("no times in its stat")?.iter().sum::<f64>() / 100.0)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.process.kill(); // it may have ended
+        let _ = self.process.wait();
+    }
+}
+
+/// That both make the same of two pictures.
+fn agree(programs: &mut [Program; 2], folder: &Path) -> Result<()> {
+    let mut found = Vec::new();
+    for (number, program) in programs.iter_mut().enumerate() {
+        let file = folder.join(format!("features-{number}.safetensors"));
+        program.ask(&format!("write 2 {}", file.display()))?;
+        let features = read_tensors(&file)?.remove("features").context("no tensor `features`")?;
+        found.push(features);
+    }
+    let [ours, theirs] = [0, 1].map(|at| found[at].iter::<f32>().collect::<Vec<_>>());
+    ensure!(found[0].shape() == found[1].shape(), "{:?} and {:?}", found[0].shape(), found[1].shape());
+    let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    let worst = ours.iter().zip(&theirs).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / scale;
+    eprintln!("greatest difference of {} numbers: {worst:.1e} of the greatest", ours.len());
+    ensure!(worst <= TOLERANCE, "the programs differ by {worst:e}, {TOLERANCE:e} is allowed"); // NaN is not
+    Ok(())
+}
+
+/// Seconds a batch, sorted.
+struct Figures {
+    wall: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+/// Both programs in turns, after a batch each that does not count.
+fn measure(programs: &mut [Program; 2], batch: usize, rounds: usize) -> Result<[Figures; 2]> {
+    let times = (PICTURES / batch).max(1);
+    let mut figures = [(); 2].map(|()| Figures { wall: Vec::new(), cpu: Vec::new() });
+    for program in programs.iter_mut() {
+        program.ask(&format!("time {batch} 1"))?;
+    }
+    for _ in 0..rounds {
+        for (program, figures) in programs.iter_mut().zip(&mut figures) {
+            let before = program.cpu_seconds()?;
+            let wall: f64 = program.ask(&format!("time {batch} {times}"))?.parse()?;
+            figures.wall.push(wall / times as f64);
+            figures.cpu.push((program.cpu_seconds()? - before) / times as f64);
+        }
+    }
+    for Figures { wall, cpu } in &mut figures {
+        wall.sort_by(f64::total_cmp);
+        cpu.sort_by(f64::total_cmp);
+    }
+    Ok(figures)
+}
+
+/// The median, the least and the greatest.
+fn told(sorted: &[f64]) -> String {
+    let (median, least, greatest) = (sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1]);
+    format!("{median:.3} ({least:.3}-{greatest:.3})")
+}
+
+enum Tower {
+    Clip(VisionTower),
+    Eva(Eva),
+}
+
+impl Tower {
+    /// `[batch, 3, 224, 224] -> [batch, 512]`, not normalised.
+    fn features(&self, pixels: Tensor<4>) -> TensorData {
+        match self {
+            Self::Clip(tower) => tower.forward(pixels).embedding,
+            Self::Eva(tower) => tower.pool(tower.forward(pixels)).output,
+        }
+        .into_data()
+    }
+}
+
+/// Answers `write BATCH FILE` and `time BATCH TIMES`, line by line, until there is no more.
+fn child(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
+    let (device, options, checkpoint) = (Device::flex(), LoadOptions::default(), open(weights)?);
+    let tower = match shape(preset)? {
+        Wanted::Clip(config) => {
+            let keys = Layout::OpenClip.keys(&config.vision);
+            Tower::Clip(load(config.init(&device), checkpoint.as_ref(), keys, &options)?.vision)
+        }
+        Wanted::Eva(config) => {
+            Tower::Eva(load(config.init(&device), checkpoint.as_ref(), config.keys(), &options)?.vision)
+        }
+    };
+    let pixels = read_tensors(pixels)?.remove("pixels").context("no tensor `pixels`")?;
+    let pixels = Tensor::<4>::from_data(pixels, &device);
+    println!("volary, {} threads", rayon::current_num_threads());
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let &[what, batch, rest] = &words[..] else { bail!("`{line}` is not three words") };
+        let batch = pixels.clone().narrow(0, 0, batch.parse()?);
+        match what {
+            "write" => {
+                save_tensors(Path::new(rest), &[("features".to_owned(), tower.features(batch))])?;
+                println!("written");
+            }
+            "time" => {
+                let start = Instant::now();
+                for _ in 0..rest.parse()? {
+                    std::hint::black_box(tower.features(batch.clone()));
+                }
+                println!("{}", start.elapsed().as_secs_f64());
+            }
+            _ => bail!("`{what}` is neither `write` nor `time`"),
+        }
+    }
+    Ok(())
+}
