@@ -16,9 +16,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
-use volary::clip::{ClipConfig, Layout, VisionTower};
-use volary::eva::Eva;
+use burn::tensor::{Device, Distribution, Tensor};
+use volary::clip::{ClipConfig, Layout};
 use volary::eva_clip::EvaClipConfig;
 use volary::preset::Shape;
 use volary::registry::SYSTEMS;
@@ -228,34 +227,24 @@ fn told(sorted: &[f64]) -> String {
     format!("{median:.3} ({least:.3}-{greatest:.3})")
 }
 
-enum Tower {
-    Clip(VisionTower),
-    Eva(Eva),
-}
-
-impl Tower {
-    /// `[batch, 3, 224, 224] -> [batch, 512]`, not normalised.
-    fn features(&self, pixels: Tensor<4>) -> TensorData {
-        match self {
-            Self::Clip(tower) => tower.forward(pixels).embedding,
-            Self::Eva(tower) => tower.pool(tower.forward(pixels)).output,
-        }
-        .into_data()
-    }
-}
+/// `[batch, 3, 224, 224] -> [batch, 512]`, not normalised.
+type Tower = Box<dyn Fn(Tensor<4>) -> Tensor<2>>;
 
 /// Answers `write BATCH FILE` and `time BATCH TIMES`, line by line, until there is no more.
 fn child(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
     let (device, options, checkpoint) = (Device::flex(), LoadOptions::default(), open(weights)?);
-    let tower = match shape(preset)? {
+    let tower: Tower = match shape(preset)? {
         Wanted::Clip(config) => {
             let keys = Layout::OpenClip.keys(&config.vision);
-            Tower::Clip(load(config.init(&device), checkpoint.as_ref(), keys, &options)?.vision)
+            let tower = load(config.init(&device), checkpoint.as_ref(), keys, &options)?.vision;
+            Box::new(move |pixels| tower.forward(pixels).embedding)
         }
         Wanted::Eva(config) => {
-            Tower::Eva(load(config.init(&device), checkpoint.as_ref(), config.keys(), &options)?.vision)
+            let tower = load(config.init(&device), checkpoint.as_ref(), config.keys(), &options)?.vision;
+            Box::new(move |pixels| tower.pool(tower.forward(pixels)).output)
         }
     };
+    let features = |pixels| tower(pixels).into_data();
     let pixels = read_tensors(pixels)?.remove("pixels").context("no tensor `pixels`")?;
     let pixels = Tensor::<4>::from_data(pixels, &device);
     println!("volary, {} threads", rayon::current_num_threads());
@@ -266,13 +255,13 @@ fn child(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
         let batch = pixels.clone().narrow(0, 0, batch.parse()?);
         match what {
             "write" => {
-                save_tensors(Path::new(rest), &[("features".to_owned(), tower.features(batch))])?;
+                save_tensors(Path::new(rest), &[("features".to_owned(), features(batch))])?;
                 println!("written");
             }
             "time" => {
                 let start = Instant::now();
                 for _ in 0..rest.parse()? {
-                    std::hint::black_box(tower.features(batch.clone()));
+                    std::hint::black_box(features(batch.clone()));
                 }
                 println!("{}", start.elapsed().as_secs_f64());
             }

@@ -57,9 +57,9 @@ pub struct Shared {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`.
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
-    /// The numbers that weights are held and computed in, f32 unless said otherwise; int8 and int4: matrices in 8 or 4
-    /// bits, in blocks of 32, and all else in f32. Without it what is quantized stays so; the others unpack it. For
-    /// `convert` and `quantize` those that floats are written in.
+    /// The numbers that weights are held and computed in, f32 without it; int8 and int4 pack matrices into 8 or 4 bits, in
+    /// blocks of 32. What is stored packed stays so unless this names floats. `convert` and `quantize` write floats as
+    /// these.
     #[arg(long, global = true, value_enum)]
     dtype: Option<Dtype>,
     /// The variant of the weights, e.g. `fp16` for `model.fp16.safetensors`.
@@ -106,7 +106,7 @@ enum Command {
     Chat(Box<chat::Arguments>),
     /// Fill the blanks of a text: [MASK], and for GLM [sMASK] and [gMASK].
     Fill(Box<fill::Arguments>),
-    /// Measure how well a model foretells a text.
+    /// Measure how well a model predicts a text.
     Perplexity(perplexity::Arguments),
     /// Run a checkpoint folder on given tensors: to compare with another implementation.
     Forward(forward::Arguments),
