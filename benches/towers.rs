@@ -53,6 +53,7 @@ fn main() -> Result<()> {
 /// Prints the table.
 fn compare(rounds: usize, largest: usize) -> Result<()> {
     ensure!(rounds > 0 && largest > 0, "there is nothing to measure");
+    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
     println!("| tower | threads | batch | volary s | PyTorch s | ratio | volary CPU s | PyTorch CPU s |");
     println!("|{}", " --- |".repeat(8));
     for (tower, preset, open_clip) in TOWERS {
@@ -63,15 +64,10 @@ fn compare(rounds: usize, largest: usize) -> Result<()> {
         for threads in THREADS {
             let mut volary = Command::new(std::env::current_exe()?);
             volary.args(["child", preset]).env("RAYON_NUM_THREADS", threads.to_string());
-            let mut python =
-                Command::new(std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into()));
-            python.args([PEER, open_clip, &threads.to_string()]);
-            let mut programs = [volary, python];
-            programs.iter_mut().for_each(|program| {
-                program.arg(&weights).arg(&pixels);
-            });
-            let [volary, python] = programs;
-            let mut programs = [Program::start(volary)?, Program::start(python)?];
+            let mut peer = Command::new(&python);
+            peer.args([PEER, open_clip, &threads.to_string()]);
+            let start = |command: &mut Command| Program::start(command.arg(&weights).arg(&pixels));
+            let mut programs = [start(&mut volary)?, start(&mut peer)?];
             agree(&mut programs, folder.path())?;
             for batch in BATCHES.into_iter().filter(|&batch| batch <= largest) {
                 let rounds = if batch >= LARGE { rounds.min(3) } else { rounds };
@@ -127,7 +123,7 @@ struct Program {
 
 impl Program {
     /// Starts it, and tells with how many threads it computes.
-    fn start(mut command: Command) -> Result<Self> {
+    fn start(command: &mut Command) -> Result<Self> {
         let told = format!("{command:?}");
         let mut process = command
             .stdin(Stdio::piped())
@@ -187,9 +183,10 @@ fn agree(programs: &mut [Program; 2], folder: &Path) -> Result<()> {
     let [ours, theirs] = [0, 1].map(|at| found[at].iter::<f32>().collect::<Vec<_>>());
     ensure!(found[0].shape() == found[1].shape(), "{:?} and {:?}", found[0].shape(), found[1].shape());
     let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-    let worst = ours.iter().zip(&theirs).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / scale;
+    let apart = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
+    let worst = apart.max_by(f32::total_cmp).context("there are no features")? / scale; // NaN is worst
     eprintln!("greatest difference of {} numbers: {worst:.1e} of the greatest", ours.len());
-    ensure!(worst <= TOLERANCE, "the programs differ by {worst:e}, {TOLERANCE:e} is allowed"); // NaN is not
+    ensure!(worst <= TOLERANCE, "the programs differ by {worst:e}, {TOLERANCE:e} is allowed");
     Ok(())
 }
 

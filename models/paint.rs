@@ -9,6 +9,7 @@ use volary_vision::preprocess::{Convert, Normalize, Pixels, Preprocessor, Rescal
 use volary_vision::resample::Filter;
 
 use crate::error::Error;
+use crate::painter::{MEAN, STD};
 
 /// A picture and its answer: a depth map of it, a segmentation, the same picture without rain.
 #[derive(Clone, Debug)]
@@ -19,15 +20,15 @@ pub struct Example {
     pub answer: Rgb8,
 }
 
-/// What keeps these examples from being shown to a model; `answers` is what the answers are called.
-pub(crate) fn misfits(examples: &[Example], answers: &str) -> Vec<String> {
+/// What keeps these examples from being shown to a model.
+pub(crate) fn misfits(examples: &[Example]) -> Vec<String> {
     if examples.is_empty() {
         return vec!["there is no example".to_owned()];
     }
     let misfit = |(number, Example { picture, answer }): (usize, &Example)| {
         let [[width, height], [w, h]] = [picture, answer].map(|picture| [picture.width(), picture.height()]);
         let fits = [width, height] == [w, h];
-        (!fits).then(|| format!("{answers} {number} is {w}x{h}, its picture {width}x{height}"))
+        (!fits).then(|| format!("example {number}: the picture is {width}x{height}, its answer {w}x{h}"))
     };
     (1..).zip(examples).filter_map(misfit).collect()
 }
@@ -51,7 +52,7 @@ impl Easel {
             filter: Filter::Bicubic,
             crop: None,
             rescale: Rescale::Over255,
-            normalize: Some(Normalize { mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225] }),
+            normalize: Some(Normalize { mean: MEAN.map(|x| x as f32), std: STD.map(|x| x as f32) }),
         };
         Self { preprocessor, filter }
     }
@@ -78,13 +79,17 @@ impl Easel {
     /// be painted must be masked; the examples' answers stand there.
     ///
     /// # Errors
-    /// If there is no example.
+    /// If there is no example, or an answer is not as large as its picture.
     pub fn question(
         &self,
         asked: &Rgb8,
         examples: &[Example],
         device: &Device,
     ) -> Result<[Tensor<4>; 2], Error> {
+        let problems = misfits(examples);
+        if !problems.is_empty() {
+            return Err(Error::Prompt { problems });
+        }
         let [above, answers] = self.examples(examples, device)?;
         let asked = self.preprocessor.batch(std::slice::from_ref(asked), device)?.expand(above.dims());
         Ok([Tensor::cat(vec![above, asked], 2), Tensor::cat(vec![answers.clone(), answers], 2)])

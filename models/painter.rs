@@ -32,7 +32,7 @@ use Rule::{Rename, Reshape, Split, Under};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::paint::{Easel, Example, misfits};
+use crate::paint::{Easel, Example};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
@@ -41,8 +41,8 @@ use crate::vit::{side_or, sides_or};
 /// Colours of a pixel.
 pub(crate) const CHANNELS: usize = 3;
 /// What a preprocessor subtracts, and divides by (ImageNet's).
-const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
-const STD: [f64; 3] = [0.229, 0.224, 0.225];
+pub(crate) const MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+pub(crate) const STD: [f64; 3] = [0.229, 0.224, 0.225];
 
 /// Shape of a Painter.
 #[derive(Clone, Debug, PartialEq)]
@@ -677,10 +677,6 @@ impl Artist {
         examples: &[Example],
         interpolation: Interpolation,
     ) -> Result<Painting, Error> {
-        let problems = misfits(examples, "target");
-        if !problems.is_empty() {
-            return Err(Error::Prompt { problems });
-        }
         let weight = self.model.patches.weight.val();
         let (device, dtype) = (weight.device(), weight.dtype());
         let config = &self.model.config;

@@ -472,16 +472,16 @@ impl Segmenter {
     /// # Errors
     /// If there is no example, a mask is not as large as its picture, or marks nothing.
     pub fn segment(&self, picture: &Rgb8, examples: &[Example], meant: Meant) -> Result<Painting, Error> {
-        let mut problems = misfits(examples, "mask");
+        let mut problems = misfits(examples);
         let black = |(number, example): (usize, &Example)| {
             let black = example.answer.pixels().iter().all(|&sample| sample == 0);
-            black.then(|| format!("mask {number} is black: it marks nothing"))
+            black.then(|| format!("example {number}: the mask is black, it marks nothing"))
         };
         problems.extend((1..).zip(examples).filter_map(black));
         if !problems.is_empty() {
             return Err(Error::Prompt { problems });
         }
-        self.answer(picture, examples, meant, Interpolation::Nearest)
+        self.paint(picture, examples, meant, Interpolation::Nearest)
     }
 
     /// The answer to a picture as the examples show it, whatever that is, at the picture's size.
@@ -489,20 +489,6 @@ impl Segmenter {
     /// # Errors
     /// If there is no example, or an answer is not as large as its picture.
     pub fn paint(
-        &self,
-        picture: &Rgb8,
-        examples: &[Example],
-        meant: Meant,
-        interpolation: Interpolation,
-    ) -> Result<Painting, Error> {
-        let problems = misfits(examples, "target");
-        if !problems.is_empty() {
-            return Err(Error::Prompt { problems });
-        }
-        self.answer(picture, examples, meant, interpolation)
-    }
-
-    fn answer(
         &self,
         picture: &Rgb8,
         examples: &[Example],
@@ -704,7 +690,8 @@ mod tests {
         };
         assert_eq!(refused(&[]), "there is no example");
         let (small, black) = (example(flat(5, 6, 255)), example(flat(5, 7, 0)));
-        let told = "mask 1 is 5x6, its picture 5x7; mask 2 is black: it marks nothing";
+        let told =
+            "example 1: the picture is 5x7, its answer 5x6; example 2: the mask is black, it marks nothing";
         assert_eq!(refused(&[small, black]), told);
         let painting =
             segmenter.segment(&flat(6, 3, 1), &[example(flat(5, 7, 255))], Meant::Semantic).unwrap();

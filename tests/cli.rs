@@ -399,7 +399,7 @@ fn segment_says_what_is_wrong() {
         2,
         "both a.png",
     );
-    fails(&with("mask.png", "black.png"), 1, "mask 1 is black: it marks nothing");
+    fails(&with("mask.png", "black.png"), 1, "example 1: the mask is black, it marks nothing");
     fails(&with("gone.png", "mask.png"), 1, "gone.png");
     fails(&with("model/config.json", "mask.png"), 1, "config.json");
     fs::write(

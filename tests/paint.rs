@@ -124,12 +124,12 @@ fn what_is_wrong_is_told_at_once() {
     }
     let told = fails("painter", &[PAIR, ("prompt.png", "query.png"), ("query.png", "target.png")], &[], 1);
     assert!(
-        told.contains("target 2 is 23x18, its picture 20x30; target 3 is 20x30, its picture 23x18"),
+        told.contains("example 2: the picture is 20x30, its answer 23x18; example 3: the picture is 23x18, its answer 20x30"),
         "{told}"
     );
     for model in ["seggpt", "painter"] {
         let told = fails(model, &[("prompt.png", "query.png")], &[], 1);
-        assert!(told.contains("target 1 is 23x18, its picture 20x30"), "{told}");
+        assert!(told.contains("example 1: the picture is 20x30, its answer 23x18"), "{told}");
     }
     let told = fails("vit", &[PAIR], &[], 1);
     assert!(

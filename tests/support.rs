@@ -43,7 +43,7 @@ pub fn differences(
             .iter::<f64>()
             .zip(wanted.iter::<f64>())
             .map(|(a, b)| (a - b).abs() - rtol * b.abs())
-            .fold(0.0, |worst, excess| if excess <= worst { worst } else { excess }); // NaN is worst
+            .fold(0.0_f64, |worst, excess| if excess <= worst || worst.is_nan() { worst } else { excess });
         if worst > atol || worst.is_nan() {
             differences.push(format!("`{name}` is off by {worst:e}, {atol:e} is allowed"));
         }
