@@ -21,7 +21,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::vit::{timm_args, timm_classes};
+use crate::vit::{timm_args, timm_classes, timm_pretrained};
 
 /// Multipliers of width and depth of timm's sizes.
 const SIZES: &[(&str, f64, f64)] = &[
@@ -65,9 +65,7 @@ pub fn parse(config: &Config) -> Result<EfficientNetConfig, ConfigError> {
         by if by > 0.0 && by <= 32.0 => Ok(by),
         _ => Err(args.error(field, "a number above 0 and at most 32")),
     };
-    let pretrained =
-        if config.has("pretrained_cfg") { config.object("pretrained_cfg")? } else { config.clone() };
-    let classes = timm_classes(config, &pretrained, &args)?;
+    let classes = timm_classes(config, &timm_pretrained(config)?, &args)?;
     let (width, depth) = (multiplier("channel_multiplier", width)?, multiplier("depth_multiplier", depth)?);
     Ok(EfficientNetConfig::scaled(width, depth).with_classes(classes))
 }

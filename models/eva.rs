@@ -17,7 +17,7 @@ use volary_kernels::layers::{
     Mlp, MlpConfig, RmsNorm,
 };
 use volary_kernels::ops::{self, Activation, GridRopeConfig, Mask, Positions, Rope};
-use volary_vision::patch::PatchEmbedding;
+use volary_vision::patch::{PatchEmbedding, hide};
 use volary_weights::{KeyMap, Ones, Rule};
 
 use Rule::{Ignore, Rename, Reshape, Split, Under};
@@ -28,7 +28,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::vit::{LastNorm, Pooling, mlp_width, side_or, timm_args, timm_classes};
+use crate::vit::{HeadOutput, LastNorm, Pooling, mlp_width, side_or, timm_args, timm_classes, timm_outputs};
 
 /// Shape of an EVA.
 #[derive(Clone, Debug, PartialEq)]
@@ -188,15 +188,6 @@ pub struct NormedGatedMlp {
     pub norm: Option<Norm>,
 }
 
-/// What stands for a picture, and what the head makes of it.
-#[derive(Clone, Debug)]
-pub struct HeadOutput {
-    /// `[batch, d_model]`.
-    pub pooled: Tensor<2>,
-    /// `[batch, width of the head]`; `pooled` itself without a head.
-    pub output: Tensor<2>,
-}
-
 impl EvaConfig {
     /// How many patches a side has.
     pub const fn side(&self) -> usize {
@@ -233,15 +224,16 @@ impl EvaConfig {
 
     fn block(&self, device: &Device) -> EvaBlock {
         let Self { d_model, d_ff, n_heads, .. } = *self;
-        let mut attention = AttentionConfig::new(d_model, n_heads).with_bias(self.qkv_bias).init(device);
-        attention.key = LinearConfig::new(d_model, d_model).with_bias(false).init(device);
         let gated = |norm| {
             let projections = GatedMlpConfig::new(d_model, d_ff).init(device);
             EvaMlp::Gated(NormedGatedMlp { projections, norm })
         };
         EvaBlock {
             norm1: self.norm(d_model, device),
-            attention,
+            attention: AttentionConfig::new(d_model, n_heads)
+                .with_bias(self.qkv_bias)
+                .with_key_bias(false)
+                .init(device),
             attention_norm: self.attention_norm.then(|| self.norm(d_model, device)),
             norm2: self.norm(d_model, device),
             mlp: match self.mlp {
@@ -336,11 +328,7 @@ impl Eva {
     pub fn forward_masked(&self, pixels: Tensor<4>, masked: Tensor<2, Bool>) -> Tensor<3> {
         let mask_token =
             self.mask_token.as_ref().expect("a model of masked pretraining has a mask token").val();
-        let patches = self.patches.forward(pixels); // [batch, patches, d_model]
-        let shape = patches.dims();
-        let hidden = masked.unsqueeze_dim::<3>(2).expand(shape);
-        let patches = patches.mask_where(hidden, mask_token.unsqueeze::<3>().expand(shape));
-        self.normed(self.encode(patches))
+        self.normed(self.encode(hide(self.patches.forward(pixels), masked, mask_token)))
     }
 
     /// The tokens of [`Eva::forward`] before the last norm, `[batch, 1 + patches, d_model]`, of patches that are projected:
@@ -357,7 +345,7 @@ impl Eva {
     ///
     /// # Panics
     /// If the model does not pool ([`Pooling::Nothing`]).
-    pub fn pool(&self, x: Tensor<3>) -> HeadOutput {
+    pub fn pool(&self, x: Tensor<3>) -> HeadOutput<2> {
         let [batch, tokens, d_model] = x.dims();
         let x = match self.pooling {
             Pooling::Class => x.narrow(1, 0, 1),
@@ -799,8 +787,8 @@ impl Runner {
         inputs.finish()?;
         let Some(pixels) = pixels else { return Ok(Outputs::new()) }; // finished with an error
         let hidden = self.model.forward(pixels.cast(self.model.patches.weight.val().dtype()));
-        let HeadOutput { pooled, output: logits } = self.model.pool(hidden.clone());
-        Ok(vec![output("forward_features", hidden), output("pre_logits", pooled), output("logits", logits)])
+        let head = self.model.pool(hidden.clone());
+        Ok(timm_outputs(hidden, head))
     }
 
     fn masked(&self, mut inputs: Inputs) -> Result<Outputs, Error> {

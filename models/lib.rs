@@ -3,6 +3,7 @@
 pub mod alm;
 pub mod altclip;
 pub mod aquila;
+pub mod beit;
 pub mod bert;
 pub mod brivl;
 pub mod causal;

@@ -43,6 +43,8 @@ pub enum Shape {
     Ernie3(crate::ernie3::Ernie3Config),
     /// [`crate::vit`]
     Vit(crate::vit::VitConfig),
+    /// [`crate::beit`]
+    Beit(crate::beit::BeitConfig),
     /// [`crate::eva`]
     Eva(crate::eva::EvaConfig),
     /// [`crate::eva_clip`]
@@ -142,6 +144,7 @@ impl Shape {
             Shape::Plug(config) => parameters(&config.init(&device)),
             Shape::Ernie3(config) => parameters(&config.init(&device)),
             Shape::Vit(config) => parameters(&config.init(&device)),
+            Shape::Beit(config) => parameters(&config.init(&device)),
             Shape::Eva(config) => parameters(&config.init(&device)),
             Shape::EvaClip(config) => parameters(&config.init(&device)),
             Shape::Mae(config) => parameters(&config.init(&device)),

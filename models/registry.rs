@@ -14,9 +14,9 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    alm, altclip, aquila, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie, ernie3,
-    eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, seggpt, t5,
-    taiyi, vit, yuan,
+    alm, altclip, aquila, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie,
+    ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series,
+    seggpt, t5, taiyi, vit, yuan,
 };
 
 /// What the zoo says of one system.
@@ -87,6 +87,7 @@ pub const SYSTEMS: &[System] = &[
     consert::SYSTEM, // before its trunk
     bert::SYSTEM,
     vit::SYSTEM,
+    beit::SYSTEM,
     mae::SYSTEM,
     painter::SYSTEM,
     seggpt::SYSTEM,

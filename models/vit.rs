@@ -231,10 +231,7 @@ impl VitConfig {
         let Self { d_model, n_heads, .. } = *self;
         let norm = |width| LayerNorm::new(width, self.layer_norm_eps, device);
         let head_norm = || self.qk_norm.then(|| norm(d_model / n_heads));
-        let scale = || {
-            let start = |value| Initializer::Constant { value }.init([d_model], device);
-            self.layer_scale.map(|value| LayerScale { weight: start(value) })
-        };
+        let scale = || self.layer_scale.map(|start| LayerScale::new(d_model, start, device));
         VitBlock {
             norm1: norm(d_model),
             attention: AttentionConfig::new(d_model, n_heads)
@@ -253,6 +250,11 @@ impl VitConfig {
 }
 
 impl LayerScale {
+    /// Untrained: `start` for each of `d_model` channels.
+    pub fn new(d_model: usize, start: f64, device: &Device) -> Self {
+        Self { weight: Initializer::Constant { value: start }.init([d_model], device) }
+    }
+
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         x * self.weight.val().unsqueeze()
@@ -274,7 +276,8 @@ impl VitBlock {
     }
 }
 
-fn scaled(scale: &Option<LayerScale>, x: Tensor<3>) -> Tensor<3> {
+/// A branch with its scale, if it has one.
+pub(crate) fn scaled(scale: &Option<LayerScale>, x: Tensor<3>) -> Tensor<3> {
     scale.iter().fold(x, |x, scale| scale.forward(x))
 }
 
@@ -422,11 +425,7 @@ impl VitConfig {
                 let activation = config.activation_or("pooler_act", Activation::Tanh)?;
                 Head::Pooler(config.size_or("pooler_output_size", d_model)?, activation)
             }
-            Some("ViTForImageClassification") => match config.count("id2label") {
-                Some(0) => return Err(config.error("id2label", "at least one class")),
-                Some(classes) => Head::Classes(classes),
-                None => Head::Classes(config.size_or("num_labels", 2)?),
-            },
+            Some("ViTForImageClassification") => Head::Classes(labels(config)?),
             Some(_) => return Err(config.error("architectures", "ViTModel or ViTForImageClassification")),
         };
         Self {
@@ -458,18 +457,8 @@ impl VitConfig {
         let own = architecture.ok_or_else(|| config.error("architecture", known))?;
         let args = config.object_or_empty("model_args")?;
         timm_args(&args, &[ARGS, ARGS_OF_TRAINING], ARGS_FIXED)?;
-        // before there was a `pretrained_cfg`, its fields stood by themselves
-        let has_own = config.has("pretrained_cfg");
-        let pretrained = if has_own { config.object("pretrained_cfg")? } else { config.clone() };
-
-        let input = match pretrained.sizes("input_size").as_deref() {
-            Some(&[channels, height, width]) if channels > 0 => Some((channels, [height, width])),
-            None if !pretrained.has("input_size") => None,
-            _ => return Err(pretrained.error("input_size", "channels, height and width")),
-        };
-        let fixed =
-            pretrained.flag_or("fixed_input_size", false)? && !args.flag_or("dynamic_img_size", false)?;
-        let input_size = input.filter(|_| fixed).map(|(_, size)| size);
+        let pretrained = timm_pretrained(config)?;
+        let (channels, image_size) = timm_input(&pretrained, &args, 224)?;
         let classes = timm_classes(config, &pretrained, &args)?;
 
         let d_model = args.size_or("embed_dim", own.d_model)?;
@@ -508,14 +497,10 @@ impl VitConfig {
             _ => Positioned::All,
         };
         let layer_scale = args.number_or("init_values", own.init_values)?;
-        let image_size = match input_size {
-            Some(size) if !args.has("img_size") => size,
-            _ => sides_or(&args, "img_size", 224)?,
-        };
         Self {
             image_size,
             patch_size: side_or(&args, "patch_size", own.patch_size)?,
-            channels: args.size_or("in_chans", input.map_or(3, |(channels, _)| channels))?,
+            channels,
             d_model,
             d_ff,
             n_layers: args.blocks_or("depth", own.n_layers)?,
@@ -550,6 +535,40 @@ impl VitConfig {
         }
         Ok(self)
     }
+}
+
+/// The number of classes of a classifier of transformers.
+pub(crate) fn labels(config: &Config) -> Result<usize, ConfigError> {
+    match config.count("id2label") {
+        Some(0) => Err(config.error("id2label", "at least one class")),
+        Some(classes) => Ok(classes),
+        None => config.size_or("num_labels", 2),
+    }
+}
+
+/// What timm's `config.json` says of the training; before there was a `pretrained_cfg`, its fields stood by themselves.
+pub(crate) fn timm_pretrained(config: &Config) -> Result<Config, ConfigError> {
+    if config.has("pretrained_cfg") { config.object("pretrained_cfg") } else { Ok(config.clone()) }
+}
+
+/// Channels, height and width of a timm model's input: of `model_args`, of `pretrained_cfg` what is fixed there, or `side`.
+pub(crate) fn timm_input(
+    pretrained: &Config,
+    args: &Config,
+    side: usize,
+) -> Result<(usize, [usize; 2]), ConfigError> {
+    let input = match pretrained.sizes("input_size").as_deref() {
+        Some(&[channels, height, width]) if channels > 0 => Some((channels, [height, width])),
+        None if !pretrained.has("input_size") => None,
+        _ => return Err(pretrained.error("input_size", "channels, height and width")),
+    };
+    let channels = args.size_or("in_chans", input.map_or(3, |(channels, _)| channels))?;
+    let fixed = pretrained.flag_or("fixed_input_size", false)? && !args.flag_or("dynamic_img_size", false)?;
+    let size = match input {
+        Some((_, size)) if fixed && !args.has("img_size") => size,
+        _ => sides_or(args, "img_size", side)?,
+    };
+    Ok((channels, size))
 }
 
 /// The number of classes of a timm model, 0 without a head: of `model_args`, of the file, or of `pretrained_cfg`.
@@ -852,20 +871,12 @@ impl Forward for Runner {
         let hidden = self.model.forward(pixels.cast(self.model.patches.weight.val().dtype()));
         Ok(match (self.layout, head, pooling) {
             (Layout::Timm, _, Pooling::Nothing) => {
-                let HeadOutput { pooled, output: logits } = self.model.head(hidden.clone());
-                vec![
-                    output("forward_features", hidden),
-                    output("pre_logits", pooled),
-                    output("logits", logits),
-                ]
+                let head = self.model.head(hidden.clone());
+                timm_outputs(hidden, head)
             }
             (Layout::Timm, ..) => {
-                let HeadOutput { pooled, output: logits } = self.model.pool(hidden.clone());
-                vec![
-                    output("forward_features", hidden),
-                    output("pre_logits", pooled),
-                    output("logits", logits),
-                ]
+                let head = self.model.pool(hidden.clone());
+                timm_outputs(hidden, head)
             }
             (Layout::Transformers, Head::Classes(_), _) => {
                 vec![output("logits", self.model.pool(hidden).output)]
@@ -877,6 +888,12 @@ impl Forward for Runner {
             (Layout::Transformers, Head::Absent, _) => vec![output("last_hidden_state", hidden)],
         })
     }
+}
+
+/// What timm's models give of tokens `[batch, tokens, d_model]` and what is made of them.
+pub(crate) fn timm_outputs<const D: usize>(hidden: Tensor<3>, head: HeadOutput<D>) -> Outputs {
+    let HeadOutput { pooled, output: logits } = head;
+    vec![output("forward_features", hidden), output("pre_logits", pooled), output("logits", logits)]
 }
 
 /// Dosovitskiy et al. 2020, table 1: ViT-B, with 16 x 16 patches.

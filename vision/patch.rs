@@ -1,7 +1,7 @@
 //! Pictures cut into patches.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Tensor, module::linear};
+use burn::tensor::{Bool, Device, Tensor, module::linear};
 
 /// Projects every square patch to a vector: a convolution whose stride is its kernel (Dosovitskiy et al.
 /// 2020, section 3.1), computed as one matrix product.
@@ -43,6 +43,16 @@ impl PatchEmbedding {
         let weight = self.weight.val().reshape([d_model, channels * side * side]);
         linear(patches, weight.transpose(), self.bias.as_ref().map(|bias| bias.val()))
     }
+}
+
+/// Patches `[batch, patches, d_model]` with the learned `token`, `[d_model]`, in the place of the `masked` ones, `[batch,
+/// patches]`.
+///
+/// # Panics
+/// If shapes differ.
+pub fn hide(patches: Tensor<3>, masked: Tensor<2, Bool>, token: Tensor<1>) -> Tensor<3> {
+    let shape = patches.dims();
+    patches.mask_where(masked.unsqueeze_dim::<3>(2).expand(shape), token.unsqueeze::<3>().expand(shape))
 }
 
 /// The pixels of every square patch: `[batch, channels, height, width] -> [batch, patches, side * side * channels]`, patches

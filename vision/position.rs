@@ -93,6 +93,48 @@ fn of_distances(table: Tensor<2>, places: usize) -> Tensor<3> {
     table.select(0, distances).reshape([places, places, d]).swap_dims(1, 2)
 }
 
+/// A learned number per head for how many rows and columns a key stands from its query, added to the score; three more
+/// where one of the two is a class token before the patches (Bao et al. 2021, BEiT, section 2.4,
+/// <https://arxiv.org/abs/2106.08254>; Liu et al. 2021, Swin, section 3.2).
+#[derive(Module, Debug)]
+pub struct GridBias {
+    /// `[(2 * rows - 1) * (2 * columns - 1) + 3, n_heads]`: distances row by row, the query furthest above and left of its
+    /// key first; then the class token's to a patch, a patch's to it, its own to itself.
+    pub table: Param<Tensor<2>>,
+    rows: usize,
+    columns: usize,
+}
+
+impl GridBias {
+    /// An untrained table for a grid of rows and columns: zeros, which change no score.
+    pub fn new([rows, columns]: [usize; 2], n_heads: usize, device: &Device) -> Self {
+        let distances = (2 * rows - 1) * (2 * columns - 1);
+        Self { table: Initializer::Zeros.init([distances + 3, n_heads], device), rows, columns }
+    }
+
+    /// What is added to the scores of a class token and the patches row by row: `[1, n_heads, 1 + patches, 1 + patches]`.
+    pub fn forward(&self) -> Tensor<4> {
+        let table = self.table.val();
+        let ([entries, n_heads], patches) = (table.dims(), self.rows * self.columns);
+        let entry = |query: usize, key: usize| match (query.checked_sub(1), key.checked_sub(1)) {
+            (None, Some(_)) => entries - 3,
+            (Some(_), None) => entries - 2,
+            (None, None) => entries - 1,
+            (Some(query), Some(key)) => {
+                let row = query / self.columns + self.rows - 1 - key / self.columns;
+                let column = query % self.columns + self.columns - 1 - key % self.columns;
+                row * (2 * self.columns - 1) + column
+            }
+        };
+        let tokens = 1 + patches;
+        let chosen: Vec<i64> =
+            (0..tokens * tokens).map(|pair| entry(pair / tokens, pair % tokens) as i64).collect();
+        let chosen = TensorData::new(chosen, [tokens * tokens]);
+        let bias = table.select(0, Tensor::<1, Int>::from_data(chosen, &self.table.device()));
+        bias.reshape([tokens, tokens, n_heads]).permute([2, 0, 1]).unsqueeze()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::Tolerance;
@@ -156,6 +198,35 @@ mod tests {
         ];
         let expected = TensorData::new(expected, [1, 1, 4, 4]);
         positions.forward(query).into_data().assert_eq(&expected, true);
+    }
+
+    /// Each entry of the table is its own number. Two rows of one column: a patch is 0 or 1 below its key, or 1 above it.
+    #[test]
+    fn a_grid_bias_literal() {
+        let bias = GridBias::new([2, 1], 1, &Device::flex());
+        let table = Param::from_tensor(floats([6, 1], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]));
+        let expected = vec![
+            5.0_f32, 3.0, 3.0, // the class token to itself and to the patches
+            4.0, 1.0, 0.0, // the upper patch
+            4.0, 2.0, 1.0, // the lower patch
+        ];
+        let expected = TensorData::new(expected, [1, 1, 3, 3]);
+        GridBias { table, ..bias }.forward().into_data().assert_eq(&expected, true);
+    }
+
+    /// Only the distance matters, whichever patches it lies between.
+    #[test]
+    fn a_grid_bias_is_the_same_everywhere() {
+        let bias = GridBias::new([3, 4], 2, &Device::flex());
+        let table = Tensor::<1, Int>::arange(0..76, &Device::flex()).float().reshape([38, 2]);
+        let found = GridBias { table: Param::from_tensor(table), ..bias }.forward();
+        let at = |query: usize, key: usize| {
+            found.clone().slice([0..1, 1..2, 1 + query..2 + query, 1 + key..2 + key]).into_scalar::<f32>()
+        };
+        // one down and one left, from two places; back is another number
+        assert_eq!(at(1, 4), at(6, 9));
+        assert_ne!(at(1, 4), at(4, 1));
+        assert_ne!(at(1, 4), at(1, 6));
     }
 
     #[test]

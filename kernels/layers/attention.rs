@@ -21,6 +21,9 @@ pub struct AttentionConfig {
     /// Whether query, key and value projections have a bias.
     #[config(default = true)]
     pub bias: bool,
+    /// Whether the key projection has one, if the others do; of a constant in every score the softmax makes nothing.
+    #[config(default = true)]
+    pub key_bias: bool,
     /// Whether the output projection has a bias.
     #[config(default = true)]
     pub output_bias: bool,
@@ -54,7 +57,7 @@ impl AttentionConfig {
         let linear = |d_in, d_out, bias| LinearConfig::new(d_in, d_out).with_bias(bias).init(device);
         Attention {
             query: linear(self.d_model, self.n_heads * d_head, self.bias),
-            key: linear(d_context, n_kv_heads * d_head, self.bias),
+            key: linear(d_context, n_kv_heads * d_head, self.bias && self.key_bias),
             value: linear(d_context, n_kv_heads * d_head, self.bias),
             output: linear(self.n_heads * d_head, self.d_model, self.output_bias),
             n_heads: self.n_heads,
