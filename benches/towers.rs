@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::{Device, Distribution, Tensor};
 use volary::clip::{ClipConfig, Layout};
-use volary::eva_clip::EvaClipConfig;
+use volary::eva_clip::{self, EvaClipConfig};
 use volary::preset::Shape;
 use volary::registry::SYSTEMS;
 use volary_weights::{LoadOptions, load, open, read_tensors, save, save_tensors};
@@ -93,7 +93,9 @@ fn write(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
         Wanted::Clip(config) => {
             save(&config.init(&device), Layout::OpenClip.keys(&config.vision), None, weights, None)?;
         }
-        Wanted::Eva(config) => save(&config.init(&device), config.keys(), None, weights, None)?,
+        Wanted::Eva(config) => {
+            save(&config.init(&device), config.keys(eva_clip::Layout::OpenClip), None, weights, None)?
+        }
     }
     let shape = [LARGE, 3, IMAGE_SIZE, IMAGE_SIZE];
     let data = Tensor::<4>::random(shape, Distribution::Normal(0.0, 1.0), &device).into_data();
@@ -237,7 +239,13 @@ fn child(preset: &str, weights: &Path, pixels: &Path) -> Result<()> {
             Box::new(move |pixels| tower.forward(pixels).embedding)
         }
         Wanted::Eva(config) => {
-            let tower = load(config.init(&device), checkpoint.as_ref(), config.keys(), &options)?.vision;
+            let tower = load(
+                config.init(&device),
+                checkpoint.as_ref(),
+                config.keys(eva_clip::Layout::OpenClip),
+                &options,
+            )?
+            .vision;
             Box::new(move |pixels| tower.pool(tower.forward(pixels)).output)
         }
     };

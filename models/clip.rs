@@ -273,20 +273,27 @@ impl VitTower {
 impl TextTower {
     /// Token ids `[batch, seq]`, under a causal mask (and one of padding, if rows are padded in front).
     pub fn forward(&self, ids: Tensor<2, Int>, mask: &Mask) -> TowerOutput {
-        let [batch, _] = ids.dims();
-        let x = self.positions.forward(self.tokens.forward(ids.clone()));
-        let x = self.blocks.iter().fold(x, |x, block| block.forward(x, mask));
-        let hidden = self.final_norm.forward(x); // [batch, seq, d_model]
-        let d_model = hidden.dims()[2];
+        let hidden = self.encode(ids.clone(), mask);
+        let embedding = self.projection.forward(self.pool(ids, &hidden));
+        TowerOutput { hidden: Some(hidden), embedding }
+    }
+
+    /// What the blocks give, normed: token ids `[batch, seq]` to `[batch, seq, d_model]`.
+    pub fn encode(&self, ids: Tensor<2, Int>, mask: &Mask) -> Tensor<3> {
+        let x = self.positions.forward(self.tokens.forward(ids));
+        self.final_norm.forward(self.blocks.iter().fold(x, |x, block| block.forward(x, mask)))
+    }
+
+    /// The state of the end token: of ids `[batch, seq]` and `[batch, seq, d_model]`, `[batch, d_model]`.
+    pub fn pool(&self, ids: Tensor<2, Int>, hidden: &Tensor<3>) -> Tensor<2> {
+        let [batch, _, d_model] = hidden.dims();
         // Of equals `argmax` takes the first: [batch, 1].
         let end = match self.pooling {
             Pooling::HighestId => ids.argmax(1),
             Pooling::First(id) => ids.equal_elem(id).int().argmax(1),
         };
         let at = end.reshape([batch, 1, 1]).expand([batch, 1, d_model]);
-        let pooled = hidden.clone().gather(1, at).reshape([batch, d_model]);
-        let embedding = self.projection.forward(pooled);
-        TowerOutput { hidden: Some(hidden), embedding }
+        hidden.clone().gather(1, at).reshape([batch, d_model])
     }
 }
 
@@ -332,10 +339,11 @@ pub enum Layout {
 impl Layout {
     fn of(folder: &Folder, config: Option<&Config>) -> Option<Self> {
         match config {
+            // EVA-CLIP is another system
+            Some(config) if crate::eva_clip::is_hugging_face(config) => None,
             Some(config) if config.text("model_type") == Some("clip") => Some(Self::Transformers),
             Some(config) if config.has("model_cfg") => {
                 let vision = config.object("model_cfg").and_then(|model| model.object("vision_cfg"));
-                // EVA-CLIP is another system
                 let is_eva = vision.is_ok_and(|vision| crate::eva_clip::is_eva(&vision));
                 (!is_eva).then_some(Self::OpenClip)
             }
@@ -411,7 +419,7 @@ impl VitConfig {
 
 impl TransformerConfig {
     /// The blocks of a tower of transformers, with the sizes that it has if it says nothing else.
-    fn transformers(
+    pub(crate) fn transformers(
         config: &Config,
         d_model: usize,
         d_ff: usize,
@@ -669,24 +677,23 @@ pub(crate) const VIT_TRANSFORMERS: &[Rule] = &[
     Rename("post_layernorm.bias", "post_norm.bias"),
 ];
 
+/// The text tower of transformers' `CLIPModel`.
+pub(crate) const TEXT_TRANSFORMERS: &[Rule] = &[
+    Rename("embeddings.token_embedding.weight", "tokens.weight"),
+    Rename("embeddings.position_embedding.weight", "positions.weight"),
+    Ignore("embeddings.position_ids"),
+    Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
+    Rename("final_layer_norm.weight", "final_norm.weight"),
+    Rename("final_layer_norm.bias", "final_norm.bias"),
+];
+
 /// Keys of transformers' `CLIPModel`.
 pub const KEYS_TRANSFORMERS: KeyMap = KeyMap::new(&[
     Reshape("logit_scale", "logit_scale", Ones::Scalar),
     Rename("visual_projection.weight", "vision.Vit.projection.weight"),
     Rename("text_projection.weight", "text.projection.weight"),
     Under("vision_model.", "vision.Vit.", VIT_TRANSFORMERS),
-    Under(
-        "text_model.",
-        "text.",
-        &[
-            Rename("embeddings.token_embedding.weight", "tokens.weight"),
-            Rename("embeddings.position_embedding.weight", "positions.weight"),
-            Ignore("embeddings.position_ids"),
-            Under("encoder.layers.{}.", "blocks.{}.", BLOCK_TRANSFORMERS),
-            Rename("final_layer_norm.weight", "final_norm.weight"),
-            Rename("final_layer_norm.bias", "final_norm.bias"),
-        ],
-    ),
+    Under("text_model.", "text.", TEXT_TRANSFORMERS),
 ]);
 
 const BLOCK_OPEN_CLIP: &[Rule] = &[

@@ -647,9 +647,9 @@ pub(crate) fn architecture(name: &str) -> Option<EvaConfig> {
     Some(EvaConfig { image_size: size, patch_size, ..own })
 }
 
-const PAIR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
-const LAYER: &[Rule] = &[Rename("weight", "Layer.weight"), Rename("bias", "Layer.bias")];
-const RMS: &[Rule] = &[Rename("weight", "Rms.weight")];
+pub(crate) const PAIR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+pub(crate) const LAYER: &[Rule] = &[Rename("weight", "Layer.weight"), Rename("bias", "Layer.bias")];
+pub(crate) const RMS: &[Rule] = &[Rename("weight", "Rms.weight")];
 
 /// timm fuses the three projections or not; the authors too, and keep the biases apart.
 const ATTENTION: &[Rule] = &[

@@ -3,7 +3,9 @@
 //!
 //! The numbers match open_clip, which knows the sizes up to E+, and the authors' own code (`baaivision/EVA`, `eva_clip`,
 //! with plain attention in place of xformers), which also makes 8B and 18B: norms by root mean squares, no biases on
-//! queries and values, and with 18B (as with E) norms after the branches.
+//! queries and values, and with 18B (as with E) norms after the branches. 8B and 18B are also on the hub with the names of
+//! transformers, and code of their own (`EvaCLIPModel` in `modeling_evaclip.py`), whose wiring is the same. It keeps no
+//! temperature; the authors take 100 for the factor on cosines, and so it is here.
 //!
 //! ```sh
 //! volary classify cat.jpg --labels "a cat,a dog" --model timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k
@@ -15,17 +17,17 @@ use volary_kernels::ops::{Activation, Mask};
 use volary_multimodal::contrastive::info_nce;
 use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
 
-use Rule::{Reshape, Under};
+use Rule::{Ignore, Rename, Reshape, Under};
 
 use crate::clip::{self, Pooling as TextPooling, TextConfig, TextTower, TransformerConfig, normalise};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
-use crate::eva::{self, Eva, EvaConfig, GridRope, Head, MlpKind, NormKind, Wiring};
+use crate::eva::{self, Eva, EvaConfig, GridRope, Head, LAYER, MlpKind, NormKind, PAIR, RMS, Wiring};
 use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill, first_config};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::two_tower::{Fit, TwoTower, compared};
+use crate::two_tower::{Fit, TwoTower, compared, compared_embeddings};
 use crate::vit::{LastNorm, Pooling, mlp_width, side_or};
 
 /// Shape of a whole EVA-CLIP.
@@ -37,7 +39,12 @@ pub struct EvaClipConfig {
     pub text: TextConfig,
     /// Width of that space.
     pub d_embed: usize,
+    /// Whether the factor on cosine similarities is learned; else it is [`FIXED_SCALE`].
+    pub learned_scale: bool,
 }
+
+/// The factor on cosine similarities where none is kept.
+pub const FIXED_SCALE: f64 = 100.0;
 
 /// Both towers and the temperature.
 #[derive(Module, Debug)]
@@ -47,16 +54,17 @@ pub struct EvaClip {
     /// Text.
     pub text: TextTower,
     /// Logarithm of the factor on cosine similarities; `[1]`.
-    pub logit_scale: Param<Tensor<1>>,
+    pub logit_scale: Option<Param<Tensor<1>>>,
 }
 
 impl EvaClipConfig {
     /// An untrained model. Nothing is allocated before first use.
     pub fn init(&self, device: &Device) -> EvaClip {
+        let start = Initializer::Constant { value: (1.0_f64 / 0.07).ln() };
         EvaClip {
             vision: self.vision.init(device),
             text: self.text.init(self.d_embed, device),
-            logit_scale: Initializer::Constant { value: (1.0_f64 / 0.07).ln() }.init([1], device),
+            logit_scale: self.learned_scale.then(|| start.init([1], device)),
         }
     }
 }
@@ -84,7 +92,9 @@ impl EvaClip {
 
     /// The factor on cosine similarities, `[1]`.
     pub fn scale(&self) -> Tensor<1> {
-        self.logit_scale.val().exp()
+        let class = &self.vision.class_token.val();
+        let fixed = || Tensor::full([1], FIXED_SCALE, (&class.device(), class.dtype()));
+        self.logit_scale.as_ref().map_or_else(fixed, |scale| scale.val().exp())
     }
 }
 
@@ -95,6 +105,13 @@ pub enum Layout {
     OpenClip,
     /// The authors' configuration as `config.json`, with `model_type` `eva_clip`.
     Authors,
+    /// The authors' `EvaCLIPModel` for transformers.
+    HuggingFace,
+}
+
+/// Whether this `config.json` is one of the authors' `EvaCLIPModel` for transformers. Its `model_type` is CLIP's.
+pub fn is_hugging_face(config: &Config) -> bool {
+    config.first_of("architectures") == Some("EvaCLIPModel")
 }
 
 /// Whether this `vision_cfg` of open_clip is an EVA.
@@ -104,6 +121,9 @@ pub fn is_eva(vision: &Config) -> bool {
 
 impl Layout {
     fn of(config: &Config) -> Option<Self> {
+        if is_hugging_face(config) {
+            return Some(Self::HuggingFace);
+        }
         if config.text("model_type") == Some("eva_clip") {
             return Some(Self::Authors);
         }
@@ -127,6 +147,13 @@ impl EvaClipConfig {
         match Layout::of(&config) {
             Some(Layout::OpenClip) => Ok((Self::open_clip(folder, &config)?, Layout::OpenClip)),
             Some(Layout::Authors) => Ok((Self::authors(&config)?, Layout::Authors)),
+            Some(Layout::HuggingFace) => {
+                let checkpoint = folder.checkpoint()?;
+                let has = |key: &str| checkpoint.entries().iter().any(|entry| entry.name == key);
+                let (projection_bias, scale) = (has("visual_projection.bias"), has("logit_scale"));
+                let model = Self::hugging_face(&config, projection_bias, scale)?;
+                Ok((model, Layout::HuggingFace))
+            }
             None => Err(config.error("model_type", "eva_clip, or a `timm_model_name` eva*").into()),
         }
     }
@@ -160,6 +187,7 @@ impl EvaClipConfig {
             vision: EvaConfig::timm_args(own, &args, d_embed)?,
             text: clip::open_clip_text(&text, Activation::Gelu)?,
             d_embed,
+            learned_scale: true,
         })
     }
 
@@ -210,16 +238,79 @@ impl EvaClipConfig {
             vision: vision_config.checked(&vision, "head_width")?,
             text: clip::open_clip_text(&text, Activation::Gelu)?,
             d_embed,
+            learned_scale: true,
         })
     }
 
-    /// The key map of a model of this shape, in either layout.
-    pub const fn keys(&self) -> &'static KeyMap {
-        match (self.vision.norm, self.vision.mlp) {
-            (NormKind::Layer, MlpKind::Plain) => &KEYS,
-            (NormKind::Layer, _) => &KEYS_GATED,
-            (NormKind::Rms, MlpKind::Plain) => &KEYS_RMS,
-            (NormKind::Rms, _) => &KEYS_RMS_GATED,
+    /// `config.json` of the authors' `EvaCLIPModel`; what it leaves out has the values of `EvaCLIPConfig`. Whether pictures
+    /// are projected with a bias, and the factor on cosines was learned, is seen in the weights.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn hugging_face(
+        config: &Config,
+        projection_bias: bool,
+        learned_scale: bool,
+    ) -> Result<Self, ConfigError> {
+        let (vision, text) =
+            (config.object_or_empty("vision_config")?, config.object_or_empty("text_config")?);
+        for (tower, fixed) in [(&vision, VISION_FIXED), (&text, TEXT_FIXED)] {
+            for (field, allowed) in fixed {
+                tower.only(field, allowed)?;
+            }
+        }
+        let d_embed = config.size_or("projection_dim", 512)?;
+        let qkv_bias = vision.flag_or("q_bias", true)?;
+        if vision.flag_or("v_bias", true)? != qkv_bias {
+            return Err(vision.error("v_bias", "as `q_bias` (others are not supported)"));
+        }
+        if vision.flag_or("k_bias", true)? {
+            return Err(vision.error("k_bias", "false (others are not supported)"));
+        }
+        let vision_config = EvaConfig {
+            image_size: side_or(&vision, "image_size", 224)?,
+            patch_size: side_or(&vision, "patch_size", 32)?,
+            channels: vision.size_or("num_channels", 3)?,
+            d_model: vision.size_or("hidden_size", 768)?,
+            d_ff: vision.size_or("intermediate_size", 3072)?,
+            n_layers: vision.blocks_or("num_hidden_layers", 12)?,
+            n_heads: vision.size_or("num_attention_heads", 12)?,
+            norm: if vision.flag_or("use_rms_norm", false)? { NormKind::Rms } else { NormKind::Layer },
+            norm_eps: vision.number_or("layer_norm_eps", 1e-5)?,
+            wiring: if vision.flag_or("post_layernorm", false)? { Wiring::Post } else { Wiring::Pre },
+            qkv_bias,
+            head: match projection_bias {
+                true => Head::Projection(d_embed),
+                false => Head::UnbiasedProjection(d_embed),
+            },
+            ..eva::CLIP_GIANT
+        };
+        let transformer = TransformerConfig {
+            activation: text.activation_or("hidden_act", Activation::Gelu)?,
+            ..TransformerConfig::transformers(&text, 512, 2048, 8)?
+        };
+        Ok(Self {
+            vision: vision_config.checked(&vision, "num_attention_heads")?,
+            text: TextConfig {
+                context_length: text.size_or("max_position_embeddings", 77)?,
+                vocab_size: text.size_or("vocab_size", 49408)?,
+                transformer,
+                pooling: TextPooling::HighestId,
+            },
+            d_embed,
+            learned_scale,
+        })
+    }
+
+    /// The key map of a model of this shape.
+    pub const fn keys(&self, layout: Layout) -> &'static KeyMap {
+        match (layout, self.vision.norm, self.vision.mlp) {
+            (Layout::HuggingFace, NormKind::Layer, _) => &KEYS_HUGGING_FACE,
+            (Layout::HuggingFace, NormKind::Rms, _) => &KEYS_HUGGING_FACE_RMS,
+            (_, NormKind::Layer, MlpKind::Plain) => &KEYS,
+            (_, NormKind::Layer, _) => &KEYS_GATED,
+            (_, NormKind::Rms, MlpKind::Plain) => &KEYS_RMS,
+            (_, NormKind::Rms, _) => &KEYS_RMS_GATED,
         }
     }
 
@@ -227,14 +318,38 @@ impl EvaClipConfig {
     ///
     /// # Errors
     /// If they cannot be read or do not fit.
-    pub fn load(&self, folder: &Folder, options: &LoadOptions, device: &Device) -> Result<EvaClip, Error> {
-        fill(folder, self.init(device), self.keys(), options)
+    pub fn load(
+        &self,
+        folder: &Folder,
+        layout: Layout,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<EvaClip, Error> {
+        fill(folder, self.init(device), self.keys(layout), options)
     }
 }
 
 /// Settings of the authors' `vision_cfg` of which only these values are built.
 const AUTHORS_FIXED: &[(&str, &[&str])] =
     &[("ls_init_value", &[]), ("global_average_pool", &["false"]), ("timm_model_name", &[])];
+
+/// Settings of `EvaCLIPModel`'s towers of which only these values are built.
+const VISION_FIXED: &[(&str, &[&str])] = &[
+    ("hidden_act", &["\"gelu\""]),
+    ("use_rope", &["false"]),
+    ("use_sub_ln", &["false"]),
+    ("use_swiglu_mlp", &["false"]),
+];
+const TEXT_FIXED: &[(&str, &[&str])] = &[
+    ("use_rms_norm", &["false"]),
+    ("post_layernorm", &["false"]),
+    ("q_bias", &["true"]),
+    ("k_bias", &["true"]),
+    ("v_bias", &["true"]),
+    ("use_rope", &["false"]),
+    ("use_sub_ln", &["false"]),
+    ("use_swiglu_mlp", &["false"]),
+];
 
 macro_rules! keys {
     ($trunk:expr) => {
@@ -256,6 +371,41 @@ pub const KEYS_RMS: KeyMap = keys!(eva::TRUNK_RMS);
 /// The same with both.
 pub const KEYS_RMS_GATED: KeyMap = keys!(eva::TRUNK_RMS_GATED);
 
+macro_rules! hugging_face {
+    ($norm:expr) => {
+        KeyMap::new(&[
+            Reshape("logit_scale", "logit_scale", Ones::Scalar),
+            Under("visual_projection.", "vision.head.", PAIR),
+            Rename("text_projection.weight", "text.projection.weight"),
+            Under("text_model.", "text.", clip::TEXT_TRANSFORMERS),
+            Rename("vision_model.embeddings.class_embedding", "vision.class_token"),
+            Under("vision_model.embeddings.patch_embedding.", "vision.patches.", PAIR),
+            Rename("vision_model.embeddings.position_embedding.weight", "vision.positions.weight"),
+            Ignore("vision_model.embeddings.position_ids"),
+            Under(
+                "vision_model.encoder.layers.{}.",
+                "vision.blocks.{}.",
+                &[
+                    Under("layer_norm1.", "norm1.", $norm),
+                    Under("self_attn.q_proj.", "attention.query.", PAIR),
+                    Under("self_attn.k_proj.", "attention.key.", PAIR),
+                    Under("self_attn.v_proj.", "attention.value.", PAIR),
+                    Under("self_attn.out_proj.", "attention.output.", PAIR),
+                    Under("layer_norm2.", "norm2.", $norm),
+                    Under("mlp.fc1.", "mlp.Plain.up.", PAIR),
+                    Under("mlp.fc2.", "mlp.Plain.down.", PAIR),
+                ],
+            ),
+            Under("vision_model.post_layernorm.", "vision.norm.", $norm),
+        ])
+    };
+}
+
+/// Keys of the authors' `EvaCLIPModel` with layer norms.
+pub const KEYS_HUGGING_FACE: KeyMap = hugging_face!(LAYER);
+/// The same with norms by root mean squares.
+pub const KEYS_HUGGING_FACE_RMS: KeyMap = hugging_face!(RMS);
+
 /// EVA-CLIP as the registry knows it.
 pub const SYSTEM: System = System {
     name: "eva_clip",
@@ -275,12 +425,12 @@ pub const SYSTEM: System = System {
     recognises: |_, config| config.and_then(Layout::of).is_some(),
     checkpoint: Folder::checkpoint,
     describe: |folder| {
-        let (config, _) = EvaClipConfig::of(folder)?;
-        describe(folder, &config.init(&Device::flex()), config.keys())
+        let (config, layout) = EvaClipConfig::of(folder)?;
+        describe(folder, &config.init(&Device::flex()), config.keys(layout))
     },
     open: |folder, options, device| {
         let (config, layout) = EvaClipConfig::of(folder)?;
-        let model = config.load(folder, options, device)?;
+        let model = config.load(folder, layout, options, device)?;
         Ok(Box::new(Runner { model, config, layout }))
     },
     generator: None,
@@ -295,7 +445,7 @@ struct Runner {
 
 impl TwoTower for Runner {
     fn fit(&self) -> Fit {
-        let EvaClipConfig { vision, text, d_embed } = &self.config;
+        let EvaClipConfig { vision, text, d_embed, .. } = &self.config;
         let TextConfig { context_length, vocab_size, .. } = *text;
         Fit { image_size: vision.image_size, context_length, vocab_size, d_embed: *d_embed }
     }
@@ -315,25 +465,50 @@ impl TwoTower for Runner {
 }
 
 impl Forward for Runner {
-    /// `image` and `text`. The authors' layout also gives the tokens of the pictures before the last norm and, of as many
-    /// pictures as texts, the contrastive loss.
+    /// `image` and `text`, or in Hugging Face's layout `pixel_values`, `input_ids` and if wanted `attention_mask`. The
+    /// authors' layout also gives the tokens of the pictures before the last norm and, of as many pictures as texts, the
+    /// contrastive loss.
     fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
         let text = &self.config.text;
-        let pixels = self.config.vision.pixels(&mut inputs, "image");
-        let ids = inputs.ids::<2>("text", text.vocab_size);
-        inputs.missing("text");
-        let seq = ids.as_ref().map_or(0, |ids| ids.dims()[1]);
+        let of_hugging_face = self.layout == Layout::HuggingFace;
+        let names = if of_hugging_face { ("pixel_values", "input_ids") } else { ("image", "text") };
+        let pixels = self.config.vision.pixels(&mut inputs, names.0);
+        let ids = inputs.ids::<2>(names.1, text.vocab_size);
+        inputs.missing(names.1);
+        let [_, seq] = ids.as_ref().map_or([0; 2], Tensor::dims);
         if seq > text.context_length {
-            inputs.problem(format!("`text` has {seq} tokens a row, at most {} fit", text.context_length));
+            let limit = text.context_length;
+            inputs.problem(format!("`{}` has {seq} tokens a row, at most {limit} fit", names.1));
+        }
+        let real = if of_hugging_face { inputs.mask("attention_mask") } else { None };
+        if let Some(ids) = &ids {
+            inputs.like_ids("attention_mask", real.as_ref().map(Tensor::dims), ids.dims());
         }
         inputs.finish()?;
         let (Some(pixels), Some(ids)) = (pixels, ids) else { return Ok(Outputs::new()) }; // finished with an error
 
         let Eva { patches, .. } = &self.model.vision;
         let tokens = self.model.vision.encode(patches.forward(pixels.cast(patches.weight.val().dtype())));
-        let image_features = self.model.vision.pool(self.model.vision.normed(tokens.clone())).output;
-        let text_features = self.model.text_features(ids);
+        let images = self.model.vision.pool(self.model.vision.normed(tokens.clone()));
+        let mask = match real {
+            Some(real) => Mask::All(vec![Mask::Causal, Mask::Padding(real)]),
+            None => Mask::Causal,
+        };
+        let states = self.model.text.encode(ids.clone(), &mask);
+        let texts = self.model.text.pool(ids, &states);
+        let (image_features, text_features) =
+            (images.output, self.model.text.projection.forward(texts.clone()));
         let scale = self.model.scale();
+        if of_hugging_face {
+            let mut outputs = compared_embeddings(image_features, text_features, scale);
+            outputs.extend([
+                output("vision_model_output.last_hidden_state", tokens),
+                output("vision_model_output.pooler_output", images.pooled),
+                output("text_model_output.last_hidden_state", states),
+                output("text_model_output.pooler_output", texts),
+            ]);
+            return Ok(outputs);
+        }
         let mut outputs = compared(image_features.clone(), text_features.clone(), scale.clone());
         outputs.push(output("image_features", image_features.clone()));
         outputs.push(output("text_features", text_features.clone()));
@@ -372,20 +547,13 @@ const fn clip(vision: EvaConfig, image_size: usize, d_embed: usize, text: TextCo
         vision: EvaConfig { image_size, head: Head::Projection(d_embed), ..vision },
         text,
         d_embed,
+        learned_scale: true,
     }
 }
 
-const fn preset(
-    name: &'static str,
-    config: EvaClipConfig,
-    parameters: usize,
-    source: &'static str,
-) -> Preset {
-    Preset { name, shape: Shape::EvaClip(config), weights: Weights::Hub, license: "MIT", parameters, source }
-}
-
 const fn hub(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
-    preset(name, config, parameters, "open_clip, sum over the parameters")
+    let (shape, source) = (Shape::EvaClip(config), "open_clip, sum over the parameters");
+    Preset { name, shape, weights: Weights::Hub, license: "MIT", parameters, source }
 }
 
 /// "EVA-CLIP-18B", table 1: 8B, whose text tower is that of E+.
@@ -402,6 +570,7 @@ const EIGHT: EvaClipConfig = EvaClipConfig {
     },
     text: text(1280, 32),
     d_embed: 1280,
+    learned_scale: true,
 };
 const EIGHT_448: EvaClipConfig =
     EvaClipConfig { vision: EvaConfig { image_size: 448, ..EIGHT.vision }, ..EIGHT };
@@ -415,14 +584,15 @@ const EIGHTEEN: EvaClipConfig = EvaClipConfig {
         head: Head::UnbiasedProjection(1536),
         ..EIGHT.vision
     },
-    text: text(1280, 32),
     d_embed: 1536,
+    ..EIGHT
 };
 
 const fn large(name: &'static str, config: EvaClipConfig, parameters: usize) -> Preset {
     let source =
         "counted here; the authors say 8.1 and 18.1 billion, and 7.5 and 17.6 of the towers for pictures";
-    preset(name, config, parameters, source)
+    let shape = Shape::EvaClip(config);
+    Preset { name, shape, weights: Weights::Hub, license: "Apache-2.0", parameters, source }
 }
 
 /// Published sizes.
@@ -466,3 +636,135 @@ pub const PRESETS: &[Preset] = &[
     large("BAAI/EVA-CLIP-8B-448", EIGHT_448, 8_223_894_273),
     large("BAAI/EVA-CLIP-18B", EIGHTEEN, 18_325_482_241),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::path::Path;
+
+    use burn::tensor::{TensorData, Tolerance};
+    use serde_json::{Value, json};
+    use volary_weights::{parameters, read_tensors, save};
+
+    use super::*;
+
+    fn fixture(name: &str) -> Folder {
+        Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
+    }
+
+    fn tensors(folder: &Folder, file: &str) -> BTreeMap<String, TensorData> {
+        read_tensors(&folder.path().join(file)).unwrap()
+    }
+
+    fn config(value: &Value) -> Config {
+        Config::parse(Path::new("config.json"), value.to_string().as_bytes()).unwrap()
+    }
+
+    /// What Hugging Face's `config.json` says of the shape of one of the authors'.
+    fn described(shape: &EvaClipConfig) -> Value {
+        let EvaClipConfig { vision, text, d_embed, .. } = shape;
+        let TransformerConfig { d_model, d_ff, n_layers, n_heads, .. } = text.transformer;
+        json!({
+            "architectures": ["EvaCLIPModel"], "model_type": "clip", "projection_dim": d_embed,
+            "vision_config": {
+                "hidden_size": vision.d_model, "intermediate_size": vision.d_ff, "num_hidden_layers": vision.n_layers,
+                "num_attention_heads": vision.n_heads, "image_size": vision.image_size,
+                "patch_size": vision.patch_size, "layer_norm_eps": vision.norm_eps, "hidden_act": "gelu",
+                "use_rms_norm": vision.norm == NormKind::Rms, "post_layernorm": vision.wiring == Wiring::Post,
+                "q_bias": vision.qkv_bias, "k_bias": false, "v_bias": vision.qkv_bias,
+            },
+            "text_config": {
+                "hidden_size": d_model, "intermediate_size": d_ff, "num_hidden_layers": n_layers,
+                "num_attention_heads": n_heads, "vocab_size": text.vocab_size, "hidden_act": "gelu",
+                "max_position_embeddings": text.context_length, "use_rms_norm": false, "post_layernorm": false,
+            },
+        })
+    }
+
+    /// Every parameter has one name of its own in Hugging Face's layout, that leads to it alone; with layer norms and by
+    /// root mean squares.
+    #[test]
+    fn names_of_hugging_face_and_parameters_are_one_to_one() {
+        for name in ["eva01_clip_g", "eva02_clip_e", "eva_clip_8b", "eva_clip_18b"] {
+            let (config, _) = EvaClipConfig::of(&fixture(name)).unwrap();
+            let (keys, model) = (config.keys(Layout::HuggingFace), config.init(&Device::flex()));
+            let mut named = BTreeSet::new();
+            for parameter in parameters(&model) {
+                let found = keys.keys(&parameter.path).unwrap();
+                assert_eq!(found.len(), 1, "{name}: {}", parameter.path);
+                assert_eq!(keys.paths(&found[0]).unwrap(), [parameter.path]);
+                assert!(named.insert(found[0].clone()), "{name}: {}", found[0]);
+            }
+        }
+        let block = "vision_model.encoder.layers.31.layer_norm2.weight";
+        assert_eq!(KEYS_HUGGING_FACE_RMS.paths(block).unwrap(), ["vision.blocks.31.norm2.Rms.weight"]);
+    }
+
+    /// The authors' weights under Hugging Face's names say the same, with their temperature and without.
+    #[test]
+    fn a_folder_in_hugging_faces_layout_agrees() {
+        let device = Device::flex();
+        let options = LoadOptions::default();
+        for name in ["eva01_clip_g", "eva02_clip_e", "eva_clip_8b", "eva_clip_18b"] {
+            let (config, layout) = EvaClipConfig::of(&fixture(name)).unwrap();
+            let model = config.load(&fixture(name), layout, &options, &device).unwrap();
+            let inputs = tensors(&fixture(name), "inputs.safetensors");
+            let expected = tensors(&fixture(name), "outputs.safetensors");
+            let inputs: BTreeMap<_, _> = [("pixel_values", "image"), ("input_ids", "text")]
+                .map(|(to, from)| (to.into(), inputs[from].clone()))
+                .into();
+            let unit = |name: &str| normalise(Tensor::from_data(expected[name].clone(), &device));
+            let (images, texts) = (unit("image_features"), unit("text_features"));
+            let fixed = images.clone().matmul(texts.clone().transpose()) * FIXED_SCALE;
+            for (learned, logits) in
+                [(true, expected["logits_per_image"].clone()), (false, fixed.into_data())]
+            {
+                let folder = tempfile::tempdir().unwrap();
+                let weights = folder.path().join("model.safetensors");
+                let model =
+                    EvaClip { logit_scale: model.logit_scale.clone().filter(|_| learned), ..model.clone() };
+                save(&model, config.keys(Layout::HuggingFace), None, &weights, None).unwrap();
+                std::fs::write(folder.path().join("config.json"), described(&config).to_string()).unwrap();
+                let folder = Folder::Disk(folder.path().into());
+                let system = System::of(&folder).unwrap();
+                assert_eq!(
+                    (system.name, (system.describe)(&folder).unwrap().problems.len()),
+                    ("eva_clip", 0)
+                );
+                let found: BTreeMap<_, _> = crate::registry::forward(&folder, &inputs, &options, &device)
+                    .unwrap()
+                    .into_iter()
+                    .collect();
+                let close = |name: &str, expected: TensorData| {
+                    found[name].assert_approx_eq::<f32>(&expected, Tolerance::absolute(2e-4));
+                };
+                close("image_embeds", images.clone().into_data());
+                close("text_embeds", texts.clone().into_data());
+                close("logits_per_image", logits);
+                close("vision_model_output.last_hidden_state", expected["image_tokens"].clone());
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        let of = |tower: &str, field: &str, value: Value| {
+            let mut described = described(&EIGHT);
+            described[tower][field] = value;
+            EvaClipConfig::hugging_face(&config(&described), false, false)
+        };
+        assert_eq!(of("text_config", "dropout", json!(0.0)).unwrap().vision, EIGHT.vision);
+        for (tower, field, value) in [
+            ("vision_config", "k_bias", json!(true)),
+            ("vision_config", "v_bias", json!(true)),
+            ("vision_config", "use_swiglu_mlp", json!(true)),
+            ("vision_config", "hidden_act", json!("quick_gelu")),
+            ("vision_config", "num_attention_heads", json!(31)),
+            ("text_config", "use_rms_norm", json!(true)),
+            ("text_config", "post_layernorm", json!(true)),
+        ] {
+            let message = of(tower, field, value).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{tower}.{field}`")), "{message}");
+        }
+    }
+}

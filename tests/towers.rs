@@ -58,9 +58,9 @@ fn folders() -> [TempDir; 3] {
     save(&model, &chinese_clip::KEYS, None, &chinese.path().join("model.safetensors"), None).unwrap();
     let file = "open_clip_config.json";
     let (eva, disk) = shell("open_clip_eva02", file, "/model_cfg/text_cfg", "tok_clip");
-    let (config, _) = EvaClipConfig::of(&disk).unwrap();
+    let (config, layout) = EvaClipConfig::of(&disk).unwrap();
     let weights = eva.path().join("open_clip_model.safetensors");
-    save(&config.init(&device), config.keys(), None, &weights, None).unwrap();
+    save(&config.init(&device), config.keys(layout), None, &weights, None).unwrap();
     [alt, chinese, eva]
 }
 
