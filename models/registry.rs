@@ -86,7 +86,7 @@ pub const SYSTEMS: &[System] = &[
     roberta_series::SYSTEM,
     consert::SYSTEM, // before its trunk
     bert::SYSTEM,
-    vit::SYSTEM,
+    vit::SYSTEM, // before EVA, one of whose sizes it is
     beit::SYSTEM,
     mae::SYSTEM,
     painter::SYSTEM,

@@ -3,7 +3,8 @@
 //!
 //! The numbers match `transformers` (`ViTModel`, `ViTForImageClassification`) and timm (`VisionTransformer`
 //! with its registers, layer scales, norms and poolings), whose two layouts are read: Google's uploads and the
-//! `vit_*` ones of timm.
+//! `vit_*` ones of timm. So is EVA's large size (Fang et al. 2022, <https://arxiv.org/abs/2211.07636>), which is no
+//! [`mod@crate::eva`] but a plain vision transformer: `eva_large_patch14_*` of timm.
 //!
 //! ```sh
 //! volary forward path/to/vit-base-patch16-224 --input in.safetensors --output out.safetensors
@@ -367,12 +368,10 @@ pub enum Layout {
 impl Layout {
     /// The layout of a configuration, if it is one of a vision transformer.
     pub fn of(config: &Config) -> Option<Self> {
-        if config.text("model_type") == Some("vit") {
-            Some(Self::Transformers)
-        } else if config.text("architecture").is_some_and(|name| name.starts_with("vit_")) {
-            Some(Self::Timm)
-        } else {
-            None
+        match (config.text("model_type"), config.text("architecture")) {
+            (Some("vit"), _) => Some(Self::Transformers),
+            (_, Some(name)) if name.starts_with("vit_") || name.starts_with("eva_large_") => Some(Self::Timm),
+            _ => None,
         }
     }
 
@@ -453,7 +452,7 @@ impl VitConfig {
     pub fn timm(config: &Config) -> Result<Self, ConfigError> {
         let architecture = config.text("architecture").and_then(architecture);
         let known = "vit_{tiny,small,base,large,huge,giant,gigantic}_patch{N}_ with {N}, clip_{N}, \
-                     clip_quickgelu_{N}, dinov2 or reg4_dinov2";
+                     clip_quickgelu_{N}, dinov2 or reg4_dinov2; or eva_large_patch14_{N}";
         let own = architecture.ok_or_else(|| config.error("architecture", known))?;
         let args = config.object_or_empty("model_args")?;
         timm_args(&args, &[ARGS, ARGS_OF_TRAINING], ARGS_FIXED)?;
@@ -472,7 +471,8 @@ impl VitConfig {
         };
         let pooling = match (args.text("global_pool"), args.flag_or("pool_include_prefix", false)?) {
             (None, _) if args.has("global_pool") => return Err(args.error("global_pool", "a text")),
-            (None | Some("token"), _) => Pooling::Class,
+            (None, _) => own.pooling,
+            (Some("token"), _) => Pooling::Class,
             (Some("avg"), false) => Pooling::MeanOfPatches,
             (Some("avg"), true) => Pooling::MeanOfAll,
             (Some(""), _) => Pooling::Nothing,
@@ -633,6 +633,7 @@ struct Architecture {
     init_values: f64,
     n_registers: i64,
     no_embed_class: bool,
+    pooling: Pooling,
 }
 
 /// Widths, depths, heads and MLP ratios of timm's sizes.
@@ -646,9 +647,10 @@ const SIZES: &[(&str, usize, usize, usize, f64)] = &[
     ("gigantic", 1664, 48, 16, 64.0 / 13.0),
 ];
 
-/// `vit_{size}_patch{N}_{rest}`.
+/// `vit_{size}_patch{N}_{rest}` or `eva_large_patch14_{N}`.
 fn architecture(name: &str) -> Option<Architecture> {
-    let (size, rest) = name.strip_prefix("vit_")?.split_once("_patch")?;
+    let (family, name) = name.split_once('_').filter(|(family, _)| ["vit", "eva"].contains(family))?;
+    let (size, rest) = name.split_once("_patch")?;
     let &(_, d_model, n_layers, n_heads, mlp_ratio) = SIZES.iter().find(|row| row.0 == size)?;
     let (patch_size, rest) = rest.split_once('_')?;
     let plain = Architecture {
@@ -663,9 +665,14 @@ fn architecture(name: &str) -> Option<Architecture> {
         init_values: 0.0,
         n_registers: 0,
         no_embed_class: false,
+        pooling: Pooling::Class,
     };
     let clip = Architecture { pre_norm: true, layer_norm_eps: 1e-5, ..plain };
     let is_number = |text: &str| text.parse::<usize>().is_ok();
+    if family == "eva" {
+        let eva = Architecture { pooling: Pooling::MeanOfPatches, ..plain };
+        return (size == "large" && is_number(rest)).then_some(eva);
+    }
     Some(match rest {
         // the giant one has another width, and a gated MLP
         "dinov2" if size != "giant" => Architecture { init_values: 1e-5, ..plain },
@@ -837,7 +844,7 @@ pub const SYSTEM: System = System {
     about: "vision transformers of transformers and timm",
     file: "models/vit.rs",
     tasks: &["forward"],
-    proved: &["vit", "vit_f16", "timm_vit"],
+    proved: &["vit", "vit_f16", "timm_vit", "timm_eva_large"],
     presets: PRESETS,
     recognises: |_, config| config.and_then(Layout::of).is_some(),
     checkpoint: Folder::checkpoint,
@@ -942,6 +949,19 @@ const fn timm(name: &'static str, config: VitConfig, parameters: usize) -> Prese
     Preset { name, shape, weights, license, parameters, source: "timm, results-imagenet.csv (in millions)" }
 }
 
+/// EVA's large size, which pools by the mean.
+const fn eva_large(name: &'static str, image_size: usize, parameters: usize) -> Preset {
+    let config = VitConfig {
+        image_size: [image_size; 2],
+        patch_size: 14,
+        last_norm: LastNorm::Pooled,
+        pooling: Pooling::MeanOfPatches,
+        ..TIMM_LARGE
+    };
+    let (shape, weights, source) = (Shape::Vit(config), Weights::Hub, "timm, sum over the parameters");
+    Preset { name, shape, weights, license: "MIT", parameters, source }
+}
+
 /// Published sizes.
 pub const PRESETS: &[Preset] = &[
     google("google/vit-base-patch16-224", BASE, 86_567_656),
@@ -951,6 +971,8 @@ pub const PRESETS: &[Preset] = &[
     timm("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", TIMM_SMALL, 22_050_664),
     timm("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k", TIMM_BASE, 86_567_656),
     timm("timm/vit_large_patch16_224.augreg_in21k_ft_in1k", TIMM_LARGE, 304_326_632),
+    eva_large("timm/eva_large_patch14_196.in22k_ft_in22k_in1k", 196, 304_142_312),
+    eva_large("timm/eva_large_patch14_336.in22k_ft_in22k_in1k", 336, 304_531_432),
 ];
 
 #[cfg(test)]
@@ -1021,6 +1043,9 @@ mod tests {
         assert_eq!((of("vit_giant_patch14_224").d_ff, of("vit_gigantic_patch14_224").d_ff), (6144, 8192));
         let clip = VitConfig { patch_size: 32, pre_norm: true, layer_norm_eps: 1e-5, ..TIMM_BASE };
         assert_eq!(of("vit_base_patch32_clip_224"), clip);
+        let eva = of("eva_large_patch14_196");
+        assert_eq!((eva.last_norm, eva.pooling), (LastNorm::Pooled, Pooling::MeanOfPatches));
+        assert_eq!((eva.d_model, eva.n_layers, eva.patch_size), (1024, 24, 14));
         let dinov2 = of("vit_small_patch14_reg4_dinov2");
         assert_eq!(
             (dinov2.n_registers, dinov2.positioned, dinov2.layer_scale),
@@ -1076,6 +1101,8 @@ mod tests {
             "vit_so400m_patch14_siglip_224",
             "vit_giant_patch14_dinov2",
             "vit_base",
+            "eva_giant_patch14_224",
+            "eva_large_patch14_clip_224",
         ] {
             let message = VitConfig::timm(&config(&format!("{{\"architecture\": \"{name}\"}}"))).unwrap_err();
             assert!(message.to_string().contains("`architecture`"), "{message}");
