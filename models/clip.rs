@@ -183,12 +183,27 @@ impl ClipConfig {
     /// An untrained model. Nothing is allocated before first use.
     pub fn init(&self, device: &Device) -> ClipModel {
         ClipModel {
-            vision: match &self.vision {
-                VisionConfig::Vit(vit) => VisionTower::Vit(vit.init(self.d_embed, device)),
-                VisionConfig::ResNet(resnet) => VisionTower::ResNet(resnet.init(device)),
-            },
+            vision: self.vision.init(self.d_embed, device),
             text: self.text.init(self.d_embed, device),
             logit_scale: Initializer::Constant { value: (1.0_f64 / 0.07).ln() }.init([1], device),
+        }
+    }
+}
+
+impl VisionConfig {
+    /// An untrained tower. A vision transformer allocates nothing before first use.
+    pub(crate) fn init(&self, d_embed: usize, device: &Device) -> VisionTower {
+        match self {
+            VisionConfig::Vit(vit) => VisionTower::Vit(vit.init(d_embed, device)),
+            VisionConfig::ResNet(resnet) => VisionTower::ResNet(resnet.init(device)),
+        }
+    }
+
+    /// Side of the square pictures that the tower sees, in pixels.
+    pub fn image_size(&self) -> usize {
+        match self {
+            VisionConfig::Vit(vit) => vit.image_size,
+            VisionConfig::ResNet(resnet) => resnet.image_size,
         }
     }
 }
@@ -460,17 +475,10 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
         vision.only(field, &["false"])?;
     }
     let vision_config = if let Some(layers) = vision.sizes("layers") {
-        let layers =
-            <[usize; 4]>::try_from(layers).map_err(|_| vision.error("layers", "a number or four"))?;
-        if layers.iter().any(|&layers| layers > 1000) {
-            return Err(vision.error("layers", "at most 1000 blocks"));
-        }
         vision.divides("head_width", head_width, width * 32)?;
-        if !image_size.is_multiple_of(32) || !width.is_multiple_of(2) {
-            return Err(vision.error("image_size", "a multiple of 32, with an even width"));
-        }
-        let n_heads = width * 32 / head_width;
-        VisionConfig::ResNet(ResNetConfig { image_size, width, layers, n_heads, d_embed })
+        let (layers, n_heads) = (resnet_stages(&vision, "layers", layers)?, width * 32 / head_width);
+        let resnet = ResNetConfig { image_size, width, layers, n_heads, d_embed };
+        VisionConfig::ResNet(checked_resnet(resnet, &vision, "image_size")?)
     } else {
         vision.divides("head_width", head_width, width)?;
         let patch_size = vision.size_or("patch_size", 16)?;
@@ -482,6 +490,31 @@ fn open_clip(config: &Config) -> Result<ClipConfig, ConfigError> {
         VisionConfig::Vit(VitConfig { image_size, patch_size, transformer })
     };
     Ok(ClipConfig { vision: vision_config, text: open_clip_text(&text, activation)?, d_embed })
+}
+
+/// The blocks of a convolutional tower's stages, which stand in `field`.
+pub(crate) fn resnet_stages(
+    config: &Config,
+    field: &str,
+    layers: Vec<usize>,
+) -> Result<[usize; 4], ConfigError> {
+    match <[usize; 4]>::try_from(layers) {
+        Ok(layers) if layers.iter().all(|layers| (1..=1000).contains(layers)) => Ok(layers),
+        Ok(_) => Err(config.error(field, "1 to 1000 blocks")),
+        Err(_) => Err(config.error(field, "a number or four")),
+    }
+}
+
+/// That every stage of a convolutional tower halves the picture, whose size stands in `field`, and the stem is whole.
+pub(crate) fn checked_resnet(
+    resnet: ResNetConfig,
+    config: &Config,
+    field: &str,
+) -> Result<ResNetConfig, ConfigError> {
+    match resnet.image_size.is_multiple_of(32) && resnet.width.is_multiple_of(2) {
+        true => Ok(resnet),
+        false => Err(config.error(field, "a multiple of 32, with an even width")),
+    }
 }
 
 /// `text_cfg` of open_clip; the code of EVA-CLIP has two more settings, which change no number.
@@ -745,6 +778,42 @@ pub(crate) const TEXT_OPEN_CLIP: &[Rule] = &[
     Ignore("attn_mask"),
 ];
 
+/// The vision transformer of open_clip and OpenAI.
+pub(crate) const VIT_OPEN_CLIP: &[Rule] = &[
+    Rename("class_embedding", "class_token"),
+    Rename("conv1.weight", "patches.weight"),
+    Rename("positional_embedding", "positions.weight"),
+    Rename("ln_pre.weight", "pre_norm.weight"),
+    Rename("ln_pre.bias", "pre_norm.bias"),
+    Under("transformer.resblocks.{}.", "blocks.{}.", BLOCK_OPEN_CLIP),
+    Rename("ln_post.weight", "post_norm.weight"),
+    Rename("ln_post.bias", "post_norm.bias"),
+    Transpose("proj", "projection.weight"),
+];
+
+/// The convolutional tower of open_clip and OpenAI.
+pub(crate) const RESNET_OPEN_CLIP: &[Rule] = &[
+    Rename("conv1.weight", "conv1.weight"),
+    Under("bn1.", "bn1.", BATCH_NORM),
+    Rename("conv2.weight", "conv2.weight"),
+    Under("bn2.", "bn2.", BATCH_NORM),
+    Rename("conv3.weight", "conv3.weight"),
+    Under("bn3.", "bn3.", BATCH_NORM),
+    Under("layer1.{}.", "stages.0.blocks.{}.", BOTTLENECK),
+    Under("layer2.{}.", "stages.1.blocks.{}.", BOTTLENECK),
+    Under("layer3.{}.", "stages.2.blocks.{}.", BOTTLENECK),
+    Under("layer4.{}.", "stages.3.blocks.{}.", BOTTLENECK),
+    Rename("attnpool.positional_embedding", "pool.positions"),
+    Rename("attnpool.q_proj.weight", "pool.query.weight"),
+    Rename("attnpool.q_proj.bias", "pool.query.bias"),
+    Rename("attnpool.k_proj.weight", "pool.key.weight"),
+    Rename("attnpool.k_proj.bias", "pool.key.bias"),
+    Rename("attnpool.v_proj.weight", "pool.value.weight"),
+    Rename("attnpool.v_proj.bias", "pool.value.bias"),
+    Rename("attnpool.c_proj.weight", "pool.output.weight"),
+    Rename("attnpool.c_proj.bias", "pool.output.bias"),
+];
+
 /// What open_clip and OpenAI name alike whatever the tower for pictures.
 const SHARED_OPEN_CLIP: &[Rule] = &[
     Reshape("logit_scale", "logit_scale", Ones::Scalar),
@@ -755,54 +824,12 @@ const SHARED_OPEN_CLIP: &[Rule] = &[
 ];
 
 /// Keys of open_clip and OpenAI with a vision transformer.
-pub const KEYS_OPEN_CLIP_VIT: KeyMap = KeyMap::new(&[
-    Under("", "", SHARED_OPEN_CLIP),
-    Under(
-        "visual.",
-        "vision.Vit.",
-        &[
-            Rename("class_embedding", "class_token"),
-            Rename("conv1.weight", "patches.weight"),
-            Rename("positional_embedding", "positions.weight"),
-            Rename("ln_pre.weight", "pre_norm.weight"),
-            Rename("ln_pre.bias", "pre_norm.bias"),
-            Under("transformer.resblocks.{}.", "blocks.{}.", BLOCK_OPEN_CLIP),
-            Rename("ln_post.weight", "post_norm.weight"),
-            Rename("ln_post.bias", "post_norm.bias"),
-            Transpose("proj", "projection.weight"),
-        ],
-    ),
-]);
+pub const KEYS_OPEN_CLIP_VIT: KeyMap =
+    KeyMap::new(&[Under("", "", SHARED_OPEN_CLIP), Under("visual.", "vision.Vit.", VIT_OPEN_CLIP)]);
 
 /// Keys of open_clip and OpenAI with a convolutional tower.
-pub const KEYS_OPEN_CLIP_RESNET: KeyMap = KeyMap::new(&[
-    Under("", "", SHARED_OPEN_CLIP),
-    Under(
-        "visual.",
-        "vision.ResNet.",
-        &[
-            Rename("conv1.weight", "conv1.weight"),
-            Under("bn1.", "bn1.", BATCH_NORM),
-            Rename("conv2.weight", "conv2.weight"),
-            Under("bn2.", "bn2.", BATCH_NORM),
-            Rename("conv3.weight", "conv3.weight"),
-            Under("bn3.", "bn3.", BATCH_NORM),
-            Under("layer1.{}.", "stages.0.blocks.{}.", BOTTLENECK),
-            Under("layer2.{}.", "stages.1.blocks.{}.", BOTTLENECK),
-            Under("layer3.{}.", "stages.2.blocks.{}.", BOTTLENECK),
-            Under("layer4.{}.", "stages.3.blocks.{}.", BOTTLENECK),
-            Rename("attnpool.positional_embedding", "pool.positions"),
-            Rename("attnpool.q_proj.weight", "pool.query.weight"),
-            Rename("attnpool.q_proj.bias", "pool.query.bias"),
-            Rename("attnpool.k_proj.weight", "pool.key.weight"),
-            Rename("attnpool.k_proj.bias", "pool.key.bias"),
-            Rename("attnpool.v_proj.weight", "pool.value.weight"),
-            Rename("attnpool.v_proj.bias", "pool.value.bias"),
-            Rename("attnpool.c_proj.weight", "pool.output.weight"),
-            Rename("attnpool.c_proj.bias", "pool.output.bias"),
-        ],
-    ),
-]);
+pub const KEYS_OPEN_CLIP_RESNET: KeyMap =
+    KeyMap::new(&[Under("", "", SHARED_OPEN_CLIP), Under("visual.", "vision.ResNet.", RESNET_OPEN_CLIP)]);
 
 /// CLIP as the registry knows it.
 pub const SYSTEM: System = System {
@@ -843,10 +870,7 @@ impl ClipConfig {
 
     /// Side of the square pictures that the model sees, in pixels.
     pub fn image_size(&self) -> usize {
-        match &self.vision {
-            VisionConfig::Vit(vit) => vit.image_size,
-            VisionConfig::ResNet(resnet) => resnet.image_size,
-        }
+        self.vision.image_size()
     }
 }
 

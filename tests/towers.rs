@@ -54,7 +54,8 @@ fn folders() -> [TempDir; 3] {
     let model = AltClipConfig::of(&disk).unwrap().init(&device);
     save(&model, &altclip::KEYS, None, &alt.path().join("model.safetensors"), None).unwrap();
     let (chinese, disk) = shell("chinese_clip", "config.json", "/text_config", "tok_bert");
-    let model = ChineseClipConfig::of(&disk).unwrap().init(&device);
+    let (config, _) = ChineseClipConfig::of(&disk).unwrap();
+    let model = config.init(&device);
     save(&model, &chinese_clip::KEYS, None, &chinese.path().join("model.safetensors"), None).unwrap();
     let file = "open_clip_config.json";
     let (eva, disk) = shell("open_clip_eva02", file, "/model_cfg/text_cfg", "tok_clip");
