@@ -8,14 +8,17 @@
 //! from that code. EfficientNet itself is proved in [`crate::efficientnet`].
 //!
 //! Weights are given on application. Beside them a `config.json` is needed: `{"model_type": "brivl"}` is WenLan 1.0, with
-//! the names of the authors' `cfg/*.yml` for what differs.
+//! the names of the authors' `cfg/*.yml` for what differs. To see pictures and read texts, as `classify` and `search` do,
+//! a folder also needs a tokenizer and a `preprocessor_config.json`. There pictures fall into the later release's grid of
+//! regions, for there is no detector here; and since BERT sees padding, all texts are padded alike, to `MAX_TEXT_LEN`.
 //!
 //! ```sh
-//! volary forward path/to/brivl --input in.safetensors --output out.safetensors
+//! volary classify cat.jpg --labels "一只猫,一条狗" --model path/to/brivl
 //! ```
 
 use burn::module::Module;
 use burn::tensor::activation::relu;
+use burn::tensor::ops::PadMode;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Attention, AttentionConfig, LayerNorm, Linear, LinearConfig, Mlp, MlpConfig};
 use volary_kernels::ops::{Activation, Mask};
@@ -37,6 +40,7 @@ use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::sentence::unit;
 use crate::tensors::{Inputs, Outputs, output};
+use crate::two_tower::{Fit, TwoTower};
 
 /// The default of torch's `TransformerEncoderLayer`.
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -50,6 +54,8 @@ pub struct BrivlConfig {
     pub grid_size: usize,
     /// Into how many rows and columns a picture falls of which nobody says the regions.
     pub box_grid: usize,
+    /// To how many tokens texts are padded.
+    pub text_length: usize,
     /// What makes a picture a map.
     pub backbone: BackboneConfig,
     /// What makes tokens states.
@@ -379,6 +385,9 @@ impl Brivl {
     }
 }
 
+/// The id of `[PAD]`.
+const PADDING: f32 = 0.0;
+
 /// The weights' names end in these.
 const CONVOLUTION: &str = "imgencoder.backbone.conv_stem.weight";
 const CLASSIFIER: &str = "imgencoder.backbone.classifier.weight";
@@ -442,6 +451,21 @@ impl BrivlConfig {
             return Err(config.error("TEXT_FEATURE_DIM", &format!("{}, the width of BERT", bert.d_model)));
         }
 
+        let image_size = crate::vit::side_or(config, "IMG_SIZE", WENLAN.image_size)?;
+        let cells = match backbone {
+            BackboneConfig::EfficientNet(_) => image_size.div_ceil(32),
+            BackboneConfig::Patches { side } => image_size / side,
+        };
+        if cells < 2 {
+            return Err(config.error("IMG_SIZE", "so many pixels that the map has 2 x 2 cells"));
+        }
+
+        let text_length = config.size_or("MAX_TEXT_LEN", WENLAN.text_length.min(bert.context_length()))?;
+        if text_length > bert.context_length() {
+            let expected = format!("at most the {} positions of BERT", bert.context_length());
+            return Err(config.error("MAX_TEXT_LEN", &expected));
+        }
+
         let momentum = config.number_or("MOMENTUM", WENLAN.momentum)?;
         if !(0.0..=1.0).contains(&momentum) {
             return Err(config.error("MOMENTUM", "a number from 0 to 1"));
@@ -456,9 +480,10 @@ impl BrivlConfig {
         };
         let queue_size = entry(QUEUE).map(|_| config.size_or("QUEUE_SIZE", QUEUE_SIZE)).transpose()?;
         Ok(Self {
-            image_size: crate::vit::side_or(config, "IMG_SIZE", WENLAN.image_size)?,
+            image_size,
             grid_size: small("GRID_SIZE", WENLAN.grid_size)?,
             box_grid: small("BOX_GRID", WENLAN.box_grid)?,
+            text_length,
             backbone,
             bert,
             image,
@@ -562,7 +587,7 @@ pub const SYSTEM: System = System {
     name: "brivl",
     about: "two towers for pictures and Chinese text: BriVL (WenLan)",
     file: "models/brivl.rs",
-    tasks: &["forward"],
+    tasks: &["classify", "embed", "search", "forward"],
     proved: &["brivl"],
     presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("brivl")),
@@ -584,6 +609,39 @@ struct Runner {
     model: Brivl,
     config: BrivlConfig,
     device: Device,
+}
+
+impl TwoTower for Runner {
+    fn fit(&self) -> Fit {
+        let BrivlConfig { image_size, text_length: context_length, ref bert, ref image, .. } = self.config;
+        Fit { image_size, context_length, vocab_size: bert.vocab_size, d_embed: image.d_model }
+    }
+
+    /// By the grid of regions.
+    fn encode_images(&self, pixels: Tensor<4>) -> Tensor<2> {
+        let [batch, ..] = pixels.dims();
+        let boxes = self.grid(batch);
+        let [_, n_boxes, _] = boxes.dims();
+        let tower = &self.model.towers.image;
+        tower.forward(tower.regions(pixels, boxes), &self.all_real([batch, n_boxes]))
+    }
+
+    /// Padded to the length of all texts, for BERT sees padding.
+    ///
+    /// # Panics
+    /// If a text is longer.
+    fn encode_texts(&self, ids: Tensor<2, Int>, real: Tensor<2, Bool>) -> Tensor<2> {
+        let [_, seq] = ids.dims();
+        let padding = self.config.text_length - seq;
+        let ids = ids.pad((0, padding, 0, 0), PadMode::Constant(PADDING));
+        let real = real.int().pad((0, padding, 0, 0), PadMode::Constant(0.0)).equal_elem(1);
+        self.model.towers.text.forward(ids, &real)
+    }
+
+    fn scale(&self) -> Tensor<1> {
+        let dtype = self.model.towers.image.pool.weight.val().dtype();
+        Tensor::full([1], 1.0 / self.config.temperature, (&self.device, dtype))
+    }
 }
 
 /// A batch of pictures.
@@ -666,9 +724,24 @@ impl Forward for Runner {
         }
         Ok(outputs)
     }
+
+    fn into_towers(self: Box<Self>) -> Option<Box<dyn TwoTower>> {
+        Some(self)
+    }
 }
 
 impl Runner {
+    /// The regions of pictures of which nobody says them.
+    fn grid(&self, batch: usize) -> Tensor<3> {
+        let grid = self.config.grid(&self.device);
+        let [_, n_boxes, _] = grid.dims();
+        grid.expand([batch, n_boxes, 4])
+    }
+
+    fn all_real(&self, shape: [usize; 2]) -> Tensor<2, Bool> {
+        Tensor::<2>::zeros(shape, &self.device).equal_elem(0.0)
+    }
+
     fn images(&self, inputs: &mut Inputs) -> Option<Images> {
         let pixels = inputs.float::<4>("image");
         let boxes = inputs.float::<3>("image_boxes");
@@ -682,14 +755,7 @@ impl Runner {
                 "`image` has pictures of {found:?}, expected [3, height, width] with at least 2 x 2 cells on the map"
             ));
         }
-        let boxes = match boxes {
-            Some(boxes) => boxes,
-            None => {
-                let grid = self.config.grid(&self.device);
-                let [_, n_boxes, _] = grid.dims();
-                grid.expand([batch, n_boxes, 4])
-            }
-        };
+        let boxes = boxes.unwrap_or_else(|| self.grid(batch));
         let [rows, n_boxes, edges] = boxes.dims();
         if [rows, edges] != [batch, 4] {
             let found = boxes.dims();
@@ -722,9 +788,7 @@ impl Runner {
         mask: Option<Tensor<2, Bool>>,
         of: (&str, [usize; 2]),
     ) -> Tensor<2, Bool> {
-        let Some(mask) = mask else {
-            return Tensor::<2>::zeros(of.1, &self.device).equal_elem(0.0);
-        };
+        let Some(mask) = mask else { return self.all_real(of.1) };
         inputs.like(name, Some(mask.dims()), of);
         let counts = mask.clone().int().sum_dim(1).into_data();
         if let Some(row) = counts.iter::<i64>().position(|count| count == 0) {
@@ -744,6 +808,7 @@ const WENLAN: BrivlConfig = BrivlConfig {
     image_size: 380,
     grid_size: 4,
     box_grid: 6,
+    text_length: 80,
     backbone: BackboneConfig::EfficientNet(EfficientNetConfig::scaled(1.6, 2.2).with_classes(1000)),
     bert: ROBERTA,
     image: EncoderConfig { d_model: 2048, d_ff: 2048, n_layers: 4, n_heads: 4 },
@@ -861,7 +926,9 @@ mod tests {
             (r#""QUEUE_SIZE": 0"#, "`QUEUE_SIZE`"),
             (r#""MOMENTUM": 1.5"#, "`MOMENTUM`"),
             (r#""TEMPERATURE": 0"#, "`TEMPERATURE`"),
+            (r#""MAX_TEXT_LEN": 513"#, "`MAX_TEXT_LEN`: expected at most the 512 positions"),
             (r#""IMG_SIZE": 70000"#, "`IMG_SIZE`"),
+            (r#""IMG_SIZE": 32"#, "`IMG_SIZE`: expected so many pixels"),
             (r#""TEXT_TRANSFORMER_LAYER": 5000"#, "`TEXT_TRANSFORMER_LAYER`"),
             (r#""bert": {"num_attention_heads": 7}"#, "`bert.num_attention_heads`"),
         ] {
@@ -921,6 +988,28 @@ mod tests {
         let after = run(&inputs).unwrap();
         after["image_features"].assert_approx_eq::<f32>(&before["image_features"], Tolerance::absolute(1e-6));
         assert_ne!(after["box_features"], before["box_features"]);
+    }
+
+    /// What the towers say of a text does not depend on those beside it: as of the forward pass, padded.
+    #[test]
+    fn texts_are_padded_alike() {
+        let device = Device::flex();
+        let towers = (SYSTEM.open)(&fixture(), &LoadOptions::default(), &device).unwrap();
+        let towers = towers.into_towers().unwrap();
+        assert_eq!(towers.fit(), Fit { image_size: 32, context_length: 20, vocab_size: 60, d_embed: 28 });
+        let short = Tensor::<2, Int>::from_data([[11, 7, 12]], &device);
+        let beside = Tensor::<2, Int>::from_data([[11, 7, 12, 0, 0], [11, 9, 8, 30, 12]], &device);
+        let real = |ids: &Tensor<2, Int>| ids.clone().not_equal_elem(0);
+        let alone = towers.encode_texts(short.clone(), real(&short)).into_data();
+        let first = towers.encode_texts(beside.clone(), real(&beside)).narrow(0, 0, 1).into_data();
+        alone.assert_approx_eq::<f32>(&first, Tolerance::absolute(1e-6));
+        let padded = |from: &[i64]| {
+            let row = from.iter().copied().chain(std::iter::repeat(0)).take(20).collect::<Vec<_>>();
+            TensorData::new(row, [1, 20])
+        };
+        let inputs = [("texts", padded(&[11, 7, 12])), ("mask_texts", padded(&[1, 1, 1]))];
+        let outputs = run(&inputs.map(|(name, data)| (name.to_owned(), data)).into()).unwrap();
+        alone.assert_approx_eq::<f32>(&outputs["text_features"], Tolerance::absolute(1e-6));
     }
 
     #[test]

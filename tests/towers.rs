@@ -9,11 +9,13 @@ use burn::tensor::{Device, Tensor, TensorData};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use volary::altclip::{self, AltClipConfig};
+use volary::bert::BertConfig;
+use volary::brivl::BrivlConfig;
 use volary::chinese_clip::{self, ChineseClipConfig};
 use volary::clip::normalise;
 use volary::eva_clip::EvaClipConfig;
 use volary::folder::Folder;
-use volary::registry::forward;
+use volary::registry::{System, forward};
 use volary::taiyi::{self, TaiyiConfig};
 use volary_text::tokenizer::{BatchOptions, PadTo};
 use volary_vision::image::{ReadOptions, read};
@@ -47,8 +49,8 @@ fn shell(shape: &str, file: &str, texts: &str, tokenizer: &str) -> (TempDir, Fol
     (folder, disk)
 }
 
-/// An untrained AltCLIP, Chinese CLIP and EVA-CLIP.
-fn folders() -> [TempDir; 3] {
+/// An untrained AltCLIP, Chinese CLIP, EVA-CLIP and BriVL.
+fn folders() -> [TempDir; 4] {
     let device = Device::flex();
     let (alt, disk) = shell("altclip", "config.json", "/text_config", "tok_xlmr");
     let model = AltClipConfig::of(&disk).unwrap().init(&device);
@@ -62,7 +64,17 @@ fn folders() -> [TempDir; 3] {
     let (config, layout) = EvaClipConfig::of(&disk).unwrap();
     let weights = eva.path().join("open_clip_model.safetensors");
     save(&config.init(&device), config.keys(layout), None, &weights, None).unwrap();
-    [alt, chinese, eva]
+    let (brivl, disk) = shell("brivl", "config.json", "/bert", "tok_bert");
+    let mut described = crate::support::json(&brivl.path().join("config.json"));
+    described["IMG_SIZE"] = json!(16);
+    fs::write(brivl.path().join("config.json"), described.to_string()).unwrap();
+    let config = BrivlConfig::of(&Folder::Disk(fixture("brivl"))).unwrap();
+    let vocab_size = disk.tokenizer().unwrap().vocab_size();
+    let bert = BertConfig { vocab_size, ..config.bert.clone() };
+    let config = BrivlConfig { image_size: 16, bert, ..config };
+    let weights = brivl.path().join("model.safetensors");
+    save(&config.init(&device), config.keys(), None, &weights, None).unwrap();
+    [alt, chinese, eva, brivl]
 }
 
 fn picture(name: &str) -> PathBuf {
@@ -82,15 +94,18 @@ fn inputs(folder: &Folder, image: &Path, texts: &[&str]) -> BTreeMap<String, Ten
     let device = Device::flex();
     let picture = read(image, ReadOptions::SEEN).unwrap();
     let pixels = folder.preprocessor().unwrap().batch(&[picture], &device).unwrap();
-    let options = BatchOptions { max_length: None, pad: PadTo::Longest };
+    let system = System::of(folder).unwrap().name;
+    let pad = if system == "brivl" { PadTo::Length(20) } else { PadTo::Longest };
+    let options = BatchOptions { max_length: None, pad };
     let (ids, real) = folder.tokenizer().unwrap().encode_batch(texts, &options).unwrap().to_tensors(&device);
     let named = |names: &[&'static str]| {
         let tensors = [pixels.into_data(), ids.into_data(), real.into_data()];
         names.iter().map(|&name| name.to_owned()).zip(tensors).collect()
     };
-    match folder.has("open_clip_config.json") {
-        true => named(&["image", "text"]),
-        false => named(&["pixel_values", "input_ids", "attention_mask"]),
+    match system {
+        "eva_clip" => named(&["image", "text"]),
+        "brivl" => named(&["image", "texts", "mask_texts"]),
+        _ => named(&["pixel_values", "input_ids", "attention_mask"]),
     }
 }
 
@@ -122,7 +137,10 @@ fn classify_and_embed_say_what_a_forward_pass_says() {
         let outputs: BTreeMap<String, TensorData> =
             forward(&disk, &inputs, &LoadOptions::default(), &Device::flex()).unwrap().into_iter().collect();
 
-        let logits: Vec<f32> = outputs["logits_per_image"].iter::<f32>().collect();
+        let logits: Vec<f32> = match outputs.get("logits_per_image") {
+            Some(logits) => logits.iter::<f32>().collect(),
+            None => outputs["similarity"].iter::<f32>().map(|cosine| cosine / 0.07).collect(), // BriVL's
+        };
         let exponents: Vec<f32> = logits.iter().map(|logit| logit.exp()).collect();
         let expected: Vec<f32> = exponents.iter().map(|one| one / exponents.iter().sum::<f32>()).collect();
         let labels = folder.path().join("labels.txt");
