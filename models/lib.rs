@@ -1,5 +1,6 @@
 //! Volary: a multimodal model zoo on Burn.
 
+pub mod align;
 pub mod alm;
 pub mod altclip;
 pub mod aquila;

@@ -57,6 +57,8 @@ pub enum Shape {
     SegGpt(&'static crate::seggpt::SegGptConfig),
     /// [`crate::efficientnet`]
     EfficientNet(volary_vision::efficientnet::EfficientNetConfig),
+    /// [`crate::align`]
+    Align(crate::align::AlignConfig),
     /// [`crate::brivl`]
     Brivl(crate::brivl::BrivlConfig),
     /// [`crate::llama`]
@@ -151,6 +153,7 @@ impl Shape {
             Shape::Painter(config) => parameters(&config.init(&device)),
             Shape::SegGpt(config) => parameters(&config.init(&device)),
             Shape::EfficientNet(config) => parameters(&config.init(&device)),
+            Shape::Align(config) => parameters(&config.init(&device)),
             Shape::Brivl(config) => parameters(&config.init(&device)),
             Shape::Llama(config) => parameters(&config.init(&device)),
             Shape::Glm(config) => parameters(&config.init(&device)),

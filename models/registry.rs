@@ -14,9 +14,9 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    alm, altclip, aquila, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie,
-    ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series,
-    seggpt, t5, taiyi, vit, yuan,
+    align, alm, altclip, aquila, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet,
+    ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
+    roberta_series, seggpt, t5, taiyi, vit, yuan,
 };
 
 /// What the zoo says of one system.
@@ -109,6 +109,7 @@ pub const SYSTEMS: &[System] = &[
     eva::SYSTEM,
     eva_clip::SYSTEM,
     efficientnet::SYSTEM,
+    align::SYSTEM,
     brivl::SYSTEM,
 ];
 

@@ -1,5 +1,6 @@
 //! EfficientNet: inverted bottlenecks with squeeze and excitation, whose widths and depths grow together (Tan & Le 2019,
-//! <https://arxiv.org/abs/1905.11946>). The numbers match timm's `tf_efficientnet_*`, which pad as TensorFlow does.
+//! <https://arxiv.org/abs/1905.11946>). The numbers match timm's `tf_efficientnet_*`, which pad as TensorFlow does, and the
+//! port in transformers' ALIGN, which does not.
 //!
 //! Activations are channels-last, so that 1x1 convolutions and normalisations are plain matrix work.
 
@@ -43,6 +44,17 @@ pub struct StageConfig {
     pub n_blocks: usize,
 }
 
+/// Where zeros stand around what a convolution shrinks, and which blocks have a shortcut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// As in TensorFlow and timm: as many zeros as make the output's sides the input's over the stride, rounded up, where
+    /// their number is odd more of them right and below; a shortcut in every block that keeps its input's shape.
+    TensorFlow,
+    /// As in transformers: `k / 2 - 1` zeros left and above and `k / 2` right and below of what a kernel of side `k`
+    /// shrinks, whatever its sides; no shortcut in the first block of a stage.
+    Transformers,
+}
+
 /// Tan & Le 2019, table 1: EfficientNet-B0.
 const B0: [StageConfig; 7] = [
     StageConfig { kernel_size: 3, stride: 1, expansion: 1, width: 16, n_blocks: 1 },
@@ -79,28 +91,51 @@ impl EfficientNetConfig {
         })
     }
 
-    /// An untrained network.
+    /// Width of what the last stage gives.
+    pub fn d_last(&self) -> usize {
+        let [.., last] = self.stages();
+        last.width
+    }
+
+    /// An untrained network, in TensorFlow's manner.
     pub fn init(&self, device: &Device) -> EfficientNet {
         let (stem, d_features) = (scaled_width(32, self.width), self.d_features());
-        let mut d_in = stem;
-        let stages = self.stages().map(|stage| {
-            let blocks = (0..stage.n_blocks).map(|at| {
-                let stride = if at == 0 { stage.stride } else { 1 };
-                let block = Block::new(d_in, &StageConfig { stride, ..stage }, device);
-                d_in = stage.width;
-                block
-            });
-            Stage { blocks: blocks.collect() }
-        });
         let classifier = || LinearConfig::new(d_features, self.n_classes).init(device);
+        let stages = self.blocks(Manner::TensorFlow, device).map(|blocks| Stage { blocks });
         EfficientNet {
-            stem: SameConv::new([stem, 3, 3, 3], 2, 1, device),
+            stem: PaddedConv::new([stem, 3, 3, 3], 2, 1, Manner::TensorFlow, device),
             stem_norm: norm(stem, device),
             stages: stages.into(),
-            head: pointwise(d_in, d_features, device),
+            head: pointwise(self.d_last(), d_features, device),
             head_norm: norm(d_features, device),
             classifier: (self.n_classes > 0).then(classifier),
         }
+    }
+
+    /// An untrained network up to its last stage.
+    pub fn trunk(&self, manner: Manner, device: &Device) -> Trunk {
+        let stem = scaled_width(32, self.width);
+        Trunk {
+            stem: PaddedConv::new([stem, 3, 3, 3], 2, 1, manner, device),
+            stem_norm: norm(stem, device),
+            blocks: self.blocks(manner, device).into_iter().flatten().collect(),
+        }
+    }
+
+    /// Those of each stage.
+    fn blocks(&self, manner: Manner, device: &Device) -> [Vec<Block>; 7] {
+        let mut d_in = scaled_width(32, self.width);
+        self.stages().map(|stage| {
+            let blocks = (0..stage.n_blocks).map(|at| {
+                let stride = if at == 0 { stage.stride } else { 1 };
+                let same_shape = stride == 1 && d_in == stage.width;
+                let shortcut = same_shape && (at > 0 || manner == Manner::TensorFlow);
+                let block = Block::new(d_in, &StageConfig { stride, ..stage }, shortcut, manner, device);
+                d_in = stage.width;
+                block
+            });
+            blocks.collect()
+        })
     }
 }
 
@@ -115,24 +150,26 @@ fn norm(channels: usize, device: &Device) -> BatchNorm {
     BatchNorm::new(channels, BATCH_NORM_EPS, device)
 }
 
-/// A convolution without bias, channels last, padded with zeros so that the output has a `stride`-th of the input's
-/// sides, rounded up. Where the padding is odd, right and bottom have more of it (TensorFlow's `SAME`).
+/// A convolution without bias, channels last, padded with zeros.
 #[derive(Module, Debug)]
-pub struct SameConv {
+pub struct PaddedConv {
     /// `[out, in / groups, side, side]`.
     pub weight: Param<Tensor<4>>,
     stride: usize,
     groups: usize,
+    #[module(skip)]
+    manner: Manner,
 }
 
-impl SameConv {
+impl PaddedConv {
     /// An untrained convolution with a weight of `shape`.
-    pub fn new(shape: [usize; 4], stride: usize, groups: usize, device: &Device) -> Self {
+    pub fn new(shape: [usize; 4], stride: usize, groups: usize, manner: Manner, device: &Device) -> Self {
         let std = (2.0 / (shape[1] * shape[2] * shape[3]) as f64).sqrt();
-        Self { weight: Initializer::Normal { mean: 0.0, std }.init(shape, device), stride, groups }
+        Self { weight: Initializer::Normal { mean: 0.0, std }.init(shape, device), stride, groups, manner }
     }
 
-    /// `[batch, height, width, in] -> [batch, ⌈height / stride⌉, ⌈width / stride⌉, out]`.
+    /// `[batch, height, width, in] -> [batch, height / stride, width / stride, out]`, rounded up in TensorFlow's manner and
+    /// down in that of transformers.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         let [_, height, width, _] = x.dims();
         let [_, _, side, _] = self.weight.dims();
@@ -148,6 +185,9 @@ impl SameConv {
 
     /// Zeros before and after `length` values.
     fn padding(&self, length: usize, side: usize) -> (usize, usize) {
+        if self.manner == Manner::Transformers && self.stride > 1 {
+            return (side / 2 - 1, side / 2);
+        }
         let reach = (length.div_ceil(self.stride) - 1) * self.stride + side;
         let total = reach.saturating_sub(length);
         (total / 2, total - total / 2)
@@ -160,7 +200,7 @@ pub struct Block {
     /// Absent where the block is no wider than its input.
     pub expansion: Option<Expansion>,
     /// Every channel by itself.
-    pub depthwise: SameConv,
+    pub depthwise: PaddedConv,
     /// `[inner]`.
     pub depthwise_norm: BatchNorm,
     /// `[d_in / 4, inner]`.
@@ -184,20 +224,20 @@ pub struct Expansion {
 }
 
 impl Block {
-    fn new(d_in: usize, config: &StageConfig, device: &Device) -> Self {
+    fn new(d_in: usize, config: &StageConfig, shortcut: bool, manner: Manner, device: &Device) -> Self {
         let StageConfig { kernel_size, stride, expansion, width, .. } = *config;
         let inner = d_in * expansion;
         let squeezed = (d_in / SQUEEZE).max(1);
         let expanded = || Expansion { conv: pointwise(d_in, inner, device), norm: norm(inner, device) };
         Self {
             expansion: (expansion > 1).then(expanded),
-            depthwise: SameConv::new([inner, 1, kernel_size, kernel_size], stride, inner, device),
+            depthwise: PaddedConv::new([inner, 1, kernel_size, kernel_size], stride, inner, manner, device),
             depthwise_norm: norm(inner, device),
             squeeze: LinearConfig::new(inner, squeezed).init(device),
             excite: LinearConfig::new(squeezed, inner).init(device),
             projection: pointwise(inner, width, device),
             projection_norm: norm(width, device),
-            shortcut: stride == 1 && d_in == width,
+            shortcut,
         }
     }
 
@@ -221,11 +261,41 @@ pub struct Stage {
     pub blocks: Vec<Block>,
 }
 
+/// A network up to its last stage, the blocks of all stages in one list.
+#[derive(Module, Debug)]
+pub struct Trunk {
+    /// 3 -> stem, stride 2.
+    pub stem: PaddedConv,
+    /// `[stem]`.
+    pub stem_norm: BatchNorm,
+    /// Of all stages.
+    pub blocks: Vec<Block>,
+}
+
+impl Trunk {
+    /// Pixels `[batch, 3, height, width]` to a map, channels last, of a 32nd of their sides.
+    pub fn forward(&self, pixels: Tensor<4>) -> Tensor<4> {
+        run(&self.stem, &self.stem_norm, self.blocks.iter(), pixels)
+    }
+}
+
+/// Pixels through stem and blocks.
+fn run<'a>(
+    stem: &PaddedConv,
+    stem_norm: &BatchNorm,
+    blocks: impl Iterator<Item = &'a Block>,
+    pixels: Tensor<4>,
+) -> Tensor<4> {
+    let x = pixels.permute([0, 2, 3, 1]); // [batch, height, width, 3]
+    let x = silu(normalise(stem_norm, stem.forward(x)));
+    blocks.fold(x, |x, block| block.forward(x))
+}
+
 /// The whole network.
 #[derive(Module, Debug)]
 pub struct EfficientNet {
     /// 3 -> stem, stride 2.
-    pub stem: SameConv,
+    pub stem: PaddedConv,
     /// `[stem]`.
     pub stem_norm: BatchNorm,
     /// Seven of them.
@@ -241,10 +311,8 @@ pub struct EfficientNet {
 impl EfficientNet {
     /// A picture's map of features: pixels `[batch, 3, height, width] -> [batch, ⌈height / 32⌉, ⌈width / 32⌉, d_features]`.
     pub fn features(&self, pixels: Tensor<4>) -> Tensor<4> {
-        let x = pixels.permute([0, 2, 3, 1]); // [batch, height, width, 3]
-        let x = silu(normalise(&self.stem_norm, self.stem.forward(x)));
         let blocks = self.stages.iter().flat_map(|stage| &stage.blocks);
-        let x = blocks.fold(x, |x, block| block.forward(x));
+        let x = run(&self.stem, &self.stem_norm, blocks, pixels);
         silu(normalise(&self.head_norm, self.head.forward(x)))
     }
 
@@ -263,9 +331,20 @@ mod tests {
 
     use super::*;
 
-    fn conv(side: usize, stride: usize) -> SameConv {
+    fn conv(side: usize, stride: usize) -> PaddedConv {
         let weight = Tensor::ones([1, 1, side, side], &Device::flex());
-        SameConv { weight: Param::from_tensor(weight), stride, groups: 1 }
+        PaddedConv { weight: Param::from_tensor(weight), stride, groups: 1, manner: Manner::TensorFlow }
+    }
+
+    /// With one zero right and below, whatever the sides, nine values have one window of 3x3 and not four.
+    #[test]
+    fn padding_in_the_manner_of_transformers() {
+        let conv = |side| PaddedConv { manner: Manner::Transformers, ..conv(side, 2) };
+        let odd = Tensor::<1, burn::tensor::Int>::arange(0..9, &Device::flex()).float().reshape([1, 3, 3, 1]);
+        let found = conv(3).forward(odd.clone()).into_data();
+        found.assert_eq(&TensorData::from([[[[36.0_f32]]]]), true);
+        assert_eq!(conv(5).padding(8, 5), (1, 2));
+        assert_eq!(PaddedConv { stride: 1, ..conv(3) }.forward(odd).dims(), [1, 3, 3, 1]);
     }
 
     /// Sums over 3x3 windows with stride 2: on even sides the zeros are right and below, on odd ones all around.
