@@ -5,7 +5,7 @@
 //! the last stage's mean for the picture.
 //!
 //! ```sh
-//! volary forward path/to/align-base --input in.safetensors --output out.safetensors
+//! volary classify cat.jpg --labels "a cat,a dog" --model kakaobrain/align-base
 //! ```
 
 use burn::module::{Initializer, Module, Param};

@@ -124,6 +124,8 @@ pub enum Rescale {
     Keep,
     /// Times a factor, in double precision, rounded to f32 (transformers).
     Times(f64),
+    /// The same, less 1 in f32 (`rescale_offset` of EfficientNet's).
+    TimesLessOne(f64),
     /// Divided by 255 in f32 (torchvision).
     Over255,
 }
@@ -408,6 +410,7 @@ impl Preprocessor {
             let x = match self.rescale {
                 Rescale::Keep => f32::from(sample),
                 Rescale::Times(factor) => (f64::from(sample) * factor) as f32,
+                Rescale::TimesLessOne(factor) => (f64::from(sample) * factor) as f32 - 1.0,
                 Rescale::Over255 => f32::from(sample) / 255.0,
             };
             self.normalize.map_or(x, |n| (x - n.mean[channel]) / n.std[channel])

@@ -175,7 +175,7 @@ def transformers(image, cfg):
     name = cfg.get("image_processor_type") or cfg["feature_extractor_type"]
     name = name.replace("FeatureExtractor", "").replace("ImageProcessor", "")
     module = {"CLIP": "clip", "ChineseCLIP": "chinese_clip", "ViT": "vit", "Beit": "beit", "DeiT": "deit", "Siglip": "siglip",
-              "Blip": "blip", "Bit": "bit"}[name]
+              "Blip": "blip", "Bit": "bit", "EfficientNet": "efficientnet"}[name]
     module = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
     processor = getattr(module, f"{name}ImageProcessorPil")(**{k: v for k, v in cfg.items() if not k.endswith("_type")})
     return processor(image, return_tensors="np")["pixel_values"][0].astype(np.float32)
@@ -233,6 +233,10 @@ def preprocess_cases():
         {"input_size": [3, 8, 15]}, {"input_size": [3, 15, 8], "crop_mode": "squash"}, {"input_size": [3, 13, 13], "crop_mode": "border"},
         {"input_size": [3, 13, 9], "crop_mode": "border", "crop_pct": 1.0}, {"input_size": [3, 10, 10], "crop_pct": 1.25},
         {"input_size": [3, 10, 10], "crop_pct": 1.25, "crop_mode": "squash"}, *({"input_size": [3, 11, 11], "interpolation": i} for i in CODES)]]
+    top = {"image_processor_type": "EfficientNetImageProcessor", "size": {"height": 13, "width": 13}, "include_top": False}
+    cases += [("preprocessor_config.json", {**top, **c}, "rgb.png") for c in [  # the first as ALIGN's
+        {"do_center_crop": True, "crop_size": 9, "rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False,
+         "resample": 2}, {}]]
     run = {"preprocessor_config.json": transformers, "open_clip_config.json": open_clip, "config.json": timm}
     wrap = {"preprocessor_config.json": lambda c: c, "open_clip_config.json": lambda c: {"model_cfg": {}, "preprocess_cfg": c},
             "config.json": lambda c: {"architecture": "eva02_base_patch14_224", "pretrained_cfg": c}}

@@ -61,6 +61,9 @@ const VIT: Class = Class {
     do_convert_rgb: false,
 };
 
+/// The only one with `rescale_offset` and `include_top`.
+const EFFICIENT_NET: &str = "EfficientNet";
+
 /// From the class attributes in transformers 5.23, `models/*/image_processing_pil_*.py`.
 const CLASSES: &[Class] = &[
     CLIP,
@@ -74,6 +77,13 @@ const CLASSES: &[Class] = &[
         resize: Resize::Exact([256, 256]),
         crop: Some(224),
         do_center_crop: true,
+        ..VIT
+    },
+    Class {
+        name: EFFICIENT_NET,
+        filter: Filter::Bicubic,
+        resize: Resize::Exact([346, 346]),
+        crop: Some(289),
         ..VIT
     },
     Class { name: "Siglip", filter: Filter::Bicubic, square: false, do_convert_rgb: true, ..VIT },
@@ -98,6 +108,7 @@ const CLASSES: &[Class] = &[
 
 /// The class that transformers takes for a `model_type`, where the preprocessor's file names none.
 const MODEL_TYPES: &[(&str, &str)] = &[
+    ("align", EFFICIENT_NET),
     ("altclip", "CLIP"),
     ("beit", "Beit"),
     ("blip", "Blip"),
@@ -108,6 +119,7 @@ const MODEL_TYPES: &[(&str, &str)] = &[
     ("data2vec-vision", "Beit"),
     ("deit", "DeiT"),
     ("dinov2", "Bit"),
+    ("efficientnet", EFFICIENT_NET),
     ("metaclip_2", "CLIP"),
     ("seggpt", "SegGpt"),
     ("siglip", "Siglip"),
@@ -225,10 +237,18 @@ fn transformers(
             _ => return Err(fields.wrong("resample", "0 to 5")),
         },
     };
+    let efficient_net = class.name == EFFICIENT_NET;
+    if efficient_net && fields.flag("include_top", true)? {
+        return Err(fields.wrong("include_top", "false (a second normalization is not implemented)"));
+    }
     let rescale = match fields.flag("do_rescale", true)? {
         true => {
             fields.not_null(&["rescale_factor"])?;
-            Rescale::Times(fields.number("rescale_factor", 1.0 / 255.0)?)
+            let factor = fields.number("rescale_factor", 1.0 / 255.0)?;
+            match efficient_net && fields.flag("rescale_offset", false)? {
+                true => Rescale::TimesLessOne(factor),
+                false => Rescale::Times(factor),
+            }
         }
         false => Rescale::Keep,
     };

@@ -199,6 +199,8 @@ fn what_cannot_be_followed_is_refused_by_name() {
     assert!(clip("\"image_std\": [1, 0, 1]").contains("`image_std`"));
     assert!(clip("\"do_resize\": \"yes\"").contains("`do_resize`: expected true or false, found \"yes\""));
     assert!(clip("\"do_pad\": true").contains("`do_pad`"));
+    let twice = "{\"image_processor_type\": \"EfficientNetImageProcessor\"}";
+    assert!(says("preprocessor_config.json", twice).contains("`include_top`: expected false"));
     let open_clip =
         |fields: &str| says("open_clip_config.json", &format!("{{\"preprocess_cfg\": {{{fields}}}}}"));
     assert!(open_clip("\"interpolation\": \"lanczos\"").contains("`preprocess_cfg.interpolation`"));
