@@ -1,4 +1,4 @@
-//! Convolutions, channels last.
+//! Convolutions.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor, module::conv2d, ops::ConvOptions};
@@ -32,6 +32,43 @@ impl Conv3x3 {
         let options = ConvOptions::new([self.stride; 2], [1, 1], [1, 1], 1);
         let bias = self.bias.as_ref().map(|bias| bias.val());
         conv2d(x.permute([0, 3, 1, 2]), self.weight.val(), bias, options).permute([0, 2, 3, 1])
+    }
+}
+
+/// A square convolution with a bias, channels first, with a border of zeros.
+#[derive(Module, Debug)]
+pub struct Conv {
+    /// `[out, in, side, side]`.
+    pub weight: Param<Tensor<4>>,
+    /// `[out]`.
+    pub bias: Param<Tensor<1>>,
+    stride: usize,
+    border: usize,
+}
+
+impl Conv {
+    /// An untrained convolution by `side x side`, an odd number, that keeps a picture's size: weight and bias uniform in
+    /// `±1/√(in side²)`. Nothing is allocated before first use.
+    pub fn new(channels_in: usize, channels_out: usize, side: usize, device: &Device) -> Self {
+        let bound = 1.0 / ((channels_in * side * side) as f64).sqrt();
+        let uniform = Initializer::Uniform { min: -bound, max: bound };
+        Self {
+            weight: uniform.init([channels_out, channels_in, side, side], device),
+            bias: uniform.init([channels_out], device),
+            stride: 1,
+            border: side / 2,
+        }
+    }
+
+    /// The same in steps of `stride`, with a border of so many zeros.
+    pub fn strided(self, stride: usize, border: usize) -> Self {
+        Self { stride, border, ..self }
+    }
+
+    /// `[batch, in, height, width] -> [batch, out, height / stride, width / stride]`, rounded as the border has it.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let options = ConvOptions::new([self.stride; 2], [self.border; 2], [1, 1], 1);
+        conv2d(x, self.weight.val(), Some(self.bias.val()), options)
     }
 }
 

@@ -4,11 +4,15 @@ pub mod image;
 pub mod preprocess;
 pub mod resample;
 
+pub mod autoencoder;
 pub mod conv;
 pub mod efficientnet;
 pub mod interpolation;
 pub mod palette;
 pub mod patch;
 pub mod position;
+pub mod residual;
 pub mod resnet;
 pub mod sample;
+pub mod unet;
+pub mod vq;

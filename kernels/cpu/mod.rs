@@ -1,4 +1,5 @@
 //! Bodies for the CPU behind [`crate::ops`].
 
+pub mod norm;
 pub mod products;
 pub mod quantized;

@@ -16,6 +16,6 @@ pub use embedding::Embedding;
 pub use head::TiedHead;
 pub use linear::{Linear, LinearConfig};
 pub use mlp::{GatedMlp, GatedMlpConfig, Mlp, MlpConfig};
-pub use norm::{BatchNorm, LayerNorm, RmsNorm};
+pub use norm::{BatchNorm, GroupNorm, LayerNorm, RmsNorm};
 pub use packed::Packed;
 pub use position::{LearnedPositions, Reach, RelativeBias};

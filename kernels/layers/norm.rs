@@ -1,6 +1,8 @@
 use burn::module::{Initializer, Module, Param, RunningState};
 use burn::tensor::{DType, Device, Tensor, module};
 
+use crate::ops::{self, Activation};
+
 /// `(x - mean) / √(variance + eps) * weight + bias` over the last axis (Ba et al. 2016).
 #[derive(Module, Debug)]
 pub struct LayerNorm {
@@ -58,6 +60,40 @@ impl RmsNorm {
     fn normalise<const D: usize>(&self, x: Tensor<D>, weight: Tensor<1>) -> Tensor<D> {
         let mean_square = x.clone().square().mean_dim(D - 1);
         x / (mean_square + self.eps).sqrt() * weight.unsqueeze()
+    }
+}
+
+/// Normalisation of groups of neighbouring channels (Wu & He 2018), channels first; see [`ops::group_norm`].
+#[derive(Module, Debug)]
+pub struct GroupNorm {
+    /// `[channels]`.
+    pub weight: Param<Tensor<1>>,
+    /// `[channels]`.
+    pub bias: Param<Tensor<1>>,
+    n_groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// The identity scale over `channels` in `n_groups` groups.
+    pub fn new(channels: usize, n_groups: usize, eps: f64, device: &Device) -> Self {
+        Self {
+            weight: Initializer::Ones.init([channels], device),
+            bias: Initializer::Zeros.init([channels], device),
+            n_groups,
+            eps,
+        }
+    }
+
+    /// `[batch, channels, ...] -> [batch, channels, ...]`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        ops::group_norm(x, self.weight.val(), self.bias.val(), self.n_groups, self.eps, None)
+    }
+
+    /// The same with an activation after it.
+    pub fn activated<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
+        let activation = Some(activation);
+        ops::group_norm(x, self.weight.val(), self.bias.val(), self.n_groups, self.eps, activation)
     }
 }
 

@@ -2,12 +2,16 @@
 
 mod activation;
 mod attention;
+mod codebook;
+mod norm;
 mod products;
 mod quantized;
 mod rope;
 
 pub use activation::Activation;
 pub use attention::{Mask, attention};
+pub use codebook::nearest;
+pub use norm::group_norm;
 pub use products::products;
 pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};
 pub use rope::{

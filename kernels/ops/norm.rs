@@ -1,0 +1,169 @@
+use burn::tensor::{DType, Device, Tensor};
+
+use super::Activation;
+use crate::cpu;
+
+/// Group normalisation (Wu & He 2018), and an activation after it: the channels of a picture are cut into `n_groups`
+/// groups of neighbours, each is normalised over its channels and all places, `(x - mean) / √(variance + eps)`, and
+/// every channel is scaled and moved by its `weight` and `bias`.
+///
+/// - `x`: `[batch, channels, ...]`
+/// - `weight`, `bias`: `[channels]`
+///
+/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`,
+/// [`Activation::Silu`] included; where gradients are wanted, and on other devices, it is composed of tensor operations.
+///
+/// # Panics
+/// If `x` has fewer than two dimensions, `n_groups` does not divide the channels, or `weight` or `bias` are not theirs.
+pub fn group_norm<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    n_groups: usize,
+    eps: f64,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    let shape = x.dims();
+    let channels = shape[1];
+    assert!(
+        n_groups > 0 && channels.is_multiple_of(n_groups),
+        "{channels} channels do not divide into {n_groups} groups"
+    );
+    assert_eq!(
+        [weight.dims(), bias.dims()],
+        [[channels]; 2],
+        "weight and bias (left) of {channels} channels"
+    );
+    let (device, dtype) = (x.device(), x.dtype());
+    let [weight, bias] = [weight, bias].map(|factor| factor.cast(DType::F32));
+    let x = x.cast(DType::F32);
+    if device != Device::flex() || device.is_autodiff() {
+        let y = composed(x, weight, bias, n_groups, eps);
+        return activation.map_or(y.clone(), |activation| activation.forward(y)).cast(dtype);
+    }
+    let places = shape[2..].iter().product();
+    let (weight, bias, mut data) = (weight.into_data(), bias.into_data(), x.into_data());
+    let cast = "values that were cast to f32";
+    let factors = [weight.as_slice::<f32>().expect(cast), bias.as_slice::<f32>().expect(cast)];
+    let x = data.as_mut_slice::<f32>().expect(cast);
+    match activation {
+        Some(Activation::Silu) => {
+            cpu::norm::group_norm(x, factors, n_groups, places, eps, |x| x / (1.0 + (-x).exp()));
+        }
+        _ => cpu::norm::group_norm(x, factors, n_groups, places, eps, |x| x),
+    }
+    let y = Tensor::<D>::from_data(data, (&device, DType::F32)).cast(dtype);
+    match activation {
+        Some(Activation::Silu) | None => y,
+        Some(other) => other.forward(y),
+    }
+}
+
+/// The same of tensor operations, without an activation.
+fn composed<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    n_groups: usize,
+    eps: f64,
+) -> Tensor<D> {
+    let shape = x.dims();
+    let (batch, channels) = (shape[0], shape[1]);
+    let places: usize = shape[2..].iter().product();
+    let x = x.reshape([batch, n_groups, channels / n_groups * places]);
+    let centred = x.clone() - x.mean_dim(2);
+    let variance = centred.clone().square().mean_dim(2); // [batch, n_groups, 1]
+    let x = (centred / (variance + eps).sqrt()).reshape([batch, channels, places]);
+    let [weight, bias] = [weight, bias].map(|factor| factor.reshape([1, channels, 1]));
+    (x * weight + bias).reshape(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, assert_gradient, floats, noise, random, tensor};
+
+    /// Channels (1, 3) and (5, 7) are one group of mean 4 and variance 5, channels (2, 2) and (2, 2) one without any.
+    #[test]
+    fn literal() {
+        let x = tensor([1, 4, 2], &[1.0, 3.0, 5.0, 7.0, 2.0, 2.0, 2.0, 2.0], &Device::flex());
+        let weight = tensor([4], &[3.0, -3.0, 1.0, 1.0], &Device::flex());
+        let bias = tensor([4], &[0.0, 1.0, -1.0, 2.0], &Device::flex());
+        let norm = |activation| group_norm(x.clone(), weight.clone(), bias.clone(), 2, 4.0, activation);
+        assert_close(norm(None), &[-3.0, -1.0, 0.0, -2.0, -1.0, -1.0, 2.0, 2.0], 1e-6);
+        let relu = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0];
+        assert_close(norm(Some(Activation::Relu)), &relu, 1e-6);
+        let silu = [-0.1422776, -0.2689414, 0.0, -0.2384058, -0.2689414, -0.2689414, 1.7615942, 1.7615942];
+        assert_close(norm(Some(Activation::Silu)), &silu, 1e-6);
+    }
+
+    /// The two bodies, on whole and broken chunks, far from zero, and in parts of larger tensors.
+    #[test]
+    fn bodies_agree() {
+        for (at, shape, n_groups) in [
+            (0, [1, 1, 1, 1], 1),
+            (1, [2, 6, 3, 5], 3),
+            (2, [1, 4, 33, 32], 2),
+            (3, [2, 8, 1, 17], 8),
+            (4, [3, 5, 7, 1], 1),
+            (5, [2, 4, 0, 3], 2),
+        ] {
+            let (device, channels) = (Device::flex(), shape[1]);
+            let [batch, _, height, width] = shape;
+            let x = noise([batch, channels, width, height + 1], at, &device).narrow(3, 1, height) + 30.0;
+            let x = x.swap_dims(2, 3);
+            let (weight, bias) = (noise([channels], 9, &device), noise([channels], 10, &device));
+            for activation in [None, Some(Activation::Silu), Some(Activation::Gelu)] {
+                let found = group_norm(x.clone(), weight.clone(), bias.clone(), n_groups, 1e-5, activation);
+                let expected = composed(x.clone(), weight.clone(), bias.clone(), n_groups, 1e-5);
+                let expected = activation.map_or(expected.clone(), |activation| activation.forward(expected));
+                assert_close(found, &floats(expected), 2e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn what_others_hold_stays() {
+        let x = noise([1, 4, 9], 1, &Device::flex());
+        let before = floats(x.clone());
+        let ones = Tensor::ones([4], &Device::flex());
+        let _ = group_norm(x.clone(), ones.clone(), ones.clone(), 2, 1e-5, None);
+        assert_close(x, &before, 0.0);
+        assert_close(ones, &[1.0; 4], 0.0);
+    }
+
+    #[test]
+    fn half_precision_does_not_overflow() {
+        let x = noise([2, 4, 10], 3, &Device::flex()) * 900.0;
+        let (weight, bias) = (noise([4], 4, &Device::flex()), noise([4], 5, &Device::flex()));
+        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+            let [weight, bias] = [weight.clone(), bias.clone()].map(|factor| factor.cast(dtype));
+            let norm = |x, weight, bias| group_norm(x, weight, bias, 2, 1e-5, Some(Activation::Silu));
+            let x = x.clone().cast(dtype);
+            let found = norm(x.clone(), weight.clone(), bias.clone());
+            assert_eq!(found.dtype(), dtype);
+            let [x, weight, bias] =
+                [x.flatten::<1>(0, 2), weight, bias].map(|tensor| tensor.cast(DType::F32));
+            assert_close(found, &floats(norm(x.reshape([2, 4, 10]), weight, bias)), tolerance);
+        }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let device = Device::flex().autodiff();
+        let at = random(24, &mut fastrand::Rng::with_seed(1));
+        let (weight, bias) = (noise([4], 2, &device), noise([4], 3, &device));
+        let silu = Some(Activation::Silu);
+        assert_gradient(|x| group_norm(x, weight.clone(), bias.clone(), 2, 0.1, silu), [1, 4, 6], &at);
+        let x = noise([2, 4, 3], 4, &device);
+        let at = random(4, &mut fastrand::Rng::with_seed(5));
+        assert_gradient(|weight| group_norm(x.clone(), weight, bias.clone(), 2, 0.1, silu), [4], &at);
+    }
+
+    #[test]
+    #[should_panic(expected = "6 channels do not divide into 4 groups")]
+    fn groups_have_as_many_channels() {
+        let ones = Tensor::ones([6], &Device::flex());
+        let _ = group_norm(Tensor::<3>::ones([1, 6, 2], &Device::flex()), ones.clone(), ones, 4, 1e-5, None);
+    }
+}
