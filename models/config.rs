@@ -138,6 +138,28 @@ impl Config {
         if self.has(field) { self.size(field) } else { Ok(default) }
     }
 
+    /// A size from 1 to `limit` for each of `count`, of which one alone stands for all, or `default`.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn each_size_or(
+        &self,
+        field: &str,
+        count: usize,
+        limit: usize,
+        default: usize,
+    ) -> Result<Vec<usize>, ConfigError> {
+        let fits = |size: &usize| (1..=limit).contains(size);
+        if !self.has(field) {
+            return Ok(vec![default; count]);
+        }
+        let one = self.value.get(field).and_then(Value::as_u64).map(|size| vec![size as usize; count]);
+        let each = one.or_else(|| self.sizes(field));
+        each.filter(|sizes| sizes.len() == count && sizes.iter().all(fits)).ok_or_else(|| {
+            self.error(field, &format!("a whole number from 1 to {limit}, or a list of {count} of them"))
+        })
+    }
+
     /// A number of blocks, at most 1,000, or `default`: an absurd one would fill the memory with empty blocks
     /// before the weights are compared.
     ///

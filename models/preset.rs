@@ -73,6 +73,12 @@ pub enum Shape {
     T5(crate::t5::T5Config),
     /// [`crate::glm130b`]
     Glm130b(crate::glm130b::Glm130bConfig),
+    /// [`crate::unet`]
+    UNet(volary_vision::unet::UNetConfig),
+    /// [`crate::autoencoder`]
+    AutoencoderKl(volary_vision::autoencoder::AutoencoderKlConfig),
+    /// [`crate::vqmodel`]
+    Vq(volary_vision::vq::VqConfig),
 }
 
 /// Where weights are.
@@ -161,6 +167,9 @@ impl Shape {
             Shape::Pangu(config) => parameters(&config.init(&device)),
             Shape::T5(config) => parameters(&config.init(&device)),
             Shape::Glm130b(config) => parameters(&config.init(&device)),
+            Shape::UNet(config) => parameters(&config.init(&device)),
+            Shape::AutoencoderKl(config) => parameters(&config.init(&device)),
+            Shape::Vq(config) => parameters(&config.init(&device)),
         }
     }
 }

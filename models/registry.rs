@@ -14,9 +14,9 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    align, alm, altclip, aquila, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet,
-    ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
-    roberta_series, seggpt, t5, taiyi, vit, yuan,
+    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2,
+    efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
+    roberta_series, seggpt, t5, taiyi, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -111,6 +111,9 @@ pub const SYSTEMS: &[System] = &[
     efficientnet::SYSTEM,
     align::SYSTEM,
     brivl::SYSTEM,
+    unet::SYSTEM,
+    autoencoder::SYSTEM,
+    vqmodel::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.
@@ -134,7 +137,7 @@ impl System {
         let Some(config) = config else {
             return Err(Error::NoConfig { folder: folder.path().into(), looked_for: CONFIGS });
         };
-        let found = ["model_type", "architecture"]
+        let found = ["model_type", "architecture", "_class_name"]
             .iter()
             .find_map(|field| config.text(field).map(|value| format!("{field} `{value}`")));
         Err(Error::UnknownSystem {

@@ -102,14 +102,26 @@ impl<'a> Inputs<'a> {
 
     /// Whole numbers in a list or a single one, if there are any, each at least 0 and below `limit`.
     pub fn list(&mut self, name: &'static str, limit: usize) -> Option<Vec<usize>> {
+        let data = self.one_or_list(name)?;
+        let data = self.whole(name, data, limit)?;
+        Some(data.iter::<i64>().map(|number| number as usize).collect())
+    }
+
+    /// Numbers in a list or a single one, if there are any, whole or not.
+    pub fn numbers(&mut self, name: &'static str) -> Option<Tensor<1>> {
+        let data = self.one_or_list(name)?;
+        let numbers: Vec<f32> = data.iter::<f32>().collect();
+        Some(Tensor::from_data(numbers.as_slice(), &self.device))
+    }
+
+    fn one_or_list(&mut self, name: &str) -> Option<TensorData> {
         let data = self.find(name)?;
         let dims: Vec<usize> = data.shape().iter().copied().collect();
         if dims.len() > 1 || dims.contains(&0) {
             self.problem(format!("`{}` is {dims:?}, expected one number or a list", self.full(name)));
             return None;
         }
-        let data = self.whole(name, data, limit)?;
-        Some(data.iter::<i64>().map(|number| number as usize).collect())
+        Some(data)
     }
 
     fn whole(&mut self, name: &str, data: TensorData, limit: usize) -> Option<TensorData> {

@@ -32,6 +32,8 @@ pub struct UNetConfig {
     pub stages: Cow<'static, [StageConfig]>,
     /// At the bottom.
     pub middle: Middle,
+    /// Width of the context.
+    pub d_context: usize,
     /// Norms and activation of everything but the transformers.
     pub norm: NormConfig,
     /// The time's waves.
@@ -66,8 +68,6 @@ pub struct TransformerConfig {
     pub n_layers: usize,
     /// Number of attention heads.
     pub n_heads: usize,
-    /// Width of the context.
-    pub d_context: usize,
 }
 
 /// What stands between the way down and the way up.
@@ -196,7 +196,7 @@ impl UNetConfig {
             )
         };
         let transformer = |channels, config: &TransformerConfig| {
-            SpatialTransformer::new(channels, config, self.norm.n_groups, device)
+            SpatialTransformer::new(channels, self.d_context, config, self.norm.n_groups, device)
         };
 
         let down = self.stages.iter().enumerate().map(|(at, stage)| {
@@ -256,12 +256,19 @@ impl UNetConfig {
 }
 
 impl SpatialTransformer {
-    fn new(channels: usize, config: &TransformerConfig, n_groups: usize, device: &Device) -> Self {
+    fn new(
+        channels: usize,
+        d_context: usize,
+        config: &TransformerConfig,
+        n_groups: usize,
+        device: &Device,
+    ) -> Self {
         let linear = || LinearConfig::new(channels, channels).init(device);
+        let block = |_| TransformerBlock::new(channels, d_context, config.n_heads, device);
         Self {
             norm: GroupNorm::new(channels, n_groups, TRANSFORMER_NORM_EPS, device),
             proj_in: linear(),
-            blocks: (0..config.n_layers).map(|_| TransformerBlock::new(channels, config, device)).collect(),
+            blocks: (0..config.n_layers).map(block).collect(),
             proj_out: linear(),
         }
     }
@@ -276,17 +283,14 @@ impl SpatialTransformer {
 }
 
 impl TransformerBlock {
-    fn new(channels: usize, config: &TransformerConfig, device: &Device) -> Self {
+    fn new(channels: usize, d_context: usize, n_heads: usize, device: &Device) -> Self {
         let norm = || LayerNorm::new(channels, LAYER_NORM_EPS, device);
-        let attention = |d_context| {
-            let config = AttentionConfig::new(channels, config.n_heads).with_bias(false);
-            config.with_d_context(d_context).init(device)
-        };
+        let attention = AttentionConfig::new(channels, n_heads).with_bias(false);
         Self {
             norm1: norm(),
-            attention: attention(None),
+            attention: attention.init(device),
             norm2: norm(),
-            cross: attention(Some(config.d_context)),
+            cross: attention.with_d_context(Some(d_context)).init(device),
             norm3: norm(),
             mlp: GatedMlpConfig::new(channels, 4 * channels).init(device),
         }
@@ -386,8 +390,10 @@ impl TimeConfig {
         let frequencies = Tensor::<1>::from_data(frequencies.as_slice(), (&device, DType::F32));
         let angles = timestep.unsqueeze_dim::<2>(1) * frequencies.unsqueeze(); // [batch, half]
         let (sines, cosines) = (angles.clone().sin(), angles.cos());
-        let rest = Tensor::zeros([batch, width % 2], (&device, DType::F32));
-        let waves = if self.cosines_first { [cosines, sines, rest] } else { [sines, cosines, rest] };
-        Tensor::cat(waves.to_vec(), 1)
+        let mut waves = if self.cosines_first { vec![cosines, sines] } else { vec![sines, cosines] };
+        if !width.is_multiple_of(2) {
+            waves.push(Tensor::zeros([batch, 1], (&device, DType::F32)));
+        }
+        Tensor::cat(waves, 1)
     }
 }
