@@ -12,7 +12,7 @@ use std::borrow::Cow;
 
 use burn::tensor::{Device, Tensor};
 use volary_kernels::ops::Activation;
-use volary_vision::autoencoder::{AutoencoderKl, AutoencoderKlConfig, CodecConfig};
+use volary_vision::autoencoder::{AutoencoderKl, AutoencoderKlConfig, CodecConfig, Posterior};
 use volary_vision::residual::NormConfig;
 use volary_weights::{KeyMap, Rule};
 
@@ -191,7 +191,7 @@ impl Forward for Runner {
         let mut outputs = Outputs::new();
         if let Some(pictures) = pictures {
             let moments = self.model.moments(pictures);
-            let posterior = volary_vision::autoencoder::Posterior::of(moments.clone());
+            let posterior = Posterior::of(moments.clone());
             outputs.push(output("moments", moments));
             outputs.push(output("std", posterior.std()));
             outputs.push(output("mean", posterior.mean));
@@ -233,3 +233,110 @@ pub const PRESETS: &[Preset] = &[
     preset("stabilityai/sd-vae-ft-ema", Weights::Hub, "MIT", 256),
     preset("stabilityai/sd-vae-ft-mse", Weights::Hub, "MIT", 256),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::{TensorData, Tolerance};
+    use volary_weights::LoadOptions;
+
+    use super::*;
+
+    const TYPES: &str = r#""down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"], "block_out_channels": [8, 16], "norm_num_groups": 4"#;
+
+    fn config(fields: &str) -> Result<AutoencoderKlConfig, ConfigError> {
+        parse(&Config::parse(Path::new("config.json"), format!("{{{fields}}}").as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn fields_are_read() {
+        let fields = r#""in_channels": 1, "out_channels": 2, "layers_per_block": 3, "latent_channels": 5, "act_fn": "relu",
+            "sample_size": [24, 32], "scaling_factor": 0.5, "shift_factor": 0.25, "use_quant_conv": false,
+            "mid_block_add_attention": false"#;
+        let expected = AutoencoderKlConfig {
+            codec: CodecConfig {
+                channels_in: 1,
+                channels_out: 2,
+                channels: Cow::Owned(vec![8, 16]),
+                n_residuals: 3,
+                d_latent: 5,
+                norm: NormConfig { n_groups: 4, eps: 1e-6, activation: Activation::Relu },
+                attends: false,
+            },
+            quant_conv: false,
+            post_quant_conv: true,
+            tile: 24,
+            scaling_factor: 0.5,
+            shift_factor: 0.25,
+        };
+        assert_eq!(config(&format!("{TYPES}, {fields}")).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (field, value, expected) in [
+            ("down_block_types", r#"["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]"#, "a list of 2 of"),
+            ("up_block_types", r#"["UpDecoderBlock2D"]"#, "a list of 2 of UpDecoderBlock2D"),
+            ("latents_mean", "[0.0]", "null"),
+            ("layers_per_block", "0", "a whole number"),
+            ("norm_num_groups", "3", "a divisor of 8"),
+            ("sample_size", "0", "a whole number"),
+        ] {
+            let message = config(&format!(r#"{TYPES}, "{field}": {value}"#)).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{field}`")) && message.contains(expected), "{message}");
+        }
+    }
+
+    /// Tiles of 32 pixels of the fixture's pictures and of the latents that these give; the numbers are diffusers' with
+    /// `enable_tiling`.
+    #[test]
+    fn tiles_are_those_of_diffusers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vae_kl");
+        let (folder, device) = (Folder::Disk(path.clone()), Device::flex());
+        let config =
+            AutoencoderKlConfig { tile: 32, ..parse(&folder.config("config.json").unwrap()).unwrap() };
+        let model = fill(&folder, config.init(&device), &KEYS, &LoadOptions::default()).unwrap();
+        let inputs = volary_weights::read_tensors(&path.join("inputs.safetensors")).unwrap();
+        let pictures = Tensor::<4>::from_data(inputs["sample"].clone(), &device);
+        let close = |found: Tensor<4>, expected: &[f32]| {
+            let expected = TensorData::new(expected.to_vec(), [1, 1, 1, expected.len()]);
+            found.into_data().assert_approx_eq::<f32>(&expected, Tolerance::absolute(1e-5));
+        };
+        let latents = model.encode_tiled(pictures, &config.tiles()).mean;
+        assert_eq!(latents.dims(), [1, 4, 4, 6]);
+        let expected = [-0.942864, -0.857766, -0.104700, -0.004148, 0.155086, -0.439812];
+        close(latents.clone().slice([0..1, 1..2, 2..3]), &expected);
+        let decoded = model.decode_tiled(latents, &config.tiles());
+        assert_eq!(decoded.dims(), [1, 3, 32, 48]);
+        let expected =
+            [-0.748589, -0.267543, -0.575975, -0.503225, -0.899218, -1.090246, -1.357752, -1.747393];
+        close(decoded.slice([0..1, 1..2, 27..28, 20..28]), &expected);
+    }
+
+    #[test]
+    fn either_input_will_do_and_what_does_not_fit_is_told_all_at_once() {
+        let folder = Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/vae_kl"));
+        let run = |inputs: &[(&str, &[usize])]| {
+            let zeros = |shape: &[usize]| TensorData::zeros::<f32, _>(shape);
+            let inputs: BTreeMap<_, _> =
+                inputs.iter().map(|(name, shape)| (name.to_string(), zeros(shape))).collect();
+            let outputs =
+                crate::registry::forward(&folder, &inputs, &LoadOptions::default(), &Device::flex())?;
+            Ok::<_, Error>(outputs.into_iter().map(|(name, _)| name).collect::<Vec<_>>())
+        };
+        assert_eq!(run(&[("sample", &[1, 3, 8, 9])]).unwrap(), ["moments", "std", "mean"]);
+        assert_eq!(run(&[("latents", &[1, 4, 1, 1])]).unwrap(), ["decoded"]);
+        let message = run(&[("sample", &[1, 4, 8, 7]), ("latents", &[1, 3, 1, 1])]).unwrap_err().to_string();
+        for part in [
+            "`sample` is [1, 4, 8, 7], expected [1, 3, 8, 7]",
+            "`sample` has pictures of 8 x 7, expected at least 8 a side",
+            "`latents` is [1, 3, 1, 1], expected [1, 4, 1, 1]",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert!(run(&[]).unwrap_err().to_string().contains("`sample` is missing"));
+    }
+}

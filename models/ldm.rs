@@ -159,3 +159,91 @@ pub const AUTOENCODER: KeyMap = KeyMap::new(&[
     Under("", "", SCHEDULE),
 ])
 .with_prefixes(&["first_stage_model."]);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::{Device, TensorData};
+    use volary_weights::{LoadOptions, load, open, save};
+
+    use super::*;
+    use crate::folder::Folder;
+    use crate::{autoencoder, unet};
+
+    #[test]
+    fn names_of_the_authors() {
+        let path = |keys: &KeyMap, key: &str| keys.paths(key).unwrap().join(" ");
+        for (key, expected) in [
+            ("input_blocks.0.0.weight", "conv_in.weight"),
+            ("input_blocks.3.0.op.bias", "down.0.downsample.bias"),
+            ("input_blocks.7.1.proj_in.weight", "down.2.transformers.0.proj_in.weight"),
+            ("input_blocks.11.0.out_layers.3.weight", "down.3.residuals.1.conv2.weight"),
+            ("middle_block.2.emb_layers.1.weight", "middle.residuals.1.time.weight"),
+            ("output_blocks.2.1.conv.weight", "up.0.upsample.weight"),
+            ("output_blocks.5.2.conv.weight", "up.1.upsample.weight"),
+            ("output_blocks.9.0.skip_connection.bias", "up.3.residuals.0.shortcut.bias"),
+            ("out.2.weight", "conv_out.weight"),
+        ] {
+            assert_eq!(path(&UNET, &format!("model.diffusion_model.{key}")), expected);
+        }
+        for (key, expected) in [
+            ("encoder.down.1.block.0.nin_shortcut.weight", "encoder.stages.1.residuals.0.shortcut.weight"),
+            ("decoder.up.3.block.2.norm1.bias", "decoder.stages.0.residuals.2.norm1.bias"),
+            ("decoder.up.1.upsample.conv.weight", "decoder.stages.2.upsample.weight"),
+            ("decoder.mid.attn_1.proj_out.weight", "decoder.middle.attention.attention.output.weight"),
+        ] {
+            assert_eq!(path(&AUTOENCODER, key), expected);
+        }
+    }
+
+    /// Both parts beside each other in one file, each with what the other and the schedule leave there.
+    #[test]
+    fn parts_are_found_in_a_single_file() {
+        let fixture =
+            |name| Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name));
+        let (device, options) = (Device::flex(), LoadOptions::default());
+        let scratch = tempfile::tempdir().unwrap();
+        let write = |file: &str, save: &dyn Fn(&Path)| {
+            let path = scratch.path().join(file);
+            save(&path);
+            volary_weights::read_tensors(&path).unwrap()
+        };
+
+        let (unet, vae) = (fixture("unet_sd1"), fixture("vae_kl"));
+        let unet_config = unet::parse(&unet.config("config.json").unwrap()).unwrap();
+        let vae_config = autoencoder::parse(&vae.config("config.json").unwrap()).unwrap();
+        let source =
+            load(unet_config.init(&device), unet.checkpoint().unwrap().as_ref(), &unet::KEYS, &options);
+        let unet = source.unwrap();
+        let source =
+            load(vae_config.init(&device), vae.checkpoint().unwrap().as_ref(), &autoencoder::KEYS, &options);
+        let vae = source.unwrap();
+
+        let unet_file = write("unet", &|path| save(&unet, &UNET, None, path, None).unwrap());
+        let vae_file = write("vae", &|path| save(&vae, &AUTOENCODER, None, path, None).unwrap());
+        // Stable Diffusion 1 has two more: its third resolution is wider than its second
+        assert_eq!(unet_file.len(), 686 - 2);
+        let matrices = write("matrices", &|path| save(&unet, &UNET_2, None, path, None).unwrap());
+        assert!(matrices.keys().eq(unet_file.keys()));
+        let rank = |file: &BTreeMap<String, TensorData>| {
+            file["model.diffusion_model.middle_block.1.proj_in.weight"].shape().len()
+        };
+        assert_eq!((rank(&unet_file), rank(&matrices)), (4, 2));
+        let under = vae_file.into_iter().map(|(name, data)| (format!("first_stage_model.{name}"), data));
+        let betas = [("betas".to_owned(), TensorData::from([0.1_f32, 0.2]))];
+        let all: Vec<_> = unet_file.into_iter().chain(under).chain(betas).collect();
+        volary_weights::save_tensors(&scratch.path().join("model.safetensors"), &all).unwrap();
+
+        let single = open(&scratch.path().join("model.safetensors")).unwrap();
+        let again = load(unet_config.init(&device), single.as_ref(), &UNET, &options).unwrap();
+        let file = write("again", &|path| save(&again, &unet::KEYS, None, path, None).unwrap());
+        let original = fixture("unet_sd1").path().join("diffusion_pytorch_model.safetensors");
+        assert_eq!(file, volary_weights::read_tensors(&original).unwrap());
+        let again = load(vae_config.init(&device), single.as_ref(), &AUTOENCODER, &options).unwrap();
+        let file = write("again", &|path| save(&again, &autoencoder::KEYS, None, path, None).unwrap());
+        let original = fixture("vae_kl").path().join("diffusion_pytorch_model.safetensors");
+        assert_eq!(file, volary_weights::read_tensors(&original).unwrap());
+    }
+}

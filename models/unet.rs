@@ -400,3 +400,128 @@ pub const PRESETS: &[Preset] = &[
 
 const OPENRAIL: &str = "CreativeML OpenRAIL-M";
 const OPENRAIL_2: &str = "CreativeML OpenRAIL++-M";
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use burn::tensor::TensorData;
+    use volary_weights::LoadOptions;
+
+    use super::*;
+
+    fn config(fields: &str) -> Result<UNetConfig, ConfigError> {
+        let text = format!(r#"{{"_class_name": "UNet2DConditionModel"{fields}}}"#);
+        parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_values_of_diffusers() {
+        let cross_attention_dim = r#", "cross_attention_dim": 768"#;
+        assert_eq!(config(cross_attention_dim).unwrap(), V1);
+        let v2 = r#", "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": true"#;
+        assert_eq!(config(v2).unwrap(), V2);
+    }
+
+    #[test]
+    fn fields_are_read() {
+        let shape = config(
+            r#", "in_channels": 9, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": [1, 3],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "attention_head_dim": [2, 4], "transformer_layers_per_block": [1, 2], "cross_attention_dim": [5, 5],
+            "norm_num_groups": 4, "norm_eps": 0.5, "act_fn": "gelu", "flip_sin_to_cos": false, "freq_shift": 1,
+            "time_embedding_dim": 24, "resnet_time_scale_shift": "scale_shift", "conv_in_kernel": 5, "conv_out_kernel": 1,
+            "center_input_sample": true, "mid_block_type": null, "sample_size": [8, 16]"#,
+        );
+        let (fine, coarse) =
+            (TransformerConfig { n_layers: 1, n_heads: 2 }, TransformerConfig { n_layers: 2, n_heads: 4 });
+        let expected = UNetConfig {
+            channels_in: 9,
+            channels_out: 3,
+            stages: Cow::Owned(vec![
+                StageConfig { channels: 8, n_residuals: 1, down: None, up: Some(fine) },
+                StageConfig { channels: 16, n_residuals: 3, down: Some(coarse), up: None },
+            ]),
+            middle: Middle::Nothing,
+            d_context: 5,
+            norm: NormConfig { n_groups: 4, eps: 0.5, activation: Activation::Gelu },
+            time: TimeConfig { d_time: 24, cosines_first: false, shift: 1.0 },
+            time_shift: TimeShift::Scaled,
+            kernel_in: 5,
+            kernel_out: 1,
+            stretch: true,
+        };
+        assert_eq!(shape.unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for (field, value, expected) in [
+            ("class_embed_type", r#""timestep""#, "null"),
+            ("num_class_embeds", "1000", "null"),
+            ("addition_embed_type", r#""text_time""#, "null"),
+            ("encoder_hid_dim_type", r#""text_proj""#, "null"),
+            ("time_cond_proj_dim", "256", "null"),
+            ("num_attention_heads", "8", "null"),
+            ("only_cross_attention", "[true, true, true, false]", "false"),
+            ("dual_cross_attention", "true", "false"),
+            ("time_embedding_type", r#""fourier""#, "positional"),
+            ("resnet_time_scale_shift", r#""ada_group""#, "default or scale_shift"),
+            ("down_block_types", r#"["DownBlock2D"]"#, "a list of 4 of CrossAttnDownBlock2D, DownBlock2D"),
+            ("up_block_types", r#"["AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"]"#, "UpBlock2D"),
+            ("mid_block_type", r#""UNetMidBlock2DSimpleCrossAttn""#, "UNetMidBlock2DCrossAttn"),
+            ("mid_block_type", "7", "UNetMidBlock2DCrossAttn"),
+            ("block_out_channels", "[]", "a list of 1 to 12"),
+            ("block_out_channels", "[320, 0, 1280, 1280]", "from 1 to 65536"),
+            ("block_out_channels", "[320, 640, 1280, 99999999999]", "from 1 to 65536"),
+            ("layers_per_block", "[2, 2, 2]", "a list of 4"),
+            ("layers_per_block", "1000", "at most 1000 blocks in all"),
+            ("attention_head_dim", "7", "a divisor of"),
+            ("cross_attention_dim", "[768, 768, 768, 1024]", "one width"),
+            ("norm_num_groups", "33", "a divisor of 320"),
+            ("norm_num_groups", "0", "a whole number"),
+            ("freq_shift", "160", "not half"),
+            ("conv_in_kernel", "4", "1, 3, 5 or 7"),
+            ("act_fn", r#""snake""#, "one of"),
+            ("flip_sin_to_cos", r#""yes""#, "true or false"),
+        ] {
+            let message = config(&format!(r#", "{field}": {value}"#)).unwrap_err().to_string();
+            assert!(message.contains(&format!("`{field}`")) && message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_told_all_at_once() {
+        let folder = Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_sd1"));
+        let zeros = |shape: &[usize]| TensorData::zeros::<f32, _>(shape);
+        let cases: &[(&[(&str, TensorData)], &[&str])] = &[
+            (&[], &["`sample` is missing", "`timestep` is missing", "`encoder_hidden_states` is missing"]),
+            (
+                &[
+                    ("sample", zeros(&[2, 3, 8, 8])),
+                    ("timestep", zeros(&[3])),
+                    ("encoder_hidden_states", zeros(&[1, 7, 21])),
+                    ("encoder_attention_mask", zeros(&[2, 6])),
+                    ("class_labels", zeros(&[2])),
+                ],
+                &[
+                    "`sample` is [2, 3, 8, 8], expected [2, 4, 8, 8]",
+                    "`timestep` has 3 numbers, expected one, or one for each of 2",
+                    "`encoder_hidden_states` is [1, 7, 21], expected [2, 7, 20]",
+                    "`encoder_attention_mask` is [2, 6], expected [2, 7]",
+                    "`class_labels` is not one of",
+                ],
+            ),
+        ];
+        for (inputs, named) in cases {
+            let inputs: BTreeMap<_, _> =
+                inputs.iter().map(|(name, data)| (name.to_string(), data.clone())).collect();
+            let found = crate::registry::forward(&folder, &inputs, &LoadOptions::default(), &Device::flex());
+            let message = found.unwrap_err().to_string();
+            for part in *named {
+                assert!(message.contains(part), "{message}");
+            }
+        }
+    }
+}

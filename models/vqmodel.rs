@@ -100,3 +100,39 @@ impl Forward for Runner {
         ])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use volary_weights::parameters;
+
+    use super::*;
+
+    fn config(fields: &str) -> Result<VqConfig, ConfigError> {
+        let text = format!(
+            r#"{{"block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"],
+            "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"], "norm_num_groups": 4{fields}}}"#
+        );
+        parse(&Config::parse(Path::new("config.json"), text.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn every_parameter_has_one_key_and_every_key_one_parameter() {
+        for parameter in parameters(&config("").unwrap().init(&Device::flex())) {
+            let found = KEYS.keys(&parameter.path).unwrap();
+            assert_eq!(KEYS.paths(&found[0]).unwrap(), [parameter.path]);
+        }
+    }
+
+    #[test]
+    fn an_entry_is_as_wide_as_a_latent_unless_it_is_said() {
+        let wide =
+            |fields| config(fields).map(|config| (config.n_codes, config.d_code, config.codec.d_latent));
+        assert_eq!(wide("").unwrap(), (256, 3, 3));
+        assert_eq!(wide(r#", "latent_channels": 7, "num_vq_embeddings": 9"#).unwrap(), (9, 7, 7));
+        assert_eq!(wide(r#", "vq_embed_dim": 2"#).unwrap(), (256, 2, 3));
+        let message = config(r#", "norm_type": "spatial""#).unwrap_err().to_string();
+        assert!(message.contains("`norm_type`: expected \"group\""), "{message}");
+    }
+}

@@ -359,3 +359,84 @@ impl Posterior {
         self.mean.clone() + self.std() * noise.cast(self.mean.dtype())
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::residual::tests::{NORM, assert_close, assert_learns, noise};
+
+    /// Three resolutions.
+    pub fn tiny() -> CodecConfig {
+        CodecConfig {
+            channels_in: 3,
+            channels_out: 2,
+            channels: Cow::Borrowed(&[4, 6, 8]),
+            n_residuals: 1,
+            d_latent: 3,
+            norm: NORM,
+            attends: true,
+        }
+    }
+
+    fn config() -> AutoencoderKlConfig {
+        AutoencoderKlConfig {
+            codec: tiny(),
+            quant_conv: true,
+            post_quant_conv: true,
+            tile: 16,
+            scaling_factor: 1.0,
+            shift_factor: 0.0,
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        let device = Device::flex();
+        let codec = CodecConfig { attends: false, ..tiny() };
+        for codec in [tiny(), codec] {
+            let model = AutoencoderKlConfig { codec, ..config() }.init(&device);
+            let latent = model.encode(noise([1, 3, 9, 4], &device)).mode();
+            assert_eq!(latent.dims(), [1, 3, 2, 1]);
+            assert_eq!(model.decode(latent).dims(), [1, 2, 8, 4]);
+        }
+    }
+
+    #[test]
+    fn slices_are_the_whole() {
+        let device = Device::flex();
+        let (model, latents) = (config().init(&device), noise([3, 3, 2, 4], &device));
+        assert_close(model.decode_sliced(latents.clone()), model.decode(latents), 1e-5);
+    }
+
+    #[test]
+    fn what_fits_into_a_tile_is_the_whole() {
+        let device = Device::flex();
+        let (model, tiles) = (config().init(&device), config().tiles());
+        let (pictures, latents) = (noise([1, 3, 16, 12], &device), noise([1, 3, 4, 3], &device));
+        let tiled = model.encode_tiled(pictures.clone(), &tiles).mean;
+        assert_close(tiled, model.encode(pictures).mean, 0.0);
+        assert_close(model.decode_tiled(latents.clone(), &tiles), model.decode(latents), 0.0);
+    }
+
+    #[test]
+    fn a_posterior_is_cut_in_halves() {
+        let moments = [1.0, -2.0, 2.0 * 3.0_f32.ln(), -1000.0];
+        let moments = Tensor::<1>::from_data(moments.as_slice(), &Device::flex()).reshape([1, 4, 1, 1]);
+        let posterior = Posterior::of(moments);
+        let numbers = |tensor: Tensor<4>| tensor.into_data().iter::<f32>().collect::<Vec<_>>();
+        assert_eq!(numbers(posterior.mode()), [1.0, -2.0]);
+        let std = numbers(posterior.std());
+        assert!((std[0] - 3.0).abs() < 1e-6 && (std[1] - (-15.0_f32).exp()).abs() < 1e-12, "{std:?}");
+        let sample = numbers(posterior.sample(Tensor::full([1, 2, 1, 1], 2.0, &Device::flex())));
+        assert!((sample[0] - 7.0).abs() < 1e-5 && (sample[1] + 2.0).abs() < 1e-5, "{sample:?}");
+    }
+
+    #[test]
+    fn everything_learns() {
+        let device = Device::flex().autodiff();
+        let model = config().init(&device);
+        let posterior = model.encode(noise([2, 3, 8, 8], &device));
+        let latents = posterior.sample(noise([2, 3, 2, 2], &device));
+        assert_learns(&model, model.decode(latents).square().mean());
+    }
+}

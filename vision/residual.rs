@@ -133,3 +133,93 @@ pub fn picture(tokens: Tensor<3>, [height, width]: [usize; 2]) -> Tensor<4> {
     let [batch, _, channels] = tokens.dims();
     tokens.swap_dims(1, 2).reshape([batch, channels, height, width])
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use burn::module::{ModuleVisitor, Param};
+    use burn::tensor::{Distribution, Gradients, TensorData, Tolerance};
+
+    use super::*;
+
+    pub const NORM: NormConfig = NormConfig { n_groups: 2, eps: 1e-5, activation: Activation::Silu };
+
+    /// Standard normal numbers.
+    pub fn noise<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+        Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+    }
+
+    pub fn assert_close<const D: usize>(found: Tensor<D>, expected: Tensor<D>, tolerance: f32) {
+        found.into_data().assert_approx_eq::<f32>(&expected.into_data(), Tolerance::absolute(tolerance));
+    }
+
+    /// Every parameter has a finite gradient.
+    pub fn assert_learns<M: Module>(model: &M, loss: Tensor<1>) {
+        struct Visitor<'a>(&'a Gradients, usize);
+        impl ModuleVisitor for Visitor<'_> {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                let gradient = param.val().grad(self.0).expect("a gradient");
+                let size = gradient.abs().sum().into_scalar::<f32>();
+                assert!(size.is_finite(), "{size}");
+                self.1 += 1;
+            }
+        }
+        let gradients = loss.backward();
+        let mut visitor = Visitor(&gradients, 0);
+        model.visit(&mut visitor);
+        assert!(visitor.1 > 0, "a model without parameters");
+    }
+
+    #[test]
+    fn pixels_become_squares() {
+        let x = Tensor::<4>::from_data([[[[1.0, 2.0, 3.0]], [[4.0, 5.0, 6.0]]]], &Device::flex());
+        let first = [[1.0, 1.0, 2.0, 2.0, 3.0, 3.0], [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]];
+        let second = [[4.0, 4.0, 5.0, 5.0, 6.0, 6.0], [4.0, 4.0, 5.0, 5.0, 6.0, 6.0]];
+        double(x).into_data().assert_eq(&TensorData::from([[first, second]]), false);
+    }
+
+    #[test]
+    fn tokens_are_places_row_by_row_and_become_the_picture_again() {
+        let x = noise([2, 3, 4, 5], &Device::flex());
+        let place = x.clone().slice([1..2, 0..3, 2..3, 1..2]).flatten::<1>(0, 3);
+        let token = tokens(x.clone()).slice([1..2, 11..12, 0..3]).flatten::<1>(0, 2);
+        assert_close(token, place, 0.0);
+        assert_close(picture(tokens(x.clone()), [4, 5]), x, 0.0);
+    }
+
+    /// Ones have 4 neighbours at each step but where the border begins, at the right and the bottom.
+    #[test]
+    fn halving_has_its_border_at_the_end() {
+        let device = Device::flex();
+        let mut conv = Conv::new(1, 1, 3, &device).strided(2, 0);
+        conv.weight = Param::from_tensor(Tensor::ones([1, 1, 3, 3], &device));
+        conv.bias = Param::from_tensor(Tensor::zeros([1], &device));
+        let found = |side: usize| halve(&conv, Tensor::ones([1, 1, side, side], &device)).into_data();
+        found(4).assert_eq(&TensorData::from([[[[9.0, 6.0], [6.0, 4.0]]]]), false);
+        found(5).assert_eq(&TensorData::from([[[[9.0, 9.0], [9.0, 9.0]]]]), false);
+    }
+
+    /// A time that says nothing changes nothing, and one that scales by -1 leaves the shift alone.
+    #[test]
+    fn the_time_is_added_or_scales() {
+        let device = Device::flex();
+        let (x, time) = (noise([2, 4, 3, 3], &device), noise([2, 5], &device));
+        let plain = ResidualBlock::new(4, 6, &NORM, &device);
+        let expected = plain.forward(x.clone(), None);
+        for shift in [TimeShift::Added, TimeShift::Scaled] {
+            let block = plain.clone().with_time(5, shift, &device);
+            let mut layer = block.time.clone().unwrap();
+            layer.weight = layer.weight.map(|weight| weight.zeros_like());
+            layer.bias = layer.bias.map(|bias| bias.map(|bias| bias.zeros_like()));
+            let silent = ResidualBlock { time: Some(layer.clone()), ..block.clone() };
+            assert_close(silent.forward(x.clone(), Some(&time)), expected.clone(), 1e-6);
+            if shift == TimeShift::Scaled {
+                let off = Tensor::cat(vec![-Tensor::ones([6], &device), Tensor::zeros([6], &device)], 0);
+                layer.bias = Some(Param::from_tensor(off));
+                let off = ResidualBlock { time: Some(layer), ..block };
+                let shortcut = off.shortcut.as_ref().unwrap().forward(x.clone());
+                let bias = off.conv2.bias.val().reshape([1, 6, 1, 1]);
+                assert_close(off.forward(x.clone(), Some(&time)), shortcut + bias, 1e-6);
+            }
+        }
+    }
+}

@@ -397,3 +397,120 @@ impl TimeConfig {
         Tensor::cat(waves, 1)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Bool;
+
+    use super::*;
+    use crate::residual::tests::{NORM, assert_close, noise};
+
+    /// Three resolutions: two transformers on the way down, one on the way up, and a residual block more than one.
+    fn tiny() -> UNetConfig {
+        let transformer = Some(TransformerConfig { n_layers: 2, n_heads: 2 });
+        UNetConfig {
+            channels_in: 3,
+            channels_out: 2,
+            stages: Cow::Owned(vec![
+                StageConfig { channels: 4, n_residuals: 1, down: transformer, up: None },
+                StageConfig { channels: 6, n_residuals: 2, down: None, up: transformer },
+                StageConfig { channels: 8, n_residuals: 1, down: transformer, up: None },
+            ]),
+            middle: Middle::Transformer(TransformerConfig { n_layers: 1, n_heads: 4 }),
+            d_context: 5,
+            norm: NORM,
+            time: TimeConfig { d_time: 10, cosines_first: true, shift: 0.0 },
+            time_shift: TimeShift::Added,
+            kernel_in: 3,
+            kernel_out: 1,
+            stretch: false,
+        }
+    }
+
+    fn times(times: &[f32]) -> Tensor<1> {
+        Tensor::from_data(times, &Device::flex())
+    }
+
+    #[test]
+    fn odd_sides_come_back() {
+        let device = Device::flex();
+        for middle in [tiny().middle, Middle::Residual, Middle::Nothing] {
+            let model = UNetConfig { middle, ..tiny() }.init(&device);
+            for [height, width] in [[8, 4], [7, 5], [1, 2]] {
+                let sample = noise([1, 3, height, width], &device);
+                let found = model.forward(sample, times(&[3.0]), noise([1, 2, 5], &device), &Mask::Full);
+                assert_eq!(found.dims(), [1, 2, height, width]);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_do_not_see_each_other_and_each_has_its_time() {
+        let device = Device::flex();
+        let model = tiny().init(&device);
+        let (sample, context) = (noise([2, 3, 4, 4], &device), noise([2, 3, 5], &device));
+        let both = model.forward(sample.clone(), times(&[1.0, 20.0]), context.clone(), &Mask::Full);
+        let second = |times| {
+            let context = context.clone().narrow(0, 1, 1);
+            model.forward(sample.clone().narrow(0, 1, 1), times, context, &Mask::Full)
+        };
+        assert_close(second(times(&[20.0])), both.clone().narrow(0, 1, 1), 1e-5);
+        let other = (second(times(&[1.0])) - both.narrow(0, 1, 1)).abs().max().into_scalar::<f32>();
+        assert!(other > 1e-3, "the time changes nothing: {other}");
+        // one time for all
+        let one = model.forward(sample.clone(), times(&[20.0]), context.clone(), &Mask::Full);
+        assert_close(one.narrow(0, 1, 1), second(times(&[20.0])), 1e-5);
+    }
+
+    #[test]
+    fn hidden_tokens_of_the_context_do_not_matter() {
+        let device = Device::flex();
+        let model = tiny().init(&device);
+        let (sample, context) = (noise([1, 3, 4, 4], &device), noise([1, 2, 5], &device));
+        let run = |context, mask: &Mask| model.forward(sample.clone(), times(&[7.0]), context, mask);
+        let longer = Tensor::cat(vec![context.clone(), noise([1, 1, 5], &device)], 1);
+        let seen = Tensor::<2, Bool>::from_data([[true, true, false]], &device);
+        let expected = run(context, &Mask::Full);
+        assert_close(run(longer, &Mask::Padding(seen)), expected, 1e-5);
+    }
+
+    /// Two waves of width 5 at time 2: the slower one's frequency is 10000^(-1/2), or 10000^(-1/1) with a shift of 1.
+    #[test]
+    fn waves() {
+        let waves = |cosines_first, shift| {
+            let time = TimeConfig { d_time: 1, cosines_first, shift };
+            time.waves(times(&[2.0]), 5).into_data().iter::<f32>().collect::<Vec<_>>()
+        };
+        let assert = |found: Vec<f32>, expected: [f64; 5]| {
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} for {expected}");
+            }
+        };
+        let (sin, cos) = (f64::sin, f64::cos);
+        assert(waves(true, 0.0), [cos(2.0), cos(0.02), sin(2.0), sin(0.02), 0.0]);
+        assert(waves(false, 1.0), [sin(2.0), sin(0.0002), cos(2.0), cos(0.0002), 0.0]);
+    }
+
+    #[test]
+    fn samples_from_0_to_1_are_stretched() {
+        let device = Device::flex();
+        let model = tiny().init(&device);
+        let (sample, context) = (noise([1, 3, 4, 4], &device), noise([1, 2, 5], &device));
+        let expected = model.forward(sample.clone() * 2.0 - 1.0, times(&[7.0]), context.clone(), &Mask::Full);
+        let model = UNet { stretch: true, ..model };
+        assert_close(model.forward(sample, times(&[7.0]), context, &Mask::Full), expected, 1e-5);
+    }
+
+    /// Every parameter takes part, and none of its gradients is lost on the way.
+    #[test]
+    fn everything_learns() {
+        let device = Device::flex().autodiff();
+        for time_shift in [TimeShift::Added, TimeShift::Scaled] {
+            let model = UNetConfig { time_shift, ..tiny() }.init(&device);
+            let times = Tensor::from_data([3.0, 500.0], &device);
+            let (sample, context) = (noise([2, 3, 6, 5], &device), noise([2, 3, 5], &device));
+            let loss = model.forward(sample, times, context, &Mask::Full).square().mean();
+            crate::residual::tests::assert_learns(&model, loss);
+        }
+    }
+}

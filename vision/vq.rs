@@ -109,3 +109,75 @@ impl VqModel {
         self.decoder.forward(self.post_quant_conv.forward(entries))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::module::Param;
+    use burn::tensor::TensorData;
+
+    use super::*;
+    use crate::autoencoder::tests::tiny;
+    use crate::residual::tests::{assert_close, assert_learns, noise};
+
+    fn model(device: &Device) -> VqModel {
+        VqConfig { codec: tiny(), n_codes: 5, d_code: 2, scaling_factor: 1.0 }.init(device)
+    }
+
+    /// The entries (0, 0), (4, 4) and (0, 8).
+    fn with_entries(device: &Device) -> VqModel {
+        let mut model = model(device);
+        let entries = Tensor::from_data([[0.0, 0.0], [4.0, 4.0], [0.0, 8.0]], device);
+        model.codebook.weight = Param::from_tensor(entries).set_require_grad(true);
+        model
+    }
+
+    /// Of two rows and one column: (1, -1) and (3, 5).
+    fn latents(device: &Device) -> Tensor<4> {
+        Tensor::from_data([[[[1.0], [3.0]], [[-1.0], [5.0]]]], device)
+    }
+
+    #[test]
+    fn the_nearest_entries() {
+        let device = Device::flex();
+        let quantized = with_entries(&device).quantize(latents(&device));
+        quantized.indices.into_data().convert::<i64>().assert_eq(&TensorData::from([[[0_i64], [1]]]), true);
+        let entries = Tensor::from_data([[[[0.0], [4.0]], [[0.0], [4.0]]]], &device);
+        assert_close(quantized.latents, entries, 1e-6);
+        for loss in [quantized.codebook_loss, quantized.commitment_loss] {
+            assert_eq!(loss.into_scalar::<f32>(), 1.0);
+        }
+    }
+
+    /// Past the codebook the gradient is that of the entries; each loss reaches the one of the two that is to move.
+    #[test]
+    fn gradients_go_past_the_codebook() {
+        let device = Device::flex().autodiff();
+        let model = with_entries(&device);
+        let gradients = |loss: fn(Quantized) -> Tensor<1>| {
+            let latents = latents(&device).require_grad();
+            let gradients = loss(model.quantize(latents.clone())).backward();
+            let values = |data: TensorData| data.iter::<f32>().collect::<Vec<_>>();
+            let of_latents = latents.grad(&gradients).map(|gradient| values(gradient.into_data()));
+            let codebook = model.codebook.weight.val().grad(&gradients);
+            let of_codebook = codebook.map(|gradient| values(gradient.into_data()));
+            let moved = |values: Option<Vec<f32>>| values.filter(|values| values.iter().any(|&x| x != 0.0));
+            (moved(of_latents), moved(of_codebook))
+        };
+        let through = gradients(|quantized| (quantized.latents.clone() * quantized.latents).sum());
+        assert_eq!(through, (Some(vec![0.0, 8.0, 0.0, 8.0]), None));
+        // half of the distances to the four numbers
+        let codebook = gradients(|quantized| quantized.codebook_loss);
+        assert_eq!(codebook, (None, Some(vec![-0.5, 0.5, 0.5, -0.5, 0.0, 0.0])));
+        let commitment = gradients(|quantized| quantized.commitment_loss);
+        assert_eq!(commitment, (Some(vec![0.5, -0.5, -0.5, 0.5]), None));
+    }
+
+    #[test]
+    fn everything_learns() {
+        let device = Device::flex().autodiff();
+        let model = model(&device);
+        let quantized = model.quantize(model.encode(noise([2, 3, 8, 4], &device)));
+        let loss = model.decode(quantized.latents).square().mean() + quantized.codebook_loss;
+        assert_learns(&model, loss + quantized.commitment_loss * 0.25);
+    }
+}

@@ -3,7 +3,8 @@ use burn::tensor::Tensor;
 /// How much of a tile its neighbour covers too: a quarter.
 const OVERLAP: f64 = 0.25;
 
-/// Squares that overlap, as diffusers cuts pictures and latents into.
+/// Squares that overlap, as diffusers cuts pictures and latents into. Of a side that is no multiple of four times the
+/// factor a quarter is not whole on either side, and the tiles do not quite meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
     /// Side in pixels.
@@ -16,6 +17,8 @@ pub struct Tiles {
 struct Cut {
     /// Side of a tile.
     side: usize,
+    /// What a tile has at least; less at an end gives nothing.
+    least: usize,
     /// From one tile's start to the next one's.
     step: usize,
     /// What two of the other side blend over.
@@ -32,20 +35,20 @@ impl Tiles {
 
     /// Latents, `[batch, d_latent, height, width]`, through `decode` tile by tile.
     pub fn decode(&self, latents: Tensor<4>, decode: impl Fn(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
-        Cut::new(self.latent(), self.pixels).apply(latents, decode)
+        Cut::new(self.latent(), self.pixels, 1).apply(latents, decode)
     }
 
     /// Pictures, `[batch, channels, height, width]`, through `encode` tile by tile.
     pub fn encode(&self, pictures: Tensor<4>, encode: impl Fn(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
-        Cut::new(self.pixels, self.latent()).apply(pictures, encode)
+        Cut::new(self.pixels, self.latent(), self.factor).apply(pictures, encode)
     }
 }
 
 impl Cut {
-    fn new(side: usize, other: usize) -> Self {
+    fn new(side: usize, other: usize, least: usize) -> Self {
         let blend = (other as f64 * OVERLAP) as usize;
         let step = (side as f64 * (1.0 - OVERLAP)) as usize;
-        Self { side, step: step.max(1), blend, kept: other - blend }
+        Self { side, least, step: step.max(1), blend, kept: other - blend }
     }
 
     fn apply(&self, x: Tensor<4>, f: impl Fn(Tensor<4>) -> Tensor<4>) -> Tensor<4> {
@@ -53,12 +56,13 @@ impl Cut {
         if height <= self.side && width <= self.side {
             return f(x);
         }
+        let starts = |length: usize| (0..=length.saturating_sub(self.least)).step_by(self.step);
         let mut above: Vec<Tensor<4>> = Vec::new();
         let mut rows = Vec::new();
-        for top in (0..height).step_by(self.step) {
+        for top in starts(height) {
             let strip = x.clone().narrow(2, top, self.side.min(height - top));
             let mut row: Vec<Tensor<4>> = Vec::new();
-            for left in (0..width).step_by(self.step) {
+            for left in starts(width) {
                 let mut tile = f(strip.clone().narrow(3, left, self.side.min(width - left)));
                 if let Some(above) = above.get(row.len()) {
                     tile = blended(above, tile, 2, self.blend);
@@ -93,6 +97,55 @@ fn blended(before: &Tensor<4>, tile: Tensor<4>, axis: usize, extent: usize) -> T
     let end = before.clone().narrow(axis, past - extent, extent);
     let start = tile.clone().narrow(axis, 0, extent);
     let faded = end * (-share.clone() + 1.0) + start * share;
-    let rest = tile.narrow(axis, extent, length - extent);
-    Tensor::cat(vec![faded, rest], axis)
+    if extent == length {
+        return faded;
+    }
+    Tensor::cat(vec![faded, tile.narrow(axis, extent, length - extent)], axis)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use burn::tensor::ops::PadMode;
+    use burn::tensor::{Device, TensorData};
+
+    use super::*;
+    use crate::residual::double;
+    use crate::residual::tests::{assert_close, noise};
+
+    /// What looks at each place alone cannot tell a tile from the whole.
+    #[test]
+    fn seams_of_what_is_local_are_not_seen() {
+        let tiles = Tiles { pixels: 8, factor: 2 };
+        for [height, width] in [[4, 4], [5, 3], [6, 9], [4, 13]] {
+            let latents = noise([2, 3, height, width], &Device::flex());
+            assert_close(tiles.decode(latents.clone(), double), double(latents.clone()), 1e-6);
+            let half = |x: Tensor<4>| {
+                let [batch, channels, height, width] = x.dims();
+                let (rows, columns) = (height / 2, width / 2);
+                let x = x.narrow(2, 0, 2 * rows).narrow(3, 0, 2 * columns);
+                let x = x.reshape([batch, channels, rows, 2, columns, 2]);
+                x.mean_dim(5).mean_dim(3).reshape([batch, channels, rows, columns])
+            };
+            // a line more, which is too little for a latent
+            let pictures = double(latents.clone()).pad([(0, 1), (0, 1)], PadMode::Constant(9.0));
+            assert_close(tiles.encode(pictures, half), latents, 1e-6);
+        }
+    }
+
+    /// Tiles of 4 every 3 that are as large on the other side, the first all 0, the second all 1: over the one line that
+    /// both cover the first is kept, as a fade begins with it.
+    #[test]
+    fn a_seam_fades() {
+        let count = Cell::new(0);
+        let numbered = |tile: Tensor<4>| tile.zeros_like() + f64::from(count.replace(count.get() + 1));
+        let found = Cut::new(4, 4, 1).apply(Tensor::zeros([1, 1, 1, 5], &Device::flex()), numbered);
+        found.into_data().assert_eq(&TensorData::from([[[[0.0, 0.0, 0.0, 0.0, 1.0]]]]), false);
+        count.set(0);
+        // 8 every 6, two lines fade: the second starts at 0, and is half there at the next
+        let found = Cut::new(8, 8, 1).apply(Tensor::zeros([1, 1, 9, 1], &Device::flex()), numbered);
+        let found: Vec<f32> = found.into_data().iter().collect();
+        assert_eq!(found, [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 1.0]);
+    }
 }
