@@ -392,6 +392,7 @@ pub const PRESETS: &[Preset] = &[
     preset("stable-diffusion-v1-5 U-Net", OPENRAIL, V1, 859_520_964),
     preset("stable-diffusion-inpainting U-Net", OPENRAIL, INPAINTING, 859_535_364),
     preset("Taiyi-Stable-Diffusion-1B-Chinese-v0.1 U-Net", OPENRAIL, V1, 859_520_964),
+    preset("AltDiffusion U-Net", OPENRAIL, V1, 859_520_964),
     preset("AltDiffusion-m9 U-Net", OPENRAIL, V1, 859_520_964),
     preset("AltDiffusion-m18 U-Net", OPENRAIL, V2, 865_910_724),
     preset("stable-diffusion-2-1 U-Net", OPENRAIL_2, V2, 865_910_724),
@@ -495,7 +496,8 @@ mod tests {
     fn inputs_that_do_not_fit_are_told_all_at_once() {
         let folder = Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_sd1"));
         let zeros = |shape: &[usize]| TensorData::zeros::<f32, _>(shape);
-        let cases: &[(&[(&str, TensorData)], &[&str])] = &[
+        type Case<'a> = (&'a [(&'a str, TensorData)], &'a [&'a str]);
+        let cases: &[Case] = &[
             (&[], &["`sample` is missing", "`timestep` is missing", "`encoder_hidden_states` is missing"]),
             (
                 &[

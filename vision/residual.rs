@@ -85,7 +85,12 @@ impl ResidualBlock {
 
     /// `[batch, in, height, width] -> [batch, out, height, width]`; `time`, which was activated, is `[batch, d_time]`.
     pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>) -> Tensor<4> {
-        let y = self.conv1.forward(self.norm1.activated(x.clone(), self.activation));
+        // before the norm, which then has `x` to itself and works in place
+        let kept = match &self.shortcut {
+            Some(shortcut) => shortcut.forward(x.clone()),
+            None => x.clone(),
+        };
+        let y = self.conv1.forward(self.norm1.activated(x, self.activation));
         let time = self.time.as_ref().zip(time).map(|(layer, time)| {
             let time = layer.forward(time.clone());
             let [batch, width] = time.dims();
@@ -101,11 +106,7 @@ impl ResidualBlock {
                 self.activation.forward(self.norm2.forward(y) * (scale + 1.0) + shift)
             }
         };
-        let y = self.conv2.forward(y);
-        match &self.shortcut {
-            Some(shortcut) => y + shortcut.forward(x),
-            None => y + x,
-        }
+        self.conv2.forward(y) + kept
     }
 }
 

@@ -23,8 +23,7 @@ pub fn group_norm<const D: usize>(
     eps: f64,
     activation: Option<Activation>,
 ) -> Tensor<D> {
-    let shape = x.dims();
-    let channels = shape[1];
+    let channels = x.dims()[1];
     assert!(
         n_groups > 0 && channels.is_multiple_of(n_groups),
         "{channels} channels do not divide into {n_groups} groups"
@@ -37,26 +36,37 @@ pub fn group_norm<const D: usize>(
     let (device, dtype) = (x.device(), x.dtype());
     let [weight, bias] = [weight, bias].map(|factor| factor.cast(DType::F32));
     let x = x.cast(DType::F32);
-    if device != Device::flex() || device.is_autodiff() {
-        let y = composed(x, weight, bias, n_groups, eps);
-        return activation.map_or(y.clone(), |activation| activation.forward(y)).cast(dtype);
+    let (y, rest) = match (device == Device::flex() && !device.is_autodiff(), activation) {
+        (true, Some(Activation::Silu)) => {
+            (in_place(x, weight, bias, n_groups, eps, |x| x / (1.0 + (-x).exp())), None)
+        }
+        (true, rest) => (in_place(x, weight, bias, n_groups, eps, |x| x), rest),
+        (false, rest) => (composed(x, weight, bias, n_groups, eps), rest),
+    };
+    match rest {
+        Some(activation) => activation.forward(y),
+        None => y,
     }
+    .cast(dtype)
+}
+
+/// On the CPU, and `finish` of every value.
+fn in_place<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    n_groups: usize,
+    eps: f64,
+    finish: impl Fn(f32) -> f32 + Sync,
+) -> Tensor<D> {
+    let (shape, device) = (x.dims(), x.device());
     let places = shape[2..].iter().product();
     let (weight, bias, mut data) = (weight.into_data(), bias.into_data(), x.into_data());
     let cast = "values that were cast to f32";
     let factors = [weight.as_slice::<f32>().expect(cast), bias.as_slice::<f32>().expect(cast)];
-    let x = data.as_mut_slice::<f32>().expect(cast);
-    match activation {
-        Some(Activation::Silu) => {
-            cpu::norm::group_norm(x, factors, n_groups, places, eps, |x| x / (1.0 + (-x).exp()));
-        }
-        _ => cpu::norm::group_norm(x, factors, n_groups, places, eps, |x| x),
-    }
-    let y = Tensor::<D>::from_data(data, (&device, DType::F32)).cast(dtype);
-    match activation {
-        Some(Activation::Silu) | None => y,
-        Some(other) => other.forward(y),
-    }
+    let values = data.as_mut_slice::<f32>().expect(cast);
+    cpu::norm::group_norm(values, factors, n_groups, places, eps, finish);
+    Tensor::from_data(data, (&device, DType::F32))
 }
 
 /// The same of tensor operations, without an activation.
