@@ -25,7 +25,7 @@ use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
-use crate::unet::{self, LIMITS};
+use crate::unet::{self, LIMITS, RESIDUAL};
 
 /// Of every norm, whatever the configuration.
 const NORM_EPS: f64 = 1e-6;
@@ -79,14 +79,6 @@ pub fn parse(config: &Config) -> Result<AutoencoderKlConfig, ConfigError> {
         shift_factor: config.number_or("shift_factor", 0.0)?,
     })
 }
-
-const RESIDUAL: &[Rule] = &[
-    Under("norm1.", "norm1.", LINEAR),
-    Under("conv1.", "conv1.", LINEAR),
-    Under("norm2.", "norm2.", LINEAR),
-    Under("conv2.", "conv2.", LINEAR),
-    Under("conv_shortcut.", "shortcut.", LINEAR),
-];
 
 const MIDDLE: &[Rule] = &[
     Under("resnets.{}.", "residuals.{}.", RESIDUAL),

@@ -185,7 +185,8 @@ fn kernel(config: &Config, field: &str) -> Result<usize, ConfigError> {
     }
 }
 
-const RESIDUAL: &[Rule] = &[
+/// Keys of a residual block, with its time where it has one.
+pub(crate) const RESIDUAL: &[Rule] = &[
     Under("norm1.", "norm1.", LINEAR),
     Under("conv1.", "conv1.", LINEAR),
     Under("time_emb_proj.", "time.", LINEAR),

@@ -43,7 +43,7 @@ pub struct Encoder {
     /// From fine to coarse.
     pub stages: Vec<EncoderStage>,
     /// At the coarsest.
-    pub middle: Middle,
+    pub middle: Bottom,
     /// `[channels of the coarsest]`.
     pub norm_out: GroupNorm,
     /// `[out, channels of the coarsest, 3, 3]`.
@@ -67,7 +67,7 @@ pub struct Decoder {
     /// `[channels of the coarsest, d_latent, 3, 3]`.
     pub conv_in: Conv,
     /// At the coarsest.
-    pub middle: Middle,
+    pub middle: Bottom,
     /// From coarse to fine.
     pub stages: Vec<DecoderStage>,
     /// `[channels of the finest]`.
@@ -89,7 +89,7 @@ pub struct DecoderStage {
 
 /// The coarsest resolution: a residual block, attention, a residual block.
 #[derive(Module, Debug)]
-pub struct Middle {
+pub struct Bottom {
     /// Two.
     pub residuals: Vec<ResidualBlock>,
     /// Between them, if places see each other.
@@ -165,9 +165,9 @@ impl CodecConfig {
         }
     }
 
-    fn middle(&self, channels: usize, device: &Device) -> Middle {
+    fn middle(&self, channels: usize, device: &Device) -> Bottom {
         let residual = || ResidualBlock::new(channels, channels, &self.norm, device);
-        Middle {
+        Bottom {
             residuals: vec![residual(), residual()],
             attention: self.attends.then(|| PictureAttention {
                 norm: self.norm.init(channels, device),
@@ -209,7 +209,7 @@ impl Decoder {
     }
 }
 
-impl Middle {
+impl Bottom {
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
         self.residuals.iter().enumerate().fold(x, |x, (at, residual)| {
             let x = residual.forward(x, None);

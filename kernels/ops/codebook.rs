@@ -1,10 +1,10 @@
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 /// Distances that are held at a time.
 const PANEL: usize = 1 << 22;
 
 /// The entry of a codebook that is nearest to each vector by Euclid's distance, the first of several:
-/// `[vectors, d]` and `[entries, d] -> [vectors]`. No gradient goes through it.
+/// `[vectors, d]` and `[entries, d] -> [vectors]`. No gradient goes through it; half precision is compared in f32.
 ///
 /// # Panics
 /// If the widths differ, or the codebook has no entry.
@@ -12,7 +12,7 @@ pub fn nearest(x: Tensor<2>, codebook: Tensor<2>) -> Tensor<1, Int> {
     let ([vectors, width], [entries, d]) = (x.dims(), codebook.dims());
     assert_eq!(width, d, "width of the vectors (left) and of the codebook");
     assert!(entries > 0, "a codebook without entries");
-    let (x, codebook) = (x.detach(), codebook.detach());
+    let [x, codebook] = [x, codebook].map(|rows| rows.detach().cast(DType::F32));
     if vectors == 0 {
         return Tensor::zeros([0], &x.device());
     }
