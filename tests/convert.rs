@@ -172,8 +172,13 @@ fn narrow_weights_are_rounded_and_the_configuration_says_so() {
             let reference = outputs(&source, &source);
             for (output, data) in floats(outputs(&out, &source)) {
                 let cosine = cosine(&data, &reference[&output]);
-                // transformers' own mT5 with its weights rounded to bf16 gives 0.9976 too
-                let least = if dtype == "bf16" { 0.997 } else { 0.999 };
+                let least = match (dtype, name) {
+                    // a place between two entries of a codebook may get the other one
+                    ("bf16", "vqmodel") => 0.99,
+                    // transformers' own mT5 with its weights rounded to bf16 gives 0.9976 too
+                    ("bf16", _) => 0.997,
+                    _ => 0.999,
+                };
                 assert!(cosine > least, "{name}: {output} in {dtype}: {cosine}");
             }
         }
@@ -413,7 +418,14 @@ fn sizes_that_are_none_are_wrong_use() {
 /// 0.99 in 8 bits; in 4 bits 0.8, for the six logits of a tiny CLIP lie close to zero, and T5 does not divide its scores.
 #[test]
 fn every_fixture_runs_quantized() {
-    for (name, source) in families() {
+    // a matrix with fewer columns than a block stays as it is, and the toys of convolutions have no others
+    let has_a_block = |(_, source): &(&str, PathBuf)| {
+        tensors(source).values().any(|(_, shape, _)| matches!(shape[..], [_, cols] if cols >= 32))
+    };
+    let left_out: Vec<&str> =
+        families().filter(|family| !has_a_block(family)).map(|(name, _)| name).collect();
+    assert_eq!(left_out, ["vae_kl", "vae_kl_legacy", "vqmodel"]);
+    for (name, source) in families().filter(has_a_block) {
         let reference = outputs(&source, &source);
         for (bits, block, least) in [("8", "32", 0.99), ("4", "32", 0.8)] {
             let scratch = tempfile::tempdir().unwrap();
