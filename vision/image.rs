@@ -50,6 +50,36 @@ pub fn size(bytes: &[u8], name: &str) -> Result<[u64; 2], ImageError> {
     Ok([height.into(), width.into()])
 }
 
+/// The texts of a PNG by keyword, `tEXt` before `zTXt` before `iTXt`; those of other formats are not read.
+///
+/// # Errors
+/// When it is no PNG, or damaged.
+pub fn png_texts(bytes: &[u8], name: &str) -> Result<Vec<(String, String)>, ImageError> {
+    /// Of all texts together, unpacked.
+    const LIMIT: usize = 16 << 20;
+    let file = Source { bytes, name, format: recognise(bytes, name)? };
+    if file.format != Format::Png {
+        return Err(file.damaged("it is no PNG: other formats hold no texts by keyword"));
+    }
+    let damaged = |error: png::DecodingError| file.damaged(error);
+    let limits = png::Limits { bytes: LIMIT };
+    let decoder = png::Decoder::new_with_limits(Cursor::new(bytes), limits);
+    let mut reader = decoder.read_info().map_err(damaged)?;
+    reader.finish().map_err(damaged)?; // texts may follow the pixels
+    let info = reader.info();
+    let mut texts: Vec<(String, String)> =
+        info.uncompressed_latin1_text.iter().map(|text| (text.keyword.clone(), text.text.clone())).collect();
+    for text in &info.compressed_latin1_text {
+        let unpacked = text.get_text().map_err(|error| file.damaged(error))?;
+        texts.push((text.keyword.clone(), unpacked));
+    }
+    for text in &info.utf8_text {
+        let unpacked = text.get_text().map_err(|error| file.damaged(error))?;
+        texts.push((text.keyword.clone(), unpacked));
+    }
+    Ok(texts)
+}
+
 /// Which way up a photo is returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Orientation {
@@ -247,23 +277,35 @@ impl Rgb8 {
     /// # Errors
     /// When it cannot be written.
     pub fn save_png(&self, path: &Path) -> Result<(), ImageError> {
+        self.save_png_with(path, &[])
+    }
+
+    /// As [`Rgb8::save_png`], with texts by keyword (`iTXt` chunks: 1 to 79 Latin letters, and any text): [`png_texts`]
+    /// reads them.
+    ///
+    /// # Errors
+    /// When it cannot be written, or a keyword is none.
+    pub fn save_png_with(&self, path: &Path, texts: &[(&str, &str)]) -> Result<(), ImageError> {
         let io = |source| ImageError::Io { name: path.display().to_string(), source };
         let mut partial = path.as_os_str().to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = Path::new(&partial);
-        let written = self.write_png(partial).and_then(|()| std::fs::rename(partial, path));
+        let written = self.write_png(partial, texts).and_then(|()| std::fs::rename(partial, path));
         if written.is_err() {
             let _ = std::fs::remove_file(partial); // the first error is the one to tell
         }
         written.map_err(io)
     }
 
-    fn write_png(&self, path: &Path) -> std::io::Result<()> {
+    fn write_png(&self, path: &Path, texts: &[(&str, &str)]) -> std::io::Result<()> {
         let side = |side: usize| u32::try_from(side).map_err(std::io::Error::other);
         let mut encoder =
             png::Encoder::new(BufWriter::new(File::create(path)?), side(self.width)?, side(self.height)?);
         encoder.set_color(png::ColorType::Rgb);
         encoder.set_depth(png::BitDepth::Eight);
+        for (keyword, text) in texts {
+            encoder.add_itxt_chunk((*keyword).to_owned(), (*text).to_owned())?;
+        }
         let mut writer = encoder.write_header()?;
         writer.write_image_data(&self.pixels)?;
         Ok(writer.finish()?)

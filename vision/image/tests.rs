@@ -234,3 +234,24 @@ fn a_long_file_that_is_no_picture_is_not_read() {
     assert!(told[0].contains("not a picture"), "{}", told[0]);
     assert!(told[1].contains("1073741825 bytes; at most 1073741824 are read"), "{}", told[1]);
 }
+
+#[test]
+fn a_png_s_texts_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("a.png");
+    let picture = Rgb8::new(2, 1, vec![1, 2, 3, 4, 5, 6]).unwrap();
+    let texts = [("Software", "Volary"), ("volary", "{\"prompt\": \"一只猫\\n\"}")];
+    picture.save_png_with(&file, &texts).unwrap();
+    let bytes = std::fs::read(&file).unwrap();
+    let found = png_texts(&bytes, "a.png").unwrap();
+    assert_eq!(found, texts.map(|(keyword, text)| (keyword.to_owned(), text.to_owned())));
+    assert_eq!(decode(&bytes, "a.png", ReadOptions::SEEN).unwrap(), picture);
+    for end in 0..bytes.len() {
+        assert!(png_texts(&bytes[..end], "a.png").is_err(), "{end}");
+    }
+    let told = png_texts(&picture.to_jpeg(90).unwrap(), "a.jpg").unwrap_err().to_string();
+    assert!(told.contains("no PNG"), "{told}");
+    let told = picture.save_png_with(&file, &[("", "no keyword")]).unwrap_err().to_string();
+    assert!(told.contains("a.png"), "{told}");
+    assert_eq!(std::fs::read(&file).unwrap(), bytes);
+}
