@@ -12,6 +12,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{LayerNorm, LearnedPositions, Linear, LinearConfig};
 use volary_kernels::ops::Activation;
+use volary_vision::masking::pick;
 use volary_vision::patch::patchify;
 use volary_weights::{KeyMap, Ones, Rule};
 
@@ -129,12 +130,6 @@ impl Shuffle {
     pub fn hidden(&self) -> Tensor<2> {
         self.places.clone().greater_equal_elem(self.seen as i64).float()
     }
-}
-
-/// Rows of each sample: `[batch, n, d]` at `[batch, m]` is `[batch, m, d]`.
-fn pick(x: Tensor<3>, at: Tensor<2, Int>) -> Tensor<3> {
-    let ([batch, _, d], [_, m]) = (x.dims(), at.dims());
-    x.gather(1, at.unsqueeze_dim::<3>(2).expand([batch, m, d]))
 }
 
 impl Mae {

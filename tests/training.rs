@@ -6,7 +6,9 @@ use burn::tensor::Device;
 use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig, VisionConfig};
 use volary::recipe::contrastive::{Job, Outcome, Recipe, TrainError, train};
 use volary::recipe::data::{EmojiData, Gallery, Style};
+use volary::recipe::descent::Descent;
 use volary::recipe::emoji::{preprocessor, tokenizer};
+use volary::recipe::mim;
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
 use volary_kernels::ops::Activation;
@@ -233,7 +235,7 @@ fn a_tower_for_texts_learns_from_a_teacher_and_then_from_pictures() {
 #[test]
 fn the_toy_segmenter_learns_and_is_written() {
     let scratch = tempfile::tempdir().unwrap();
-    let recipe = segmentation::Recipe { steps: 12, batch: 4, ..Default::default() };
+    let recipe = Descent { steps: 12, batch: 4, ..segmentation::RECIPE };
     let outcome = segmentation::train(&recipe, scratch.path(), &Device::flex()).unwrap();
     let losses = &outcome.losses;
     assert_eq!(losses.len(), 12);
@@ -246,5 +248,25 @@ fn the_toy_segmenter_learns_and_is_written() {
         assert!((0.0..=1.0).contains(&overlap), "{overlap}");
     }
     let sheet = segmentation::sheet(&outcome.folder, Part::Unseen, 2, 5, &Device::flex()).unwrap();
+    assert_eq!([sheet.width(), sheet.height()], [4 * 96, 2 * 96]);
+}
+
+/// A few steps lower the loss, what is written can be loaded and asked, and asked the same it answers the same.
+#[test]
+fn the_toy_eva_learns_and_is_written() {
+    let scratch = tempfile::tempdir().unwrap();
+    let recipe = Descent { steps: 12, batch: 4, ..mim::RECIPE };
+    let outcome = mim::train(&recipe, scratch.path(), &Device::flex()).unwrap();
+    let losses = &outcome.losses;
+    assert_eq!(losses.len(), 12);
+    let [first, last] = [&losses[..3], &losses[9..]].map(|losses| losses.iter().sum::<f32>() / 3.0);
+    assert!(last < first - 0.2, "{losses:?}");
+    assert!(scratch.path().join("loss.svg").is_file());
+    let evaluate = || mim::evaluate(&outcome.folder, Part::Unseen, 3, 5, &Device::flex()).unwrap();
+    let score = evaluate();
+    assert_eq!(score, evaluate());
+    assert!(score.constant < score.places && score.places <= 1.0, "{score:?}");
+    assert!(score.model > 0.2 && score.model < score.places, "{score:?}");
+    let sheet = mim::sheet(&outcome.folder, Part::Unseen, 2, 5, &Device::flex()).unwrap();
     assert_eq!([sheet.width(), sheet.height()], [4 * 96, 2 * 96]);
 }

@@ -8,6 +8,7 @@ pub mod autoencoder;
 pub mod conv;
 pub mod efficientnet;
 pub mod interpolation;
+pub mod masking;
 pub mod palette;
 pub mod patch;
 pub mod position;

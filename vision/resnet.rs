@@ -194,14 +194,23 @@ impl ResNetConfig {
 impl ResNet {
     /// `[batch, 3, image_size, image_size] -> [batch, d_embed]`.
     pub fn forward(&self, pixels: Tensor<4>) -> Tensor<2> {
+        self.pool.forward(self.features(pixels, self.stages.len())) // of [batch, size / 32, size / 32, 32 width]
+    }
+
+    /// What the first `stages` stages see in each cell of a grid, 0 or more each: `[batch, 3, height, width]` to
+    /// `[batch, height / cell, width / cell, 4 width 2^(stages - 1)]`, where a `cell` is `2^(stages + 1)` pixels. Height
+    /// and width are its multiples, and need not be the model's.
+    ///
+    /// # Panics
+    /// If they are not.
+    pub fn features(&self, pixels: Tensor<4>, stages: usize) -> Tensor<4> {
         let x = pixels.permute([0, 2, 3, 1]); // [batch, height, width, 3]
         let x = relu(normalise(&self.bn1, self.conv1.forward(x)));
         let x = relu(normalise(&self.bn2, self.conv2.forward(x)));
         let x = relu(normalise(&self.bn3, self.conv3.forward(x)));
         let x = average_pool(x, 2);
-        let blocks = self.stages.iter().flat_map(|stage| &stage.blocks);
-        let x = blocks.fold(x, |x, block| block.forward(x)); // [batch, size / 32, size / 32, 32 width]
-        self.pool.forward(x)
+        let blocks = self.stages.iter().take(stages).flat_map(|stage| &stage.blocks);
+        blocks.fold(x, |x, block| block.forward(x))
     }
 }
 

@@ -9,7 +9,9 @@ use volary::clip::{ClipConfig, ClipModel, EMOJI};
 use volary::folder::Folder;
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{EmojiData, Gallery};
+use volary::recipe::descent::Descent;
 use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
+use volary::recipe::mim;
 use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
 use volary_weights::{LoadOptions, Packing};
@@ -29,6 +31,8 @@ enum Which {
     EmojiClip(EmojiClip),
     /// A tiny SegGPT on drawn shapes, and what it makes of shapes and colours that it has not seen.
     SeggptToy(SeggptToy),
+    /// A tiny EVA that says what CLIP would see in hidden patches of drawn shapes.
+    Mim(Mim),
 }
 
 #[derive(Args)]
@@ -37,16 +41,35 @@ struct SeggptToy {
     #[arg(long)]
     out: PathBuf,
     /// Optimizer steps.
-    #[arg(long, default_value_t = segmentation::Recipe::default().steps)]
+    #[arg(long, default_value_t = segmentation::RECIPE.steps)]
     steps: usize,
     /// Questions per step.
-    #[arg(long, default_value_t = segmentation::Recipe::default().batch)]
+    #[arg(long, default_value_t = segmentation::RECIPE.batch)]
     batch: usize,
     /// The highest learning rate.
-    #[arg(long, default_value_t = segmentation::Recipe::default().learning_rate)]
+    #[arg(long, default_value_t = segmentation::RECIPE.learning_rate)]
     learning_rate: f64,
     /// Of initial weights and pictures.
-    #[arg(long, default_value_t = segmentation::Recipe::default().seed)]
+    #[arg(long, default_value_t = segmentation::RECIPE.seed)]
+    seed: u64,
+}
+
+#[derive(Args)]
+struct Mim {
+    /// Where the loss curve and, at the end, the model folder `export` and some answers, `unseen.png`, go.
+    #[arg(long)]
+    out: PathBuf,
+    /// Optimizer steps.
+    #[arg(long, default_value_t = mim::RECIPE.steps)]
+    steps: usize,
+    /// Pictures per step.
+    #[arg(long, default_value_t = mim::RECIPE.batch)]
+    batch: usize,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = mim::RECIPE.learning_rate)]
+    learning_rate: f64,
+    /// Of initial weights and pictures.
+    #[arg(long, default_value_t = mim::RECIPE.seed)]
     seed: u64,
 }
 
@@ -86,19 +109,16 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     match arguments.recipe {
         Which::EmojiClip(arguments) => emoji_clip(arguments, shared),
         Which::SeggptToy(arguments) => seggpt_toy(arguments, shared),
+        Which::Mim(arguments) => mim(arguments, shared),
     }
 }
 
 fn seggpt_toy(arguments: SeggptToy, shared: &Shared) -> Result<()> {
-    /// Of the pictures that are asked about at the end.
-    const QUESTIONS_SEED: u64 = 1_000_003;
     const QUESTIONS: usize = 100;
     const SHOWN: usize = 5;
     let SeggptToy { out, steps, batch, learning_rate, seed } = arguments;
-    if steps == 0 || batch == 0 {
-        return Err(Usage("--steps and --batch are at least 1".into()).into());
-    }
-    let recipe = segmentation::Recipe { steps, batch, learning_rate, seed, ..Default::default() };
+    let recipe = Descent { steps, batch, learning_rate, seed, ..segmentation::RECIPE };
+    checked(&recipe)?;
     let device = shared.device()?;
     let outcome = segmentation::train(&recipe, &out, &device)?;
     let folder = outcome.folder.display();
@@ -111,6 +131,38 @@ fn seggpt_toy(arguments: SeggptToy, shared: &Shared) -> Result<()> {
     }
     let sheet = sheet(&outcome.folder, Part::Unseen, SHOWN, QUESTIONS_SEED, &device)?;
     Ok(sheet.save_png(&out.join("unseen.png"))?)
+}
+
+fn mim(arguments: Mim, shared: &Shared) -> Result<()> {
+    const PICTURES: usize = 200;
+    const SHOWN: usize = 5;
+    let Mim { out, steps, batch, learning_rate, seed } = arguments;
+    let recipe = Descent { steps, batch, learning_rate, seed, ..mim::RECIPE };
+    checked(&recipe)?;
+    let device = shared.device()?;
+    let outcome = mim::train(&recipe, &out, &device)?;
+    let folder = outcome.folder.display();
+    say(format!("{} steps; the model is in {folder}", outcome.losses.len()))?;
+    say("mean cosine at hidden patches:")?;
+    for (what, part) in [("learned", Part::Learned), ("unseen", Part::Unseen)] {
+        let mim::Score { model, constant, places } =
+            mim::evaluate(&outcome.folder, part, PICTURES, QUESTIONS_SEED, &device)?;
+        say(format!(
+            "{what} shapes and colours: {model:.3}, of the best constant {constant:.3}, of the best for each place {places:.3}"
+        ))?;
+    }
+    let sheet = mim::sheet(&outcome.folder, Part::Unseen, SHOWN, QUESTIONS_SEED, &device)?;
+    Ok(sheet.save_png(&out.join("unseen.png"))?)
+}
+
+/// Of the pictures that a trained model is asked about.
+const QUESTIONS_SEED: u64 = 1_000_003;
+
+fn checked(recipe: &Descent) -> Result<()> {
+    match recipe.steps.min(recipe.batch) {
+        0 => Err(Usage("--steps and --batch are at least 1".into()).into()),
+        _ => Ok(()),
+    }
 }
 
 fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {

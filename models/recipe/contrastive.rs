@@ -15,7 +15,6 @@ use burn::module::{Module, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use fastrand::Rng;
-use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use volary_multimodal::contrastive::{bank_cross_entropy, info_nce};
@@ -25,6 +24,7 @@ use volary_vision::preprocess::Preprocessor;
 use super::augment::augment;
 use super::curve;
 use super::data::{EmojiData, Gallery, Language};
+use super::descent::{learning_rate, mix, progress};
 use super::evaluate::{evaluate, table};
 use crate::clip::{ClipConfig, ClipModel, Layout, Loaded};
 use crate::error::Error;
@@ -82,14 +82,8 @@ impl Default for Recipe {
 }
 
 impl Recipe {
-    /// Linear warm-up, then half a cosine to zero.
-    pub fn learning_rate_at(&self, step: usize) -> f64 {
-        if step < self.warmup {
-            return self.learning_rate * (step + 1) as f64 / self.warmup as f64;
-        }
-        let span = self.steps.saturating_sub(self.warmup).max(1);
-        let progress = (step - self.warmup) as f64 / span as f64;
-        self.learning_rate * 0.5 * (1.0 + (core::f64::consts::PI * progress).cos())
+    fn learning_rate_at(&self, step: usize) -> f64 {
+        learning_rate(self.learning_rate, step, self.warmup, self.steps)
     }
 }
 
@@ -634,21 +628,6 @@ fn mean_of_last(losses: &[f32], count: usize) -> f32 {
     last.iter().sum::<f32>() / last.len().max(1) as f32
 }
 
-/// One seed out of three numbers (the finaliser of SplitMix64, applied to each).
-fn mix(seed: u64, step: u64, row: u64) -> u64 {
-    [seed, step, row].into_iter().fold(0x9E37_79B9_7F4A_7C15, |state, value| {
-        let z = (state ^ value).wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    })
-}
-
 fn file_error(file: &Path, problem: impl core::fmt::Display) -> TrainError {
     TrainError::File { file: file.into(), problem: problem.to_string() }
-}
-
-fn progress(steps: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec} eta {eta} {msg}");
-    ProgressBar::new(steps as u64).with_style(style.expect("the template is valid"))
 }

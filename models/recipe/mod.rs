@@ -8,8 +8,12 @@ pub mod contrastive;
 pub mod curve;
 pub mod data;
 #[cfg(feature = "train")]
+pub mod descent;
+#[cfg(feature = "train")]
 pub mod emoji;
 pub mod evaluate;
+#[cfg(feature = "train")]
+pub mod mim;
 #[cfg(feature = "train")]
 pub mod segmentation;
 #[cfg(feature = "train")]

@@ -6,16 +6,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, FloatDType, Tensor};
 use fastrand::Rng;
-use indicatif::{ProgressBar, ProgressStyle};
 use volary_vision::image::Rgb8;
 use volary_vision::preprocess::Preprocessor;
 use volary_vision::resample::Filter;
 use volary_weights::{LoadOptions, save};
 
-use super::curve;
+use super::descent::Descent;
 use super::shapes::{Part, SIDE, Task};
 use crate::config::Config;
 use crate::error::Error;
@@ -27,37 +25,8 @@ use crate::seggpt::{Layout, Meant, SegGpt, SegGptConfig, Segmenter, loss};
 const CONFIG: &str = include_str!("shapes/config.json");
 const PREPROCESSOR_CONFIG: &str = include_str!("shapes/preprocessor_config.json");
 
-/// The settings of a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Recipe {
-    /// Optimizer steps.
-    pub steps: usize,
-    /// Questions per step.
-    pub batch: usize,
-    /// Parts of a batch, each computed on a thread of its own.
-    pub parts: usize,
-    /// The highest learning rate, after a twentieth of the steps; from there half a cosine to zero.
-    pub learning_rate: f64,
-    /// Of initial weights and pictures.
-    pub seed: u64,
-}
-
-impl Default for Recipe {
-    fn default() -> Self {
-        Self { steps: 1400, batch: 16, parts: 2, learning_rate: 2e-3, seed: 1 }
-    }
-}
-
-impl Recipe {
-    fn learning_rate_at(&self, step: usize) -> f64 {
-        let warmup = (self.steps / 20).max(1);
-        if step < warmup {
-            return self.learning_rate * (step + 1) as f64 / warmup as f64;
-        }
-        let progress = (step - warmup) as f64 / (self.steps - warmup).max(1) as f64;
-        self.learning_rate * 0.5 * (1.0 + (core::f64::consts::PI * progress).cos())
-    }
-}
+/// The run that the documentation speaks of.
+pub const RECIPE: Descent = Descent { steps: 1400, batch: 16, parts: 2, learning_rate: 2e-3, seed: 1 };
 
 /// What came of a run.
 pub struct Outcome {
@@ -71,72 +40,19 @@ pub struct Outcome {
 ///
 /// # Errors
 /// If a file cannot be written, or the loss is not a number any more.
-pub fn train(recipe: &Recipe, folder: &Path, device: &Device) -> Result<Outcome, Error> {
+pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome, Error> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let config = SegGptConfig::transformers(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?;
     let preprocessor = Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?;
     let easel = Easel { preprocessor, filter: Filter::Nearest };
     let device = device.clone().autodiff();
     device.seed(recipe.seed);
-    let mut model = config.init(&device);
-    let mut optimizer = AdamWConfig::new().with_beta_2(0.98).with_weight_decay(0.01).init();
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {per_sec} eta {eta} {msg}");
-    let bar = ProgressBar::new(recipe.steps as u64).with_style(style.expect("the template is valid"));
-    let mut losses = Vec::with_capacity(recipe.steps);
-    for step in 0..recipe.steps {
-        let (loss, gradients) = gradients(recipe, &config, &easel, &model, step, &device)?;
-        if !loss.is_finite() {
-            let problem = format!("step {step}: the loss is {loss}; lower the learning rate");
-            return Err(Error::Data { file: folder.into(), problem });
-        }
-        model = optimizer.step(recipe.learning_rate_at(step), model, gradients);
-        losses.push(loss);
-        bar.inc(1);
-        bar.set_message(format!("loss {loss:.3}"));
-    }
-    bar.finish();
-    let points: Vec<(usize, f32)> = losses.iter().copied().enumerate().collect();
-    let drawn = folder.join("loss.svg");
-    fs::write(&drawn, curve::svg("training loss by step", &points)).map_err(Error::io(&drawn))?;
+    let (model, losses) = recipe.run(config.init(&device), folder, &device, |model, rows| {
+        Ok(Batch::draw(recipe.seed, &easel, rows, &device)?.loss(&config, model))
+    })?;
     let exported = folder.join("export");
     export(&model.valid(), &exported)?;
     Ok(Outcome { folder: exported, losses })
-}
-
-/// The mean loss of a step's batch, and its gradients.
-fn gradients(
-    recipe: &Recipe,
-    config: &SegGptConfig,
-    easel: &Easel,
-    model: &SegGpt,
-    step: usize,
-    device: &Device,
-) -> Result<(f32, GradientsParams), Error> {
-    let rows: Vec<usize> = (0..recipe.batch).collect();
-    let parts: Vec<&[usize]> = rows.chunks(recipe.batch.div_ceil(recipe.parts)).collect();
-    let computed: Vec<Result<(f32, GradientsParams), Error>> = std::thread::scope(|scope| {
-        let of_part = |rows: &&[usize]| {
-            // a graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff
-            let (model, rows) = (model.clone().fork(device), rows.to_vec());
-            let share = rows.len() as f64 / recipe.batch as f64;
-            scope.spawn(move || {
-                let batch = Batch::draw(recipe, easel, step, &rows, device)?;
-                let loss = batch.loss(config, &model) * share;
-                let value = loss.clone().into_scalar::<f32>();
-                Ok((value, GradientsParams::from_grads(loss.backward(), &model)))
-            })
-        };
-        let running: Vec<_> = parts.iter().map(of_part).collect();
-        running.into_iter().map(|part| part.join().expect("a part does not panic")).collect()
-    });
-    let mut accumulator = GradientsAccumulator::new();
-    let mut total = 0.0;
-    for part in computed {
-        let (loss, gradients) = part?;
-        total += loss;
-        accumulator.accumulate(model, gradients);
-    }
-    Ok((total, accumulator.grads()))
 }
 
 /// Examples above questions, and their answers: `[rows, 3, 2 * side, side]` each.
@@ -146,17 +62,10 @@ struct Batch {
 }
 
 impl Batch {
-    fn draw(
-        recipe: &Recipe,
-        easel: &Easel,
-        step: usize,
-        rows: &[usize],
-        device: &Device,
-    ) -> Result<Self, Error> {
+    fn draw(seed: u64, easel: &Easel, rows: &[u64], device: &Device) -> Result<Self, Error> {
         let (mut above, mut below) = (Vec::new(), Vec::new());
-        for row in rows {
-            let row = (step * recipe.batch + row) as u64;
-            let mut rng = Rng::with_seed(mix(recipe.seed, row));
+        for &row in rows {
+            let mut rng = Rng::with_seed(mix(seed, row));
             let task = Task::draw(Part::Learned, &mut rng);
             above.push(task.example(&mut rng)?);
             below.push(task.example(&mut rng)?);
