@@ -14,6 +14,7 @@ use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
 use volary_kernels::ops::{Activation, Mask};
+use volary_vision::masking::Kept;
 use volary_vision::patch::PatchEmbedding;
 use volary_vision::resnet::{ResNet, ResNetConfig};
 use volary_weights::{Checkpoint, KeyMap, LoadOptions, Ones, Rule};
@@ -264,19 +265,38 @@ impl Block {
 impl VitTower {
     /// Pixels `[batch, 3, image_size, image_size]`, normalised.
     pub fn forward(&self, pixels: Tensor<4>) -> TowerOutput {
-        let hidden = self.encode(pixels);
-        let embedding = self.projection.forward(self.pool(&hidden));
-        TowerOutput { hidden: Some(hidden), embedding }
+        self.output(self.encode(pixels))
+    }
+
+    /// [`VitTower::forward`] in training with patches left out: `hidden` is `[batch, 1 + kept, d_model]`.
+    ///
+    /// # Panics
+    /// If the pictures are not of the model's size, or others than `kept` was drawn for.
+    pub fn forward_kept(&self, pixels: Tensor<4>, kept: &Kept) -> TowerOutput {
+        self.output(self.blocks(kept.pick(self.embed(pixels), 1)))
     }
 
     /// What the blocks give: `[batch, 3, image_size, image_size] -> [batch, 1 + patches, d_model]`.
     pub fn encode(&self, pixels: Tensor<4>) -> Tensor<3> {
+        self.blocks(self.embed(pixels))
+    }
+
+    /// The class token and the patches with their positions: `[batch, 1 + patches, d_model]`.
+    fn embed(&self, pixels: Tensor<4>) -> Tensor<3> {
         let patches = self.patches.forward(pixels); // [batch, patches, d_model]
         let [batch, _, d_model] = patches.dims();
         let class = self.class_token.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
-        let x = self.positions.forward(Tensor::cat(vec![class, patches], 1));
+        self.positions.forward(Tensor::cat(vec![class, patches], 1))
+    }
+
+    fn blocks(&self, x: Tensor<3>) -> Tensor<3> {
         let x = self.pre_norm.forward(x);
         self.blocks.iter().fold(x, |x, block| block.forward(x, &Mask::Full))
+    }
+
+    fn output(&self, hidden: Tensor<3>) -> TowerOutput {
+        let embedding = self.projection.forward(self.pool(&hidden));
+        TowerOutput { hidden: Some(hidden), embedding }
     }
 
     /// The class token's state, normed: `[batch, 1 + patches, d_model] -> [batch, d_model]`.
@@ -1105,6 +1125,8 @@ mod tests {
     use std::path::Path;
 
     use burn::tensor::{Distribution, Tolerance};
+    use fastrand::Rng;
+    use volary_vision::masking::PatchDropout;
     use volary_weights::save;
 
     use super::*;
@@ -1121,6 +1143,25 @@ mod tests {
     fn tiny_resnet() -> ClipConfig {
         let layers = [1, 2, 1, 1];
         tiny(VisionConfig::ResNet(ResNetConfig { image_size: 64, width: 4, layers, n_heads: 2, d_embed: 16 }))
+    }
+
+    /// With all patches the embedding is the whole picture's; with half of them it is not, but has its shape.
+    #[test]
+    fn patches_are_left_out() {
+        let device = Device::flex();
+        let VisionTower::Vit(tower) = tiny_vit().init(&device).vision else { panic!("a transformer") };
+        let pixels = Tensor::<4>::random([3, 3, 16, 16], Distribution::Normal(0.0, 1.0), &device);
+        let embedded = |rate| {
+            let kept = PatchDropout { rate }.draw(3, 4, &mut Rng::with_seed(1));
+            tower.forward_kept(pixels.clone(), &kept)
+        };
+        let whole = tower.forward(pixels.clone()).embedding.into_data();
+        embedded(0.0).embedding.into_data().assert_approx_eq::<f32>(&whole, Tolerance::absolute(1e-5));
+        let half = embedded(0.5);
+        assert_eq!(half.hidden.unwrap().dims(), [3, 3, 64]);
+        let half = half.embedding.into_data();
+        let apart = half.iter::<f32>().zip(whole.iter::<f32>()).map(|(half, whole)| (half - whole).abs());
+        assert!(apart.fold(0.0, f32::max) > 1e-3);
     }
 
     /// OpenAI's layout: no configuration, the weights' shapes tell it; and what is saved is what is loaded.

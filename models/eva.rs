@@ -17,6 +17,7 @@ use volary_kernels::layers::{
     Mlp, MlpConfig, RmsNorm,
 };
 use volary_kernels::ops::{self, Activation, GridRopeConfig, Mask, Positions, Rope};
+use volary_vision::masking::Kept;
 use volary_vision::patch::{PatchEmbedding, hide};
 use volary_weights::{KeyMap, Ones, Rule};
 
@@ -281,22 +282,22 @@ impl EvaMlp {
 }
 
 impl EvaBlock {
-    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
-    pub fn forward(&self, x: Tensor<3>, rope: Option<&Rope>) -> Tensor<3> {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`; `positions` are those of the tokens in the table of `rope`.
+    pub fn forward(&self, x: Tensor<3>, rope: Option<&Rope>, positions: &Positions) -> Tensor<3> {
         match self.wiring {
             Wiring::Pre => {
-                let x = x.clone() + self.attend(self.norm1.forward(x), rope);
+                let x = x.clone() + self.attend(self.norm1.forward(x), rope, positions);
                 x.clone() + self.mlp.forward(self.norm2.forward(x))
             }
             Wiring::Post => {
-                let x = x.clone() + self.norm1.forward(self.attend(x, rope));
+                let x = x.clone() + self.norm1.forward(self.attend(x, rope, positions));
                 x.clone() + self.norm2.forward(self.mlp.forward(x))
             }
         }
     }
 
-    fn attend(&self, x: Tensor<3>, rope: Option<&Rope>) -> Tensor<3> {
-        let turned = |x: Tensor<4>| rope.iter().fold(x, |x, rope| rope.apply(x, &Positions::From(0)));
+    fn attend(&self, x: Tensor<3>, rope: Option<&Rope>, positions: &Positions) -> Tensor<3> {
+        let turned = |x: Tensor<4>| rope.iter().fold(x, |x, rope| rope.apply(x, positions));
         let query = turned(self.attention.queries(x.clone()));
         let (key, value) = self.attention.keys_values(x); // [batch, n_heads, seq, d_head]
         let x = ops::attention(query, turned(key), value, &Mask::Full, None);
@@ -334,11 +335,30 @@ impl Eva {
     /// The tokens of [`Eva::forward`] before the last norm, `[batch, 1 + patches, d_model]`, of patches that are projected:
     /// `[batch, patches, d_model]`.
     pub fn encode(&self, patches: Tensor<3>) -> Tensor<3> {
+        self.blocks(self.positioned(patches), &Positions::From(0))
+    }
+
+    /// [`Eva::forward`] in training with patches left out, as of EVA-CLIP: the tokens that stay, `[batch, 1 + kept,
+    /// d_model]`, each with the position that it has in the whole picture.
+    ///
+    /// # Panics
+    /// If the pictures are not of the model's size, or others than `kept` was drawn for.
+    pub fn forward_kept(&self, pixels: Tensor<4>, kept: &Kept) -> Tensor<3> {
+        let x = kept.pick(self.positioned(self.patches.forward(pixels)), 1); // [batch, 1 + kept, d_model]
+        let places = kept.places(1, &x.device());
+        self.normed(self.blocks(x, &Positions::Each(places)))
+    }
+
+    /// The class token and the patches with their positions: `[batch, patches, d_model] -> [batch, 1 + patches, d_model]`.
+    fn positioned(&self, patches: Tensor<3>) -> Tensor<3> {
         let [batch, _, d_model] = patches.dims();
         let class = self.class_token.val().reshape([1, 1, d_model]).expand([batch, 1, d_model]);
-        let x = self.positions.forward(Tensor::cat(vec![class, patches], 1)); // [batch, 1 + patches, d_model]
+        self.positions.forward(Tensor::cat(vec![class, patches], 1))
+    }
+
+    fn blocks(&self, x: Tensor<3>, positions: &Positions) -> Tensor<3> {
         let rope = self.rope.as_ref().map(|rope| rope.init(&x.device()));
-        self.blocks.iter().fold(x, |x, block| block.forward(x, rope.as_ref()))
+        self.blocks.iter().fold(x, |x, block| block.forward(x, rope.as_ref(), positions))
     }
 
     /// What stands for the picture in the tokens of [`Eva::forward`], and what the head makes of it.
@@ -914,7 +934,9 @@ pub(crate) const CLIP_BASE_16: EvaConfig = EvaConfig { patch_size: 16, ..classes
 mod tests {
     use std::path::Path;
 
-    use burn::tensor::{Distribution, Tolerance};
+    use burn::tensor::{Distribution, Int, Tolerance};
+    use fastrand::Rng;
+    use volary_vision::masking::PatchDropout;
     use volary_weights::parameters;
 
     use super::*;
@@ -972,6 +994,65 @@ mod tests {
             let whole = model.forward(pixels.clone()).narrow(0, 1, 1).into_data();
             let alone = model.forward(pixels.narrow(0, 1, 1)).into_data();
             alone.assert_approx_eq::<f32>(&whole, Tolerance::absolute(1e-5));
+        }
+    }
+
+    /// Patches that are left out change nothing, in whatever wiring; with all of them the numbers are the whole picture's.
+    #[test]
+    fn patches_that_are_left_out_are_not_seen() {
+        for config in variants() {
+            let (model, pixels) = (config.init(&Device::flex()), pixels(2));
+            let all = PatchDropout { rate: 0.0 }.draw(2, 16, &mut Rng::with_seed(1));
+            let whole = model.forward(pixels.clone()).into_data();
+            let found = model.forward_kept(pixels.clone(), &all).into_data();
+            found.assert_approx_eq::<f32>(&whole, Tolerance::absolute(1e-5));
+            let half = PatchDropout { rate: 0.5 }.draw(2, 16, &mut Rng::with_seed(1));
+            let seen = model.forward_kept(pixels.clone(), &half);
+            assert_eq!(seen.dims(), [2, 9, 16]);
+            let missing: Vec<i64> =
+                (0..16).filter(|patch| !half.rows().any(|row| row.contains(patch))).collect();
+            for patch in missing {
+                let (top, left) = (patch as usize / 4 * 2, patch as usize % 4 * 2);
+                let painted = pixels.clone().slice_fill([0..2, 0..3, top..top + 2, left..left + 2], 9.0);
+                let found = model.forward_kept(painted, &half).into_data();
+                found.assert_approx_eq::<f32>(&seen.to_data(), Tolerance::absolute(1e-6));
+            }
+        }
+    }
+
+    /// A row is turned by the places of its own patches: alone it gives what it gives beside another one.
+    #[test]
+    fn patches_that_stay_keep_their_places() {
+        let (model, pixels) = (TOY.init(&Device::flex()), pixels(2));
+        let kept = PatchDropout { rate: 0.7 }.draw(2, 16, &mut Rng::with_seed(3));
+        let rows: Vec<&[i64]> = kept.rows().collect();
+        assert_ne!(rows[0], rows[1]);
+        let both = model.forward_kept(pixels.clone(), &kept);
+        // the same patches as pictures of their own: the others are hidden from the attention by a mask
+        for (row, patches) in rows.iter().enumerate() {
+            let x = model.positioned(model.patches.forward(pixels.clone().narrow(0, row, 1)));
+            let mut seen = [false; 17];
+            seen[0] = true;
+            patches.iter().for_each(|&patch| seen[1 + patch as usize] = true);
+            let rope = model.rope.as_ref().unwrap().init(&x.device());
+            let mask = Mask::Padding(Tensor::<1, Bool>::from_data(seen, &x.device()).unsqueeze());
+            let x = model.blocks.iter().fold(x, |x, block| {
+                let normed = block.norm1.forward(x.clone());
+                let turned = |x: Tensor<4>| rope.apply(x, &Positions::From(0));
+                let (key, value) = block.attention.keys_values(normed.clone());
+                let query = turned(block.attention.queries(normed));
+                let attended = ops::attention(query, turned(key), value, &mask, None);
+                let attended = attended.swap_dims(1, 2).reshape([1, 17, 16]);
+                let x = x + block.attention.output.forward(super::normed(&block.attention_norm, attended));
+                x.clone() + block.mlp.forward(block.norm2.forward(x))
+            });
+            let places: Vec<i64> = [0].into_iter().chain(patches.iter().map(|patch| 1 + patch)).collect();
+            let places = Tensor::<1, Int>::from_data(&places[..], &x.device());
+            let alone = model.normed(x.select(1, places)).into_data();
+            both.clone()
+                .narrow(0, row, 1)
+                .into_data()
+                .assert_approx_eq::<f32>(&alone, Tolerance::absolute(1e-5));
         }
     }
 

@@ -16,6 +16,7 @@ use volary_kernels::layers::{
     Attention, AttentionConfig, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
 use volary_kernels::ops::{self, Activation, Mask};
+use volary_vision::masking::Kept;
 use volary_vision::patch::PatchEmbedding;
 use volary_weights::{KeyMap, Ones, Rule};
 
@@ -293,12 +294,29 @@ impl Vit {
     /// # Panics
     /// If the pictures have more or fewer patches than the model has positions.
     pub fn forward(&self, pixels: Tensor<4>) -> Tensor<3> {
+        self.encode(self.embed(pixels))
+    }
+
+    /// [`Vit::forward`] in training with patches left out: the tokens that stay, `[batch, prefix + kept, d_model]`.
+    ///
+    /// # Panics
+    /// As [`Vit::forward`]; if the pictures are others than `kept` was drawn for.
+    pub fn forward_kept(&self, pixels: Tensor<4>, kept: &Kept) -> Tensor<3> {
+        self.encode(kept.pick(self.embed(pixels), self.prefix()))
+    }
+
+    /// The tokens before the blocks, with their positions: `[batch, prefix + patches, d_model]`.
+    fn embed(&self, pixels: Tensor<4>) -> Tensor<3> {
         let patches = self.patches.forward(pixels); // [batch, patches, d_model]
-        let x = match self.positioned {
+        match self.positioned {
             Positioned::All => self.add_positions(self.with_prefix(patches)),
             Positioned::Patches => self.with_prefix(self.add_positions(patches)),
             Positioned::Nothing => self.with_prefix(patches),
-        };
+        }
+    }
+
+    /// `[batch, tokens, d_model] -> [batch, tokens, d_model]`.
+    fn encode(&self, x: Tensor<3>) -> Tensor<3> {
         let x = normed(&self.pre_norm, x);
         let x = self.blocks.iter().fold(x, |x, block| block.forward(x));
         normed(&self.norm, x)
@@ -981,6 +999,8 @@ mod tests {
     use std::path::Path;
 
     use burn::tensor::{Distribution, FloatDType, TensorData, Tolerance};
+    use fastrand::Rng;
+    use volary_vision::masking::PatchDropout;
     use volary_weights::{LoadOptions, parameters};
 
     use super::*;
@@ -1030,6 +1050,28 @@ mod tests {
                 assert_eq!(from.len(), 1, "{}", parameter.path);
                 assert!(keys.paths(&from[0]).unwrap().contains(&parameter.path), "{}", parameter.path);
             }
+        }
+    }
+
+    /// Class token and registers stay; with all patches the numbers are the whole picture's; what is left out changes nothing.
+    #[test]
+    fn patches_that_are_left_out_are_not_seen() {
+        for positioned in [Positioned::All, Positioned::Patches, Positioned::Nothing] {
+            let config = VitConfig { positioned, ..TINY };
+            let (model, pixels) = (config.init(&Device::flex()), pixels(&config));
+            let all = PatchDropout { rate: 0.0 }.draw(2, 6, &mut Rng::with_seed(1));
+            let whole = model.forward(pixels.clone()).into_data();
+            let found = model.forward_kept(pixels.clone(), &all).into_data();
+            found.assert_approx_eq::<f32>(&whole, Tolerance::absolute(1e-5));
+            let one = PatchDropout { rate: 0.9 }.draw(2, 6, &mut Rng::with_seed(1));
+            let seen = model.forward_kept(pixels.clone(), &one);
+            assert_eq!(seen.dims(), [2, 4, 8]);
+            let missing = (0..6).find(|patch| !one.rows().any(|row| row.contains(patch))).unwrap() as usize;
+            let (top, left) = (missing / 3 * 2, missing % 3 * 2);
+            let painted = pixels.slice_fill([0..2, 0..3, top..top + 2, left..left + 2], 9.0);
+            assert_ne!(model.forward(painted.clone()).into_data(), whole);
+            let found = model.forward_kept(painted, &one).into_data();
+            found.assert_approx_eq::<f32>(&seen.into_data(), Tolerance::absolute(1e-6));
         }
     }
 

@@ -90,6 +90,18 @@ impl Kept {
         self.patches.chunks_exact(self.shape[1].max(1))
     }
 
+    /// The tokens that stay, of sequences in which `prefix` tokens stand before the patches: `[batch, prefix + patches, d]` to
+    /// `[batch, prefix + kept, d]`.
+    ///
+    /// # Panics
+    /// If there are more or fewer pictures than these patches are of.
+    pub fn pick(&self, tokens: Tensor<3>, prefix: usize) -> Tensor<3> {
+        let ([batch, ..], [expected, _]) = (tokens.dims(), self.shape);
+        assert_eq!(batch, expected, "pictures (left) and those that patches were drawn for");
+        let places = self.places(prefix, &tokens.device());
+        pick(tokens, places)
+    }
+
     /// Where the tokens that stay stood in their sequences, `prefix` tokens before the patches among them: `[batch, prefix +
     /// kept]`.
     pub fn places(&self, prefix: usize, device: &Device) -> Tensor<2, Int> {
@@ -184,7 +196,7 @@ mod tests {
         let kept = Kept { patches: vec![0, 2, 1, 2], shape: [2, 2] };
         let device = Device::flex();
         let tokens = Tensor::<1, Int>::arange(0..8, &device).float().reshape([2, 4, 1]);
-        let found = pick(tokens, kept.places(1, &device)).into_data();
+        let found = kept.pick(tokens, 1).into_data();
         found.assert_eq(&TensorData::new(vec![0.0_f32, 1.0, 3.0, 4.0, 6.0, 7.0], [2, 3, 1]), true);
     }
 }
