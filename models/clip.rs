@@ -888,6 +888,14 @@ impl ClipConfig {
         fill(folder, self.init(device), layout.keys(&self.vision), options)
     }
 
+    /// How many patches a picture has; a convolutional tower has none.
+    pub fn patches(&self) -> Option<usize> {
+        match &self.vision {
+            VisionConfig::Vit(vit) => Some((vit.image_size / vit.patch_size).pow(2)),
+            VisionConfig::ResNet(_) => None,
+        }
+    }
+
     /// Side of the square pictures that the model sees, in pixels.
     pub fn image_size(&self) -> usize {
         self.vision.image_size()

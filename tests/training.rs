@@ -3,12 +3,16 @@
 use std::path::Path;
 
 use burn::tensor::Device;
+use volary::Clip;
 use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig, VisionConfig};
+use volary::folder::Folder;
+use volary::pretrained::EMOJI_CLIP;
+use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Outcome, Recipe, TrainError, train};
-use volary::recipe::data::{EmojiData, Gallery, Style};
+use volary::recipe::data::{Dataset, Gallery, Style};
 use volary::recipe::descent::Descent;
-use volary::recipe::emoji::{preprocessor, tokenizer};
 use volary::recipe::mim;
+use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
 use volary_kernels::ops::Activation;
@@ -54,7 +58,7 @@ fn config(vocab_size: usize, end: i64) -> ClipConfig {
 }
 
 /// The sample's pictures as training data.
-fn data() -> EmojiData {
+fn data() -> Dataset {
     let gallery = Gallery::read(&fixture("emoji_sample"), |_| true).unwrap().remove(0);
     let opaque = |rgb: &[u8]| [rgb[0], rgb[1], rgb[2], 255];
     let pixels = gallery
@@ -63,21 +67,21 @@ fn data() -> EmojiData {
         .flat_map(|picture| picture.pixels().chunks_exact(3).flat_map(opaque))
         .collect();
     let style = Style { name: "sample".into(), pixels, concepts: gallery.targets };
-    EmojiData { size: 64, concepts: gallery.concepts, styles: vec![style] }
+    Dataset { size: 64, concepts: gallery.concepts, styles: vec![style] }
 }
 
-fn run(data: &EmojiData, folder: &Path, recipe: &Recipe, until: usize) -> Result<Vec<f32>, TrainError> {
+fn run(data: &Dataset, folder: &Path, recipe: &Recipe, until: usize) -> Result<Vec<f32>, TrainError> {
     Ok(run_from(None, data, folder, recipe, until)?.losses)
 }
 
 fn run_from(
     init: Option<&ClipModel>,
-    data: &EmojiData,
+    data: &Dataset,
     folder: &Path,
     recipe: &Recipe,
     until: usize,
 ) -> Result<Outcome, TrainError> {
-    let tokenizer = tokenizer(data, None, folder).unwrap();
+    let tokenizer = tokenizer(data, &EMOJI_CLIP, None, folder).unwrap();
     train(&Job {
         recipe,
         config: &config(tokenizer.vocab_size(), i64::from(tokenizer.sep_id().unwrap())),
@@ -85,7 +89,7 @@ fn run_from(
         data,
         development: &[],
         tokenizer: &tokenizer,
-        preprocessor: &preprocessor().unwrap(),
+        preprocessor: &EMOJI_CLIP.preprocessor().unwrap(),
         folder,
         until,
         device: &Device::flex(),
@@ -185,7 +189,6 @@ fn a_tower_for_texts_learns_from_a_teacher_and_then_from_pictures() {
     use burn::tensor::{Int, Tensor};
     use volary::altclip::AltClipConfig;
     use volary::clip::normalise;
-    use volary::folder::Folder;
     use volary_multimodal::contrastive::locked_info_nce;
     use volary_multimodal::distillation::teacher_mse;
 
@@ -269,4 +272,70 @@ fn the_toy_eva_learns_and_is_written() {
     assert!(score.model > 0.2 && score.model < score.places, "{score:?}");
     let sheet = mim::sheet(&outcome.folder, Part::Unseen, 2, 5, &Device::flex()).unwrap();
     assert_eq!([sheet.width(), sheet.height()], [4 * 96, 2 * 96]);
+}
+
+fn shapes_run(folder: &Path, data: &Dataset, recipe: &Recipe) -> Outcome {
+    let (config, _) = ClipConfig::of(&SHAPES_CLIP).unwrap();
+    let tokenizer = tokenizer(data, &SHAPES_CLIP, None, folder).unwrap();
+    let (preprocessor, until) = (SHAPES_CLIP.preprocessor().unwrap(), recipe.steps);
+    let device = Device::flex();
+    let (config, init, development) = (&config, None, &[][..]);
+    let (tokenizer, preprocessor, device) = (&tokenizer, &preprocessor, &device);
+    train(&Job { recipe, config, init, data, development, tokenizer, preprocessor, folder, until, device })
+        .unwrap()
+}
+
+/// In chunks of any size, beside each other or not, a run is the one whose batches are computed in one go; also with patches
+/// left out, which makes another run.
+#[test]
+fn chunks_change_no_step() {
+    let data = named_shapes::learned(2, 1);
+    let recipe =
+        Recipe { steps: 3, batch: 10, accumulate: 1, chunk: None, warmup: 1, ..named_shapes::recipe() };
+    let losses = |recipe: &Recipe| {
+        let folder = tempfile::tempdir().unwrap();
+        shapes_run(folder.path(), &data, recipe).losses
+    };
+    let runs = [0.0, 0.5].map(|patch_dropout| {
+        let whole = losses(&Recipe { patch_dropout, ..recipe.clone() });
+        for (chunk, accumulate) in [(3, 2), (10, 1)] {
+            let chunked = losses(&Recipe { chunk: Some(chunk), accumulate, patch_dropout, ..recipe.clone() });
+            for (a, b) in chunked.iter().zip(&whole) {
+                assert!((a - b).abs() < 1e-4, "{chunk} pairs at once: {chunked:?}, all of them: {whole:?}");
+            }
+        }
+        whole
+    });
+    assert!((runs[0][0] - runs[1][0]).abs() > 1e-4, "{runs:?}");
+}
+
+#[test]
+fn a_convolutional_tower_is_not_computed_in_chunks() {
+    let data = data();
+    let folder = tempfile::tempdir().unwrap();
+    let chunked = Recipe { chunk: Some(4), ..recipe() };
+    let without = Recipe { patch_dropout: 0.5, ..recipe() };
+    for (recipe, named) in [(chunked, "`chunk`"), (without, "`patch_dropout`")] {
+        let error = run(&data, folder.path(), &recipe, STEPS).unwrap_err();
+        assert!(error.to_string().contains(named), "{error}");
+    }
+}
+
+/// A few steps lower the loss, and what is written can be loaded and asked.
+#[test]
+fn the_toy_clip_learns_and_is_written() {
+    let data = named_shapes::learned(4, 1);
+    let scratch = tempfile::tempdir().unwrap();
+    let recipe = Recipe { steps: 16, batch: 16, warmup: 2, ..named_shapes::recipe() };
+    let outcome = shapes_run(scratch.path(), &data, &recipe);
+    let [first, last] =
+        [&outcome.losses[..4], &outcome.losses[12..]].map(|losses| losses.iter().sum::<f32>() / 4.0);
+    assert!(last < first - 0.5, "{:?}", outcome.losses);
+    let folder = scratch.path().join("export");
+    export(&outcome.model, &SHAPES_CLIP, &scratch.path().join("tokenizer.json"), &folder).unwrap();
+    let clip = Clip::in_folder(Folder::Disk(folder)).load(&Device::flex()).unwrap();
+    for (asked, pictures) in [(Asked::All, 96), (Asked::Unseen, 16)] {
+        let scores = named_shapes::scores(&clip, asked, 2, 5).unwrap();
+        assert_eq!(scores.iter().map(|score| score.pictures).collect::<Vec<_>>(), [pictures; 2]);
+    }
 }

@@ -90,6 +90,15 @@ impl Kept {
         self.patches.chunks_exact(self.shape[1].max(1))
     }
 
+    /// Those of `count` pictures from `first` on.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    pub fn of(&self, first: usize, count: usize) -> Self {
+        let [_, kept] = self.shape;
+        Self { patches: self.patches[first * kept..][..count * kept].to_vec(), shape: [count, kept] }
+    }
+
     /// The tokens that stay, of sequences in which `prefix` tokens stand before the patches: `[batch, prefix + patches, d]` to
     /// `[batch, prefix + kept, d]`.
     ///
@@ -155,6 +164,10 @@ mod tests {
                 prop_assert!(row[0] >= 0 && row[row.len() - 1] < patches as i64);
             }
             prop_assert_eq!(&kept, &dropout.draw(batch, patches, &mut Rng::with_seed(seed)));
+            for first in 0..batch {
+                let rest = kept.of(first, batch - first);
+                prop_assert!(rest.rows().eq(kept.rows().skip(first)));
+            }
         }
     }
 

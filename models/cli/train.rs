@@ -7,11 +7,14 @@ use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::{ClipConfig, ClipModel, EMOJI};
 use volary::folder::Folder;
+use volary::pretrained::EMOJI_CLIP;
+use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Recipe, train};
-use volary::recipe::data::{EmojiData, Gallery};
+use volary::recipe::data::{Dataset, Gallery, HELD_OUT};
 use volary::recipe::descent::Descent;
-use volary::recipe::emoji::{HELD_OUT, export, preprocessor, tokenizer};
+use volary::recipe::evaluate::table;
 use volary::recipe::mim;
+use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
 use volary_weights::{LoadOptions, Packing};
@@ -29,10 +32,40 @@ pub struct Arguments {
 enum Which {
     /// The bilingual CLIP of this program, on prepared emoji; goes on where the folder has a checkpoint.
     EmojiClip(EmojiClip),
+    /// A tiny bilingual CLIP on drawn shapes and their names, by gradient caching; goes on where the folder has a checkpoint.
+    Contrastive(Contrastive),
     /// A tiny SegGPT on drawn shapes, and what it makes of shapes and colours that it has not seen.
     SeggptToy(SeggptToy),
     /// A tiny EVA that says what CLIP would see in hidden patches of drawn shapes.
     Mim(Mim),
+}
+
+#[derive(Args)]
+struct Contrastive {
+    /// Where checkpoint, loss curve and, at the end, the model folder `export` go.
+    #[arg(long)]
+    out: PathBuf,
+    /// Optimizer steps in all.
+    #[arg(long, default_value_t = named_shapes::recipe().steps)]
+    steps: usize,
+    /// Pairs per step.
+    #[arg(long, default_value_t = named_shapes::recipe().batch)]
+    batch: usize,
+    /// Pairs that are computed at once on each of two threads; the loss sees the whole batch all the same.
+    #[arg(long, default_value_t = named_shapes::CHUNK)]
+    chunk: usize,
+    /// The share of its patches that a picture in training does without, from 0 to below 1.
+    #[arg(long, default_value_t = named_shapes::recipe().patch_dropout)]
+    patch_dropout: f64,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = named_shapes::recipe().learning_rate)]
+    learning_rate: f64,
+    /// Of initial weights, pictures, order and augmentation.
+    #[arg(long, default_value_t = named_shapes::recipe().seed)]
+    seed: u64,
+    /// Stop after so many steps of all; the schedule stays that of the whole run.
+    #[arg(long)]
+    until: Option<usize>,
 }
 
 #[derive(Args)]
@@ -108,6 +141,7 @@ struct EmojiClip {
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     match arguments.recipe {
         Which::EmojiClip(arguments) => emoji_clip(arguments, shared),
+        Which::Contrastive(arguments) => contrastive(arguments, shared),
         Which::SeggptToy(arguments) => seggpt_toy(arguments, shared),
         Which::Mim(arguments) => mim(arguments, shared),
     }
@@ -165,12 +199,45 @@ fn checked(recipe: &Descent) -> Result<()> {
     }
 }
 
+fn contrastive(arguments: Contrastive, shared: &Shared) -> Result<()> {
+    const STYLES: usize = 20;
+    let Contrastive { out, steps, batch, chunk, patch_dropout, learning_rate, seed, until } = arguments;
+    if steps.min(batch).min(chunk) == 0 || !(0.0..1.0).contains(&patch_dropout) {
+        let rule = "--steps, --batch and --chunk are at least 1, --patch-dropout is at least 0 and below 1";
+        return Err(Usage(rule.into()).into());
+    }
+    let chunk = Some(chunk);
+    let recipe = Recipe { steps, batch, chunk, patch_dropout, learning_rate, seed, ..named_shapes::recipe() };
+    let data = named_shapes::learned(named_shapes::STYLES, seed);
+    let (config, _) = ClipConfig::of(&SHAPES_CLIP)?;
+    let outcome = train(&Job {
+        recipe: &recipe,
+        config: &config,
+        init: None,
+        data: &data,
+        development: &[],
+        tokenizer: &tokenizer(&data, &SHAPES_CLIP, None, &out)?,
+        preprocessor: &SHAPES_CLIP.preprocessor()?,
+        folder: &out,
+        until: until.unwrap_or(steps),
+        device: &shared.device()?,
+    })?;
+    let folder = out.join("export");
+    export(&outcome.model, &SHAPES_CLIP, &out.join("tokenizer.json"), &folder)?;
+    say(format!("{} steps; the model is in {}", outcome.losses.len(), folder.display()))?;
+    let mut scores = Vec::new();
+    for asked in [Asked::All, Asked::Unseen] {
+        scores.extend(named_shapes::scores(&outcome.clip, asked, STYLES, QUESTIONS_SEED)?);
+    }
+    say(table(&scores).trim_end())
+}
+
 fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {
-    let data = EmojiData::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
+    let data = Dataset::read(&arguments.data, |style| !HELD_OUT.contains(&style))?;
     let development = Gallery::read(&arguments.data, |style| style == HELD_OUT[0])?;
     let device = shared.device()?;
     let init = arguments.init.as_deref().map(|name| start(name, shared, &device)).transpose()?;
-    let tokenizer = tokenizer(&data, init.as_ref().map(|(folder, _)| folder), &arguments.out)?;
+    let tokenizer = tokenizer(&data, &EMOJI_CLIP, init.as_ref().map(|(folder, _)| folder), &arguments.out)?;
     let recipe = Recipe {
         steps: arguments.steps,
         batch: arguments.batch,
@@ -186,13 +253,13 @@ fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {
         data: &data,
         development: &development,
         tokenizer: &tokenizer,
-        preprocessor: &preprocessor()?,
+        preprocessor: &EMOJI_CLIP.preprocessor()?,
         folder: &arguments.out,
         until: arguments.until.unwrap_or(recipe.steps),
         device: &device,
     })?;
     let folder = arguments.out.join("export");
-    export(&outcome.model, &arguments.out.join("tokenizer.json"), &folder)?;
+    export(&outcome.model, &EMOJI_CLIP, &arguments.out.join("tokenizer.json"), &folder)?;
     say(format!("{} steps; the model is in {}", outcome.losses.len(), folder.display()))
 }
 

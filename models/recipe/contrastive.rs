@@ -1,4 +1,4 @@
-//! Contrastive training of a bilingual CLIP on emoji: AdamW, warm-up and cosine, InfoNCE over captions,
+//! Contrastive training of a bilingual CLIP: AdamW, warm-up and cosine, InfoNCE over captions,
 //! cross-entropy of pictures against a bank of all names, and of captions against a bank of all pictures.
 //!
 //! Both banks matter: without the second the captions only tell apart what happens to meet in a batch, and
@@ -17,16 +17,17 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use fastrand::Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use volary_multimodal::contrastive::{bank_cross_entropy, info_nce};
+use volary_multimodal::contrastive::{CachedInfoNce, bank_cross_entropy, info_nce};
 use volary_text::tokenizer::{Tokenizer, TokenizerError};
+use volary_vision::masking::{Kept, PatchDropout};
 use volary_vision::preprocess::Preprocessor;
 
 use super::augment::augment;
 use super::curve;
-use super::data::{EmojiData, Gallery, Language};
+use super::data::{Dataset, Gallery, Language};
 use super::descent::{learning_rate, mix, progress};
 use super::evaluate::{evaluate, table};
-use crate::clip::{ClipConfig, ClipModel, Layout, Loaded};
+use crate::clip::{ClipConfig, ClipModel, Layout, Loaded, VisionTower, normalise};
 use crate::error::Error;
 use crate::pretrained::Clip;
 
@@ -37,7 +38,8 @@ pub struct Recipe {
     pub steps: usize,
     /// Pairs per step.
     pub batch: usize,
-    /// Parts that a batch is computed in, their gradients added up; the in-batch loss sees one part.
+    /// Parts that a batch is computed in, their gradients added up; the in-batch loss sees one part. Of chunks, so many are
+    /// computed beside each other.
     pub accumulate: usize,
     /// The highest learning rate.
     pub learning_rate: f64,
@@ -59,6 +61,13 @@ pub struct Recipe {
     pub evaluate_every: usize,
     /// Of initial weights, order, captions and augmentation.
     pub seed: u64,
+    /// Pairs that are computed at once on a thread; the in-batch loss then sees the whole batch, by gradient caching. For
+    /// vision transformers: where pictures see each other in batch norms, a chunk has other embeddings than the batch.
+    #[serde(default)]
+    pub chunk: Option<usize>,
+    /// The share of its patches that a vision transformer in training does without.
+    #[serde(default)]
+    pub patch_dropout: f64,
 }
 
 impl Default for Recipe {
@@ -77,6 +86,8 @@ impl Default for Recipe {
             checkpoint_every: 200,
             evaluate_every: 400,
             seed: 1,
+            chunk: None,
+            patch_dropout: 0.0,
         }
     }
 }
@@ -110,6 +121,12 @@ pub enum TrainError {
     /// The development pictures could not be read.
     #[error(transparent)]
     Model(#[from] Error),
+    /// What was asked for needs patches, and pictures that do not see each other.
+    #[error("`{setting}` needs a vision transformer; this tower is convolutional")]
+    Convolutional {
+        /// The setting.
+        setting: &'static str,
+    },
     /// The loss is not a number any more.
     #[error("step {step}: the loss is {loss}; lower the learning rate")]
     Diverged {
@@ -133,8 +150,35 @@ pub struct Outcome {
 /// A part of a step's batch, ready for the device.
 struct Part {
     pixels: TensorData,
+    /// Patches that are seen; all of them without.
+    kept: Option<Kept>,
     captions: Captions,
     concepts: TensorData,
+}
+
+/// The embeddings of a part.
+struct Embedded {
+    /// `[pictures, d_embed]`.
+    images: Tensor<2>,
+    /// Of the captions of each language, `[pictures, d_embed]`.
+    texts: [Tensor<2>; 2],
+}
+
+impl Part {
+    fn len(&self) -> usize {
+        self.concepts.num_elements()
+    }
+
+    fn encode(&self, model: &ClipModel, device: &Device) -> Embedded {
+        let pixels = Tensor::from_data(self.pixels.clone(), device);
+        let images = match (&model.vision, &self.kept) {
+            (VisionTower::Vit(vit), Some(kept)) => normalise(vit.forward_kept(pixels, kept).embedding),
+            _ => model.encode_images(pixels),
+        };
+        let texts = self.captions.encode(model, device);
+        let of_language = |language| texts.clone().narrow(0, language * self.len(), self.len());
+        Embedded { images, texts: [of_language(0), of_language(1)] }
+    }
 }
 
 /// A caption in each language for every picture, English ones first, sorted by length: what is padded is
@@ -163,10 +207,10 @@ impl Captions {
     }
 
     /// `[captions, d_embed]`, as they were given.
-    fn encode(self, model: &ClipModel, device: &Device) -> Tensor<2> {
-        let encode = |ids| model.encode_texts(Tensor::from_data(ids, device));
-        let sorted = Tensor::cat(self.groups.into_iter().map(encode).collect(), 0);
-        sorted.select(0, Tensor::<1, Int>::from_data(self.places, device))
+    fn encode(&self, model: &ClipModel, device: &Device) -> Tensor<2> {
+        let encode = |ids: &TensorData| model.encode_texts(Tensor::from_data(ids.clone(), device));
+        let sorted = Tensor::cat(self.groups.iter().map(encode).collect(), 0);
+        sorted.select(0, Tensor::<1, Int>::from_data(self.places.clone(), device))
     }
 }
 
@@ -179,7 +223,7 @@ pub struct Job<'a> {
     /// Weights to start from; random ones without.
     pub init: Option<&'a ClipModel>,
     /// What is learned.
-    pub data: &'a EmojiData,
+    pub data: &'a Dataset,
     /// What the run is watched on; never trained on.
     pub development: &'a [Gallery],
     /// For the captions.
@@ -197,9 +241,17 @@ pub struct Job<'a> {
 /// Trains, or goes on where the job's folder has a checkpoint.
 ///
 /// # Errors
-/// If files of the run cannot be read or written, or the loss diverges.
+/// If files of the run cannot be read or written, the loss diverges, or the model's tower is convolutional and settings need
+/// a transformer.
 pub fn train(job: &Job) -> Result<Outcome, TrainError> {
     let &Job { recipe, data, tokenizer, folder, .. } = job;
+    let patches = job.config.patches();
+    if patches.is_none() {
+        let settings = [("chunk", recipe.chunk.is_some()), ("patch_dropout", recipe.patch_dropout > 0.0)];
+        if let Some((setting, _)) = settings.into_iter().find(|(_, wanted)| *wanted) {
+            return Err(TrainError::Convolutional { setting });
+        }
+    }
     fs::create_dir_all(folder).map_err(|error| file_error(folder, error))?;
     let device = job.device.clone().autodiff();
     let bank = Bank::tokenize(data, tokenizer)?;
@@ -214,7 +266,7 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
         scope.spawn(move || {
             let mut order = Order::new(data, recipe.seed);
             for step in first..until {
-                let batch = parts(recipe, data, tokenizer, &mut order, step);
+                let batch = parts(recipe, data, tokenizer, patches, &mut order, step);
                 if send.send(batch).is_err() {
                     return;
                 }
@@ -302,7 +354,7 @@ struct Bank {
 }
 
 impl Bank {
-    fn tokenize(data: &EmojiData, tokenizer: &Tokenizer) -> Result<Self, TokenizerError> {
+    fn tokenize(data: &Dataset, tokenizer: &Tokenizer) -> Result<Self, TokenizerError> {
         let names = |language| -> Result<Vec<Vec<i64>>, TokenizerError> {
             data.concepts.iter().map(|concept| ids(tokenizer, &concept.captions(language).name)).collect()
         };
@@ -383,25 +435,12 @@ impl Run {
 
     fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
         self.refresh(recipe, bank, step, device);
-        let n_parts = batch.len() as f64;
-        // Each part on a thread of its own: the CPU backend runs most operations on one core.
+        let whole = recipe.chunk.map(|_| whole(recipe, &self.model, &batch));
         let (model, banks) = (&self.model, &self.banks);
-        let computed: Vec<(f32, Seen, GradientsParams)> = std::thread::scope(|scope| {
-            let parts: Vec<_> = batch
-                .into_iter()
-                .map(|part| {
-                    // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
-                    let model = model.clone().fork(device);
-                    scope.spawn(move || {
-                        let (loss, seen) = part_loss(recipe, &model, banks, part, device);
-                        let loss = loss / n_parts;
-                        let value = loss.clone().into_scalar::<f32>();
-                        (value, seen, GradientsParams::from_grads(loss.backward(), &model))
-                    })
-                })
-                .collect();
-            let join = |part: std::thread::ScopedJoinHandle<_>| part.join().expect("a part does not panic");
-            parts.into_iter().map(join).collect()
+        let computed = on_threads(recipe.accumulate, model, device, &batch, |model, first, part| {
+            let (loss, seen) = part_loss(recipe, model, banks, whole.as_ref(), first, part, device);
+            let value = loss.clone().into_scalar::<f32>();
+            (value, seen, GradientsParams::from_grads(loss.backward(), model))
         });
         let mut accumulator = GradientsAccumulator::new();
         let mut total = 0.0;
@@ -476,33 +515,87 @@ impl Run {
 /// The concept and the embedding of each picture of a part.
 type Seen = Vec<(i64, Vec<f32>)>;
 
-/// The loss of one part of a batch, `[1]`: its pictures against all names and its captions against all
-/// pictures' means, in both languages, and its pairs against each other.
+/// Computes parts, so many beside each other and each on a thread of its own: the CPU backend runs most operations on one
+/// core. What is computed is told which of the batch's pairs is the part's first.
+fn on_threads<T: Send>(
+    at_once: usize,
+    model: &ClipModel,
+    device: &Device,
+    parts: &[Part],
+    compute: impl Fn(&ClipModel, usize, &Part) -> T + Sync,
+) -> Vec<T> {
+    let mut first = 0;
+    let mut computed = Vec::with_capacity(parts.len());
+    for parts in parts.chunks(at_once.max(1)) {
+        std::thread::scope(|scope| {
+            let running: Vec<_> = parts
+                .iter()
+                .map(|part| {
+                    // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
+                    let (model, place) = (model.clone().fork(device), first);
+                    first += part.len();
+                    let compute = &compute;
+                    scope.spawn(move || compute(&model, place, part))
+                })
+                .collect();
+            let join = |part: std::thread::ScopedJoinHandle<_>| part.join().expect("a part does not panic");
+            computed.extend(running.into_iter().map(join));
+        });
+    }
+    computed
+}
+
+/// What the pairs of a whole batch cost each other, per language.
+fn whole(recipe: &Recipe, model: &ClipModel, batch: &[Part]) -> [CachedInfoNce; 2] {
+    let model = model.valid();
+    let device = model.logit_scale.val().device();
+    let embedded =
+        on_threads(recipe.accumulate, &model, &device, batch, |model, _, part| part.encode(model, &device));
+    let cat = |of: fn(&Embedded) -> &Tensor<2>| Tensor::cat(embedded.iter().map(of).cloned().collect(), 0);
+    let concepts: Vec<i64> = batch.iter().flat_map(|part| part.concepts.iter::<i64>()).collect();
+    let concepts = Tensor::<1, Int>::from_data(&concepts[..], &device);
+    let images = cat(|part| &part.images);
+    let of_language = |texts| CachedInfoNce::new(images.clone(), texts, factor(&model), concepts.clone());
+    [of_language(cat(|part| &part.texts[0])), of_language(cat(|part| &part.texts[1]))]
+}
+
+/// On cosine similarities, `[1]`.
+fn factor(model: &ClipModel) -> Tensor<1> {
+    model.logit_scale.val().clamp(0.0, 4.6).exp()
+}
+
+/// The share in a batch's loss of one part, `[1]`: its pictures against all names and its captions against all pictures'
+/// means, in both languages, and its pairs, from the batch's `first` on, against each other or against the whole batch's.
 fn part_loss(
     recipe: &Recipe,
     model: &ClipModel,
     banks: &Banks,
-    part: Part,
+    whole: Option<&[CachedInfoNce; 2]>,
+    first: usize,
+    part: &Part,
     device: &Device,
 ) -> (Tensor<1>, Seen) {
-    let shown: Vec<i64> = part.concepts.iter::<i64>().collect();
-    let images = model.encode_images(Tensor::from_data(part.pixels, device));
-    let texts = part.captions.encode(model, device);
-    let concepts = Tensor::<1, Int>::from_data(part.concepts, device);
-    let scale = model.logit_scale.val().clamp(0.0, 4.6).exp();
+    let Embedded { images, texts } = part.encode(model, device);
+    let concepts = Tensor::<1, Int>::from_data(part.concepts.clone(), device);
+    let (scale, share) = (factor(model), part.len() as f64 / recipe.batch as f64);
     let against = |queries: &Tensor<2>, bank: &Tensor<2>| {
         let bank = Tensor::from_inner(bank.clone());
         bank_cross_entropy(queries.clone(), bank, scale.clone(), concepts.clone(), recipe.smoothing)
     };
     let of_language = |language: usize| {
-        let texts = texts.clone().narrow(0, language * shown.len(), shown.len());
-        let pairs = info_nce(images.clone(), texts.clone(), scale.clone(), concepts.clone());
-        against(&images, &banks.names[language]) + against(&texts, &banks.pictures) + pairs * recipe.in_batch
+        let texts = texts[language].clone();
+        let banks = against(&images, &banks.names[language]) + against(&texts, &banks.pictures);
+        let pairs = match whole {
+            None => info_nce(images.clone(), texts, scale.clone(), concepts.clone()) * share,
+            Some(whole) => whole[language].chunk(first, images.clone(), texts, scale.clone()),
+        };
+        banks * share + pairs * recipe.in_batch
     };
     let loss = (of_language(0) + of_language(1)) * 0.5;
     let d_embed = images.dims()[1];
     let embedded = floats(images.detach().into_data());
-    let seen = shown.iter().copied().zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
+    let shown = part.concepts.iter::<i64>();
+    let seen = shown.zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
     (loss, seen)
 }
 
@@ -533,7 +626,7 @@ struct Order {
 }
 
 impl Order {
-    fn new(data: &EmojiData, seed: u64) -> Self {
+    fn new(data: &Dataset, seed: u64) -> Self {
         Self { pictures: data.pictures(), epoch: None, shuffled: Vec::new(), seed }
     }
 
@@ -550,8 +643,9 @@ impl Order {
 
 fn parts(
     recipe: &Recipe,
-    data: &EmojiData,
+    data: &Dataset,
     tokenizer: &Tokenizer,
+    patches: Option<usize>,
     order: &mut Order,
     step: usize,
 ) -> Result<Vec<Part>, TokenizerError> {
@@ -568,19 +662,26 @@ fn parts(
             let pixels = augment(picture, data.size, concept.freedom(), recipe.augmentation, &mut rng);
             let mut caption = |language| ids(tokenizer, &concept.caption(language, &mut rng));
             let captions = [caption(Language::En)?, caption(Language::Zh)?];
-            Ok((normalise(pixels), captions, index as i64))
+            Ok((centred(pixels), captions, index as i64))
         })
         .collect::<Result<_, TokenizerError>>()?;
-    let length = recipe.batch.div_ceil(recipe.accumulate);
+    let length = recipe.chunk.unwrap_or(recipe.batch.div_ceil(recipe.accumulate)).max(1);
+    // drawn for the batch, so that it is the same in chunks of any size
+    let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, recipe.batch as u64));
+    let dropout = PatchDropout { rate: recipe.patch_dropout };
+    let kept = patches.filter(|_| recipe.patch_dropout > 0.0);
+    let kept = kept.map(|patches| dropout.draw(recipe.batch, patches, &mut rng));
     Ok(rows
         .chunks(length)
-        .map(|rows| {
+        .enumerate()
+        .map(|(part, rows)| {
             let pixels: Vec<f32> = rows.iter().flat_map(|row| row.0.iter().copied()).collect();
             let captions: Vec<Vec<i64>> =
                 (0..2).flat_map(|language| rows.iter().map(move |row| row.1[language].clone())).collect();
             let concepts: Vec<i64> = rows.iter().map(|row| row.2).collect();
             Part {
                 pixels: TensorData::new(pixels, [rows.len(), 3, data.size, data.size]),
+                kept: kept.as_ref().map(|kept| kept.of(part * length, rows.len())),
                 captions: Captions::new(&captions, pad_id(tokenizer)),
                 concepts: TensorData::new(concepts, [rows.len()]),
             }
@@ -589,7 +690,7 @@ fn parts(
 }
 
 /// To -1..1, the mean and deviation 0.5 of the model's preprocessor.
-fn normalise(mut pixels: Vec<f32>) -> Vec<f32> {
+fn centred(mut pixels: Vec<f32>) -> Vec<f32> {
     pixels.iter_mut().for_each(|value| *value = (*value - 0.5) / 0.5);
     pixels
 }

@@ -1,4 +1,4 @@
-//! The prepared emoji pictures and their captions.
+//! Pictures of named things, drawn in several styles: the prepared emoji, or others.
 
 use std::path::Path;
 
@@ -21,11 +21,11 @@ pub enum Freedom {
 /// What a picture shows, in both languages.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Concept {
-    /// The code points, as in the file names of emoji sets.
+    /// Its name in file names; of an emoji the code points.
     pub hexcode: String,
-    /// The emoji itself.
+    /// The emoji itself, or nothing.
     pub emoji: String,
-    /// CLDR's group, e.g. `food-drink`.
+    /// What it belongs to; of an emoji CLDR's group, e.g. `food-drink`.
     pub group: String,
     /// English captions.
     pub en: Captions,
@@ -36,9 +36,9 @@ pub struct Concept {
 /// A name and words that go with it.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Captions {
-    /// The CLDR short name.
+    /// What it is called; of an emoji the CLDR short name.
     pub name: String,
-    /// CLDR and emojibase keywords.
+    /// Words that go with it; of an emoji CLDR's and emojibase's.
     pub keywords: Vec<String>,
 }
 
@@ -67,7 +67,7 @@ impl Language {
 
 /// One vendor's pictures.
 pub struct Style {
-    /// The vendor's short name.
+    /// Who drew them.
     pub name: String,
     /// `count * size * size * 4` bytes, straight-alpha RGBA.
     pub pixels: Vec<u8>,
@@ -76,7 +76,7 @@ pub struct Style {
 }
 
 /// All styles and captions.
-pub struct EmojiData {
+pub struct Dataset {
     /// Side of a picture in pixels.
     pub size: usize,
     /// What there is to see.
@@ -85,7 +85,7 @@ pub struct EmojiData {
     pub styles: Vec<Style>,
 }
 
-impl EmojiData {
+impl Dataset {
     /// Reads `emoji.safetensors` and `captions.json` of `folder`, only the styles that `wanted` accepts.
     ///
     /// # Errors
@@ -169,7 +169,7 @@ impl Gallery {
     /// If a file is missing or malformed.
     pub fn read(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<Vec<Self>, Error> {
         if folder.join(PICTURES).is_file() {
-            let data = EmojiData::read(folder, wanted)?;
+            let data = Dataset::read(folder, wanted)?;
             let galleries = (0..data.styles.len()).map(|style| Gallery {
                 name: data.styles[style].name.clone(),
                 pictures: (0..data.styles[style].concepts.len()).map(|i| data.over_white(style, i)).collect(),
@@ -236,6 +236,9 @@ impl Concept {
 const TEMPLATES_EN: &[&str] =
     &["a picture of {}", "an emoji of {}", "a photo of a {}", "{} emoji", "a drawing of {}"];
 const TEMPLATES_ZH: &[&str] = &["{}的图片", "一张{}的照片", "{}表情", "一幅{}的画", "一个{}"];
+
+/// Styles of emoji that are never trained on: the first is used to develop, the second is looked at once.
+pub const HELD_OUT: [&str; 2] = ["openmoji", "emojione2"];
 
 const PICTURES: &str = "emoji.safetensors";
 

@@ -26,6 +26,31 @@ pub struct Score {
     pub five_way: f64,
 }
 
+impl Score {
+    /// The mean of scores in one language, as of one gallery of this name; `None` of none.
+    pub fn mean(gallery: &str, scores: &[&Self]) -> Option<Self> {
+        let first = scores.first()?;
+        let mean =
+            |of: fn(&Self) -> f64| scores.iter().map(|score| of(score)).sum::<f64>() / scores.len() as f64;
+        Some(Self {
+            gallery: gallery.into(),
+            pictures: scores.iter().map(|score| score.pictures).sum(),
+            language: first.language,
+            image_to_text: Recall {
+                at_1: mean(|score| score.image_to_text.at_1),
+                at_5: mean(|score| score.image_to_text.at_5),
+                at_10: mean(|score| score.image_to_text.at_10),
+            },
+            text_to_image: Recall {
+                at_1: mean(|score| score.text_to_image.at_1),
+                at_5: mean(|score| score.text_to_image.at_5),
+                at_10: mean(|score| score.text_to_image.at_10),
+            },
+            five_way: mean(|score| score.five_way),
+        })
+    }
+}
+
 /// Scores `clip` on a gallery in both languages. The candidates are the bare names of all its concepts.
 ///
 /// A five-way question shows a picture with its own name and those of four concepts of four other groups,

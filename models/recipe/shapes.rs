@@ -1,5 +1,8 @@
-//! Drawn pictures for in-context segmentation: two shapes of different colours on a ground, one of which is meant. What is
-//! meant is its colour; where it stands, how large it is and which shape it has change from picture to picture.
+//! Drawn pictures. For in-context segmentation: two shapes of different colours on a ground, one of which is meant. What is
+//! meant is its colour; where it stands, how large it is and which shape it has change from picture to picture. And single
+//! shapes on no ground.
+
+use std::ops::Range;
 
 use fastrand::Rng;
 use volary_vision::image::Rgb8;
@@ -12,7 +15,8 @@ pub const SIDE: usize = 32;
 
 /// The outline of a shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+#[allow(missing_docs, reason = "they are called what they are")]
+pub enum Form {
     Disc,
     Square,
     Triangle,
@@ -117,6 +121,14 @@ impl Task {
     }
 }
 
+/// A shape of this hue (in turns) somewhere on nothing: `SIDE * SIDE * 4` bytes of red, green, blue and opacity.
+pub fn alone(form: Form, hue: f32, rng: &mut Rng) -> Vec<u8> {
+    let place = Place::draw(5.0..12.0, rng);
+    let [red, green, blue] = colour(hue.rem_euclid(1.0), 0.75 + 0.25 * rng.f32(), 0.75 + 0.25 * rng.f32());
+    let pixel = |at| if form.holds(place.inside(at)) { [red, green, blue, 255] } else { [0; 4] };
+    (0..SIDE * SIDE).flat_map(pixel).collect()
+}
+
 /// Where a shape stands.
 #[derive(Clone, Copy)]
 struct Place {
@@ -125,8 +137,8 @@ struct Place {
 }
 
 impl Place {
-    fn draw(rng: &mut Rng) -> Self {
-        let radius = 5.0 + 2.5 * rng.f32();
+    fn draw(radii: Range<f32>, rng: &mut Rng) -> Self {
+        let radius = radii.start + (radii.end - radii.start) * rng.f32();
         let mut along = || radius + (SIDE as f32 - 2.0 * radius) * rng.f32();
         Self { centre: [along(), along()], radius }
     }
@@ -141,7 +153,7 @@ impl Place {
 /// Two that are apart.
 fn places(rng: &mut Rng) -> [Place; 2] {
     loop {
-        let both = [Place::draw(rng), Place::draw(rng)];
+        let both = [Place::draw(5.0..7.5, rng), Place::draw(5.0..7.5, rng)];
         let [a, b] = both;
         let apart = (a.centre[0] - b.centre[0]).hypot(a.centre[1] - b.centre[1]);
         if apart > a.radius + b.radius + 1.0 {
