@@ -1074,7 +1074,7 @@ const fn laion_preset(name: &'static str, shape: Shape, parameters: usize) -> Pr
     }
 }
 
-/// The model inside this program: `recipe::emoji` trains it.
+/// The model inside this program: `recipe::contrastive` trains it.
 pub const EMOJI: ClipConfig = ClipConfig {
     vision: VisionConfig::ResNet(ResNetConfig {
         image_size: 64,

@@ -2,16 +2,18 @@
 
 use std::fmt::Write;
 
-/// Draws `points`, (step, value), as a line with axes and the running mean.
+/// Draws `points`, (step, value), as a line with axes and the running mean; zero is always in the frame.
 pub fn svg(title: &str, points: &[(usize, f32)]) -> String {
     const WIDTH: f32 = 720.0;
     const HEIGHT: f32 = 360.0;
     const MARGIN: f32 = 48.0;
     let last = points.iter().map(|&(step, _)| step).max().unwrap_or(1).max(1) as f32;
     let finite = || points.iter().map(|&(_, value)| value).filter(|value| value.is_finite());
-    let top = finite().fold(0.0f32, f32::max).max(1e-6);
+    let bottom = finite().fold(0.0f32, f32::min);
+    let range = (finite().fold(0.0f32, f32::max) - bottom).max(1e-6);
     let x = |step: f32| MARGIN + (WIDTH - 2.0 * MARGIN) * step / last;
-    let y = |value: f32| HEIGHT - MARGIN - (HEIGHT - 2.0 * MARGIN) * (value / top).clamp(0.0, 1.0);
+    let y =
+        |value: f32| HEIGHT - MARGIN - (HEIGHT - 2.0 * MARGIN) * ((value - bottom) / range).clamp(0.0, 1.0);
     let line = |values: &mut dyn Iterator<Item = (usize, f32)>| {
         values.fold(String::new(), |mut path, (step, value)| {
             let _ = write!(path, "{:.1},{:.1} ", x(step as f32), y(value));
@@ -32,7 +34,7 @@ pub fn svg(title: &str, points: &[(usize, f32)]) -> String {
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n<text x=\"{MARGIN}\" y=\"24\" font-size=\"15\">{title}</text>\n"
     );
     for tick in 0..=4 {
-        let (value, step) = (top * tick as f32 / 4.0, last * tick as f32 / 4.0);
+        let (value, step) = (bottom + range * tick as f32 / 4.0, last * tick as f32 / 4.0);
         let (row, column) = (y(value), x(step));
         let right = WIDTH - MARGIN;
         let _ = writeln!(
@@ -62,5 +64,10 @@ mod tests {
         let drawn = svg("loss", &[(0, 4.0), (10, 2.0), (20, 1.0)]);
         assert!(drawn.contains("48.0,48.0 "), "the highest value starts at the frame's top left: {drawn}");
         assert!(drawn.contains("672.0,246.0 "), "the last at its right: {drawn}");
+        let below = svg("loss", &[(0, 0.0), (10, -1.0), (20, -2.0)]);
+        assert!(
+            below.contains("48.0,48.0 ") && below.contains("672.0,312.0 "),
+            "zero is the highest: {below}"
+        );
     }
 }

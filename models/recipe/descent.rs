@@ -83,7 +83,8 @@ impl Descent {
                     Ok((value, GradientsParams::from_grads(loss.backward(), &model)))
                 })
             };
-            let running: Vec<_> = rows.chunks(self.batch.div_ceil(self.parts)).map(of_part).collect();
+            let running: Vec<_> =
+                rows.chunks(self.batch.div_ceil(self.parts.max(1)).max(1)).map(of_part).collect();
             running.into_iter().map(|part| part.join().expect("a part does not panic")).collect()
         });
         let mut accumulator = GradientsAccumulator::new();

@@ -269,7 +269,7 @@ pub fn sheet(folder: &Path, part: Part, pictures: usize, seed: u64, device: &Dev
     const COLUMNS: usize = 4;
     /// What is seen, where cosines of what is not are shown; and the other way round.
     const SEEN: [u8; 3] = [40, 60, 110];
-    const HIDDEN: [u8; 3] = [128; 3];
+    const HIDDEN: [u8; 3] = [0; 3];
     let (model, views) = (load(folder, device)?, Views::load(device)?);
     let questions = Question::draw(part, seed, 0..pictures as u64)?;
     let Answers { said, seen, .. } = Answers::of(&model, &views, &questions)?;
