@@ -2,7 +2,7 @@
 //! cross-entropy of pictures against a bank of all names, and of captions against a bank of all pictures.
 //!
 //! Both banks matter: without the second the captions only tell apart what happens to meet in a batch, and
-//! names of like things end up in one place.
+//! names of like things end up in one place. A batch may be larger than memory: it is then computed in chunks.
 //!
 //! Everything random is drawn from (seed, step, row), so a run that is resumed at any step sees the
 //! batches that an unbroken one would have seen.
@@ -665,7 +665,7 @@ fn parts(
             Ok((centred(pixels), captions, index as i64))
         })
         .collect::<Result<_, TokenizerError>>()?;
-    let length = recipe.chunk.unwrap_or(recipe.batch.div_ceil(recipe.accumulate)).max(1);
+    let length = recipe.chunk.unwrap_or(recipe.batch.div_ceil(recipe.accumulate.max(1))).max(1);
     // drawn for the batch, so that it is the same in chunks of any size
     let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, recipe.batch as u64));
     let dropout = PatchDropout { rate: recipe.patch_dropout };
