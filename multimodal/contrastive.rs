@@ -40,12 +40,15 @@ fn without_twins(logits: Tensor<2>, concepts: Tensor<1, Int>) -> Tensor<2> {
 /// changes with each of them is kept; then each chunk is computed again with a graph, and [`CachedInfoNce::chunk`] leads
 /// those gradients on into the towers.
 ///
-/// The gradients have a closed form. With logits `S = s I Tᵀ`, their softmaxes by rows `P` and by columns `Q`, and `n` pairs,
+/// The gradients have a closed form. With logits `S = s I Tᵀ`, their softmaxes by rows `P` and by columns `Q`, the unit matrix
+/// `E` and `n` pairs,
 ///
 /// ```text
-/// G = (P + Q - 2) / 2n        2 on the diagonal alone
+/// G = (P + Q - 2E) / 2n
 /// dI = s G T     dT = s Gᵀ I     ds = Σ G ∘ I Tᵀ
 /// ```
+///
+/// where `P` and `Q`, and so `G`, are 0 at two pairs of one concept.
 #[derive(Clone, Debug)]
 pub struct CachedInfoNce {
     /// Of the whole batch, `[1]`.

@@ -62,7 +62,7 @@ pub struct PatchDropout {
 impl PatchDropout {
     /// How many of so many patches stay: the share's part rounded down, at least one.
     pub fn kept(&self, patches: usize) -> usize {
-        ((patches as f64 * (1.0 - self.rate)) as usize).clamp(1, patches.max(1))
+        ((patches as f64 * (1.0 - self.rate)) as usize).max(1).min(patches)
     }
 
     /// Draws which patches of each picture of a batch stay.

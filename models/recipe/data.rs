@@ -75,7 +75,7 @@ pub struct Style {
     pub concepts: Vec<usize>,
 }
 
-/// All styles and captions.
+/// Captioned pictures in all their styles.
 pub struct Dataset {
     /// Side of a picture in pixels.
     pub size: usize,
