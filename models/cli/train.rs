@@ -54,9 +54,6 @@ struct Contrastive {
     /// Pairs that are computed at once on each of two threads; the loss sees the whole batch all the same.
     #[arg(long, default_value_t = named_shapes::CHUNK)]
     chunk: usize,
-    /// The share of its patches that a picture in training does without, from 0 to below 1.
-    #[arg(long, default_value_t = named_shapes::recipe().patch_dropout)]
-    patch_dropout: f64,
     /// The highest learning rate.
     #[arg(long, default_value_t = named_shapes::recipe().learning_rate)]
     learning_rate: f64,
@@ -201,13 +198,12 @@ fn checked(recipe: &Descent) -> Result<()> {
 
 fn contrastive(arguments: Contrastive, shared: &Shared) -> Result<()> {
     const STYLES: usize = 20;
-    let Contrastive { out, steps, batch, chunk, patch_dropout, learning_rate, seed, until } = arguments;
-    if steps.min(batch).min(chunk) == 0 || !(0.0..1.0).contains(&patch_dropout) {
-        let rule = "--steps, --batch and --chunk are at least 1, --patch-dropout is at least 0 and below 1";
-        return Err(Usage(rule.into()).into());
+    let Contrastive { out, steps, batch, chunk, learning_rate, seed, until } = arguments;
+    if steps.min(batch).min(chunk) == 0 {
+        return Err(Usage("--steps, --batch and --chunk are at least 1".into()).into());
     }
     let chunk = Some(chunk);
-    let recipe = Recipe { steps, batch, chunk, patch_dropout, learning_rate, seed, ..named_shapes::recipe() };
+    let recipe = Recipe { steps, batch, chunk, learning_rate, seed, ..named_shapes::recipe() };
     let data = named_shapes::learned(named_shapes::STYLES, seed);
     let (config, _) = ClipConfig::of(&SHAPES_CLIP)?;
     let outcome = train(&Job {

@@ -61,8 +61,8 @@ pub struct Recipe {
     pub evaluate_every: usize,
     /// Of initial weights, order, captions and augmentation.
     pub seed: u64,
-    /// Pairs that are computed at once on a thread; the in-batch loss then sees the whole batch, by gradient caching. For
-    /// vision transformers: where pictures see each other in batch norms, a chunk has other embeddings than the batch.
+    /// Pairs that are computed at once on a thread; the in-batch loss then sees the whole batch, by gradient caching. Batch
+    /// norms take the statistics of a chunk.
     #[serde(default)]
     pub chunk: Option<usize>,
     /// The share of its patches that a vision transformer in training does without.
@@ -121,12 +121,9 @@ pub enum TrainError {
     /// The development pictures could not be read.
     #[error(transparent)]
     Model(#[from] Error),
-    /// What was asked for needs patches, and pictures that do not see each other.
-    #[error("`{setting}` needs a vision transformer; this tower is convolutional")]
-    Convolutional {
-        /// The setting.
-        setting: &'static str,
-    },
+    /// There are no patches to do without.
+    #[error("`patch_dropout` needs a vision transformer; this tower is convolutional")]
+    NoPatches,
     /// The loss is not a number any more.
     #[error("step {step}: the loss is {loss}; lower the learning rate")]
     Diverged {
@@ -241,16 +238,12 @@ pub struct Job<'a> {
 /// Trains, or goes on where the job's folder has a checkpoint.
 ///
 /// # Errors
-/// If files of the run cannot be read or written, the loss diverges, or the model's tower is convolutional and settings need
-/// a transformer.
+/// If files of the run cannot be read or written, the loss diverges, or patches should be left out of a convolutional tower.
 pub fn train(job: &Job) -> Result<Outcome, TrainError> {
     let &Job { recipe, data, tokenizer, folder, .. } = job;
     let patches = job.config.patches();
-    if patches.is_none() {
-        let settings = [("chunk", recipe.chunk.is_some()), ("patch_dropout", recipe.patch_dropout > 0.0)];
-        if let Some((setting, _)) = settings.into_iter().find(|(_, wanted)| *wanted) {
-            return Err(TrainError::Convolutional { setting });
-        }
+    if patches.is_none() && recipe.patch_dropout > 0.0 {
+        return Err(TrainError::NoPatches);
     }
     fs::create_dir_all(folder).map_err(|error| file_error(folder, error))?;
     let device = job.device.clone().autodiff();
@@ -435,7 +428,7 @@ impl Run {
 
     fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
         self.refresh(recipe, bank, step, device);
-        let whole = recipe.chunk.map(|_| whole(recipe, &self.model, &batch));
+        let whole = recipe.chunk.map(|_| whole(recipe, &self.model, &batch, device));
         let (model, banks) = (&self.model, &self.banks);
         let computed = on_threads(recipe.accumulate, model, device, &batch, |model, first, part| {
             let (loss, seen) = part_loss(recipe, model, banks, whole.as_ref(), first, part, device);
@@ -546,14 +539,16 @@ fn on_threads<T: Send>(
 }
 
 /// What the pairs of a whole batch cost each other, per language.
-fn whole(recipe: &Recipe, model: &ClipModel, batch: &[Part]) -> [CachedInfoNce; 2] {
-    let model = model.valid();
-    let device = model.logit_scale.val().device();
-    let embedded =
-        on_threads(recipe.accumulate, &model, &device, batch, |model, _, part| part.encode(model, &device));
+fn whole(recipe: &Recipe, model: &ClipModel, batch: &[Part], device: &Device) -> [CachedInfoNce; 2] {
+    // as in training: batch norms take a chunk's statistics both times
+    let embedded = on_threads(recipe.accumulate, model, device, batch, |model, _, part| {
+        let Embedded { images, texts } = part.encode(model, device);
+        Embedded { images: images.inner(), texts: texts.map(Tensor::inner) }
+    });
+    let (model, device) = (model.valid(), &device.clone().inner());
     let cat = |of: fn(&Embedded) -> &Tensor<2>| Tensor::cat(embedded.iter().map(of).cloned().collect(), 0);
     let concepts: Vec<i64> = batch.iter().flat_map(|part| part.concepts.iter::<i64>()).collect();
-    let concepts = Tensor::<1, Int>::from_data(&concepts[..], &device);
+    let concepts = Tensor::<1, Int>::from_data(&concepts[..], device);
     let images = cat(|part| &part.images);
     let of_language = |texts| CachedInfoNce::new(images.clone(), texts, factor(&model), concepts.clone());
     [of_language(cat(|part| &part.texts[0])), of_language(cat(|part| &part.texts[1]))]

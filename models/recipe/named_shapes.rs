@@ -31,7 +31,7 @@ pub const CHUNK: usize = 16;
 /// The run that the documentation speaks of.
 pub fn recipe() -> Recipe {
     Recipe {
-        steps: 1000,
+        steps: 600,
         batch: 64,
         learning_rate: 2e-3,
         warmup: 50,
@@ -40,7 +40,6 @@ pub fn recipe() -> Recipe {
         augmentation: 0.25,
         checkpoint_every: 100,
         chunk: Some(CHUNK),
-        patch_dropout: 0.5,
         ..Recipe::default()
     }
 }

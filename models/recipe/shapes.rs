@@ -123,7 +123,7 @@ impl Task {
 
 /// A shape of this hue (in turns) somewhere on nothing: `SIDE * SIDE * 4` bytes of red, green, blue and opacity.
 pub fn alone(form: Form, hue: f32, rng: &mut Rng) -> Vec<u8> {
-    let place = Place::draw(5.0..12.0, rng);
+    let place = Place::draw(8.0..14.0, rng);
     let [red, green, blue] = colour(hue.rem_euclid(1.0), 0.75 + 0.25 * rng.f32(), 0.75 + 0.25 * rng.f32());
     let pixel = |at| if form.holds(place.inside(at)) { [red, green, blue, 255] } else { [0; 4] };
     (0..SIDE * SIDE).flat_map(pixel).collect()
