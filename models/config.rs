@@ -47,6 +47,7 @@ impl Config {
     /// If they are not a JSON object.
     pub fn parse(file: &Path, bytes: &[u8]) -> Result<Self, ConfigError> {
         let value: Value = serde_json::from_slice(bytes)
+            .or_else(|error| serde_json::from_slice(&with_infinities_quoted(bytes)).map_err(|_| error))
             .map_err(|error| ConfigError::Syntax { file: file.into(), problem: error.to_string() })?;
         if !value.is_object() {
             let problem = "the file does not hold an object".into();
@@ -236,6 +237,12 @@ impl Config {
         list.iter().map(|list| list.as_array()?.iter().map(whole).collect()).collect()
     }
 
+    /// A list of finite numbers, if there is one.
+    pub fn numbers(&self, field: &str) -> Option<Vec<f64>> {
+        let list = self.value.get(field)?.as_array()?;
+        list.iter().map(Value::as_f64).collect()
+    }
+
     /// A list of texts, if there is one.
     pub fn texts(&self, field: &str) -> Option<Vec<String>> {
         let list = self.value.get(field)?.as_array()?;
@@ -307,6 +314,30 @@ impl Config {
     }
 }
 
+/// What Python writes for numbers that JSON lacks, as texts: `-Infinity` becomes `"-Infinity"` where it is no text yet.
+fn with_infinities_quoted(bytes: &[u8]) -> Vec<u8> {
+    const WORDS: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
+    let (mut quoted, mut rest, mut in_text) = (Vec::with_capacity(bytes.len()), bytes, false);
+    while let [first, after @ ..] = rest {
+        let word = WORDS.into_iter().find(|word| !in_text && rest.starts_with(word));
+        let length = match (word, first, after) {
+            (Some(word), ..) => {
+                quoted.push(b'"');
+                word.len()
+            }
+            (None, b'\\', [_, ..]) if in_text => 2,
+            _ => 1,
+        };
+        in_text ^= length == 1 && *first == b'"';
+        quoted.extend_from_slice(&rest[..length]);
+        if word.is_some() {
+            quoted.push(b'"');
+        }
+        rest = &rest[length..];
+    }
+    quoted
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -330,6 +361,16 @@ mod tests {
         for value in ["0", "-3", "1e30", "2.5", "null", "99999999999"] {
             assert!(config(&format!("{{\"n\": {value}}}")).size("n").is_err(), "{value}");
         }
+    }
+
+    #[test]
+    fn numbers_that_json_lacks_are_texts() {
+        let read = config(r#"{"a": -Infinity, "b": [NaN, "x\"-Infinity"], "c": Infinity, "d": 2}"#);
+        assert_eq!((read.text("a"), read.text("c")), (Some("-Infinity"), Some("Infinity")));
+        assert_eq!(read.texts("b").unwrap(), ["NaN", "x\"-Infinity"]);
+        assert_eq!(read.size("d").unwrap(), 2);
+        let message = Config::parse(Path::new("a.json"), b"{\"a\": Infinite}").unwrap_err().to_string();
+        assert!(message.contains("not valid JSON: expected value at line 1 column 7"), "{message}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use volary_text::chat::ChatError;
 use volary_text::generate::GenerateError;
 use volary_text::infill::BlanksError;
 use volary_text::tokenizer::TokenizerError;
+use volary_vision::diffusion::ScheduleError;
 use volary_vision::image::ImageError;
 use volary_vision::preprocess::PreprocessError;
 use volary_weights::hub::HubError;
@@ -70,6 +71,9 @@ pub enum Error {
     /// The preprocessor is wrong, or does not fit.
     #[error(transparent)]
     Preprocess(#[from] PreprocessError),
+    /// A scheduler has no such steps.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// Tensors that do not fit the model; everything wrong with them.
     #[error("{system}: {}", problems.join("; "))]
     Input {

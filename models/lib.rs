@@ -46,6 +46,7 @@ pub mod pretrained;
 pub mod recipe;
 pub mod registry;
 pub mod roberta_series;
+pub mod scheduler;
 pub mod seggpt;
 pub mod sentence;
 pub mod t5;

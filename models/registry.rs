@@ -14,9 +14,7 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2,
-    efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
-    roberta_series, seggpt, t5, taiyi, unet, vit, vqmodel, yuan,
+    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, scheduler, seggpt, t5, taiyi, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -114,6 +112,7 @@ pub const SYSTEMS: &[System] = &[
     unet::SYSTEM,
     autoencoder::SYSTEM,
     vqmodel::SYSTEM,
+    scheduler::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.

@@ -6,6 +6,7 @@ pub mod resample;
 
 pub mod autoencoder;
 pub mod conv;
+pub mod diffusion;
 pub mod efficientnet;
 pub mod interpolation;
 pub mod masking;
