@@ -459,3 +459,48 @@ fn listed(name: &str, numbers: &[f64]) -> (String, TensorData) {
     let numbers: Vec<f32> = numbers.iter().map(|&number| number as f32).collect();
     (name.into(), TensorData::from(&numbers[..]))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new(FILE), text.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        let refused = [
+            (r#"{"_class_name": "UniPCMultistepScheduler"}"#, "`_class_name`: expected one of DDPMScheduler"),
+            (r#"{"_class_name": 3}"#, "`_class_name`"),
+            (r#"{"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": true}"#, "`use_beta_sigmas`"),
+            (
+                r#"{"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++",
+                    "solver_order": 3}"#,
+                "`solver_order`: expected 1 to 2 with this `algorithm_type`, found 3",
+            ),
+            (r#"{"_class_name": "DDPMScheduler", "variance_type": "fixed_large_log"}"#, "`variance_type`"),
+            (r#"{"_class_name": "DDIMScheduler", "num_train_timesteps": 1000000000}"#, "1 to 100000"),
+            (r#"{"_class_name": "DDIMScheduler", "beta_schedule": "cosine"}"#, "found \"cosine\""),
+            (r#"{"_class_name": "DDIMScheduler", "steps_offset": -1}"#, "expected 0 or more, found -1"),
+        ];
+        for (text, expected) in refused {
+            let message = parse(&config(text)).unwrap_err().to_string();
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn another_class_keeps_the_noise_and_takes_its_own_defaults() {
+        let pndm = config(
+            r#"{"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                "beta_end": 0.012, "steps_offset": 1, "skip_prk_steps": true}"#,
+        );
+        let Scheduler::Noise(euler) = parse_as(&pndm, "EulerDiscreteScheduler").unwrap() else { panic!() };
+        assert_eq!(euler.betas, Betas::ScaledLinear { start: 0.00085, end: 0.012 });
+        assert_eq!((euler.spacing, euler.offset), (Spacing::Linspace, 1));
+        assert!(matches!(euler.method, Method::Euler { steps: SigmaSteps::Visited, end: SigmaEnd::Zero }));
+    }
+}

@@ -6,7 +6,8 @@ use burn::tensor::Tensor;
 
 use super::prediction::{Bound, Prediction};
 use super::schedule::{
-    Level, ScheduleError, SigmaEnd, SigmaSteps, Spacing, interpolate, linspace, timestep_of, trained, within,
+    Betas, Level, ScheduleError, SigmaEnd, SigmaSteps, Spacing, interpolate, linspace, timestep_of, trained,
+    within,
 };
 use super::{History, NoiseScheduler, Sampler, Step, Stepped};
 
@@ -111,8 +112,13 @@ impl Multistep {
                 (visited.clone(), interpolate(&ratios, &visited))
             }
             Some(sigmas) => {
-                let nearest = |sigma: &f64| timestep_of(*sigma, &ratios).round_ties_even();
-                (sigmas.iter().map(nearest).collect(), sigmas)
+                // cut where the reference rounds no more, but for an error of rounding
+                let is_cut = matches!(solver.steps, SigmaSteps::Exponential { .. })
+                    || scheduler.betas == Betas::SquaredCosine;
+                let whole =
+                    |place: f64| if is_cut { (place + 1e-6).floor() } else { place.round_ties_even() };
+                let timesteps = sigmas.iter().map(|&sigma| whole(timestep_of(sigma, &ratios)));
+                (timesteps.collect(), sigmas)
             }
         };
         sigmas.push(solver.end.ratio(&ratios));
@@ -125,7 +131,10 @@ impl Multistep {
         let order = order.min(if motion == Motion::Sde { 2 } else { 3 });
         let steps = self.timesteps.len();
         let lower = lower_order_at_end && steps < FEW;
-        if at + 1 == steps && (euler_at_end || lower || end == SigmaEnd::Zero) {
+        let is_last = at + 1 == steps;
+        // a last step may lead nowhere, where differences mean nothing
+        let stands = (self.log_snr(at + 1) - self.log_snr(at)).abs() < 1e-6;
+        if is_last && (euler_at_end || lower || end == SigmaEnd::Zero || stands) {
             return 1;
         }
         let order = order.min(remembered + 1);
