@@ -369,7 +369,7 @@ const HEADS: &[[&str; 2]] = &[
     ["lm_head.dense.weight", "lm_head.bias"],
 ];
 
-const PREFIXES: &[&str] = &["bert.", "roberta."];
+pub(crate) const PREFIXES: &[&str] = &["bert.", "roberta."];
 
 /// Keys of `BertModel` and its sisters; the heads of other classes are ignored.
 pub const KEYS: KeyMap = KeyMap::new(&[

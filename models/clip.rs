@@ -210,7 +210,7 @@ impl VisionConfig {
 }
 
 impl TransformerConfig {
-    fn blocks(&self, device: &Device) -> Vec<Block> {
+    pub(crate) fn blocks(&self, device: &Device) -> Vec<Block> {
         let block = |_| Block {
             norm1: LayerNorm::new(self.d_model, self.layer_norm_eps, device),
             attention: AttentionConfig::new(self.d_model, self.n_heads).init(device),
@@ -256,7 +256,8 @@ impl TextConfig {
 }
 
 impl Block {
-    fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
         let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
         x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
     }

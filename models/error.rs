@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use volary_multimodal::imagine::Stopped;
 use volary_multimodal::retrieval::VectorFileError;
 use volary_text::chat::ChatError;
 use volary_text::generate::GenerateError;
@@ -74,6 +75,25 @@ pub enum Error {
     /// A scheduler has no such steps.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
+    /// A pipeline lacks folders that its parts are in.
+    #[error("{}: no folder {}; a pipeline has {}", folder.display(), missing.join(", "), parts.join(", "))]
+    NoParts {
+        /// The pipeline's folder.
+        folder: PathBuf,
+        /// The folders that are not there.
+        missing: Vec<String>,
+        /// All that there should be.
+        parts: &'static [&'static str],
+    },
+    /// A picture that cannot be imagined as it was asked for; everything wrong with the request.
+    #[error("{}", problems.join("; "))]
+    Request {
+        /// One sentence each.
+        problems: Vec<String>,
+    },
+    /// A picture was stopped by who watched it.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// Tensors that do not fit the model; everything wrong with them.
     #[error("{system}: {}", problems.join("; "))]
     Input {

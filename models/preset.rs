@@ -73,6 +73,8 @@ pub enum Shape {
     T5(crate::t5::T5Config),
     /// [`crate::glm130b`]
     Glm130b(crate::glm130b::Glm130bConfig),
+    /// [`crate::stable_diffusion`]
+    StableDiffusion(&'static crate::stable_diffusion::StableDiffusionConfig),
     /// [`crate::unet`]
     UNet(volary_vision::unet::UNetConfig),
     /// [`crate::autoencoder`]
@@ -167,6 +169,7 @@ impl Shape {
             Shape::Pangu(config) => parameters(&config.init(&device)),
             Shape::T5(config) => parameters(&config.init(&device)),
             Shape::Glm130b(config) => parameters(&config.init(&device)),
+            Shape::StableDiffusion(config) => parameters(&config.init(&device)),
             Shape::UNet(config) => parameters(&config.init(&device)),
             Shape::AutoencoderKl(config) => parameters(&config.init(&device)),
             Shape::Vq(config) => parameters(&config.init(&device)),

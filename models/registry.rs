@@ -14,7 +14,9 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2, efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug, roberta_series, scheduler, seggpt, t5, taiyi, unet, vit, vqmodel, yuan,
+    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2,
+    efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
+    roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -113,10 +115,12 @@ pub const SYSTEMS: &[System] = &[
     autoencoder::SYSTEM,
     vqmodel::SYSTEM,
     scheduler::SYSTEM,
+    stable_diffusion::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.
-pub const CONFIGS: &[&str] = &["open_clip_config.json", "config.json", "params.json"];
+pub const CONFIGS: &[&str] =
+    &["open_clip_config.json", "config.json", "params.json", stable_diffusion::INDEX];
 
 impl System {
     /// The system of a folder.

@@ -183,12 +183,12 @@ impl Forward for Runner {
     }
 }
 
-const ALT: RobertaSeriesConfig = RobertaSeriesConfig {
+pub(crate) const ALT: RobertaSeriesConfig = RobertaSeriesConfig {
     roberta: BertConfig { pooler: false, ..XLM_ROBERTA_LARGE },
     d_context: 768,
     mapped: Mapped::Last,
 };
-const ALT_M18: RobertaSeriesConfig =
+pub(crate) const ALT_M18: RobertaSeriesConfig =
     RobertaSeriesConfig { d_context: 1024, mapped: Mapped::NormedBeforeLast, ..ALT };
 
 const fn preset(name: &'static str, config: RobertaSeriesConfig, parameters: usize) -> Preset {

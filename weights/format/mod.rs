@@ -13,6 +13,7 @@
 //! short ends this program (SIGBUS), as with every mapping.
 
 pub mod gguf;
+pub mod low_rank;
 pub mod megatron;
 mod pickle;
 pub mod pipeline;

@@ -1,0 +1,499 @@
+//! Pictures from texts: a loaded pipeline, what can be asked of it, and what it did.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use burn::tensor::{Device, Tensor, TensorData};
+use volary_multimodal::imagine::{
+    Codec, Draw, Guidance, Kept, Long, Marks, Progress, TextEncoder, Walk, noise,
+};
+use volary_text::tokenizer::Tokenizer;
+use volary_vision::diffusion::{Bound, Method, NoiseScheduler, Sampler, Scheduler};
+use volary_vision::image::Rgb8;
+use volary_weights::LoadOptions;
+
+use crate::config::Config;
+use crate::embeddings::Embeddings;
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::lora::{self, Lora};
+use crate::scheduler;
+use crate::stable_diffusion::{Answers, Latents, Parts, Reader, StableDiffusion, StableDiffusionConfig};
+
+/// What is loaded beside a pipeline.
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// Files of low-rank changes of the weights, and how much each counts: 1 as it was trained.
+    pub loras: Vec<(PathBuf, f64)>,
+    /// Files of learned tokens (textual inversion).
+    pub embeddings: Vec<PathBuf>,
+}
+
+/// A picture to be imagined.
+///
+/// ```
+/// let asked = volary::Imagine { prompt: "一只戴帽子的猫".into(), seed: 7, ..Default::default() };
+/// assert_eq!((asked.steps, asked.guidance), (50, 7.5));
+/// ```
+#[derive(Clone, Debug)]
+pub struct Imagine {
+    /// What it shows. Nothing is allowed: then it shows anything.
+    pub prompt: String,
+    /// What it does not show.
+    pub negative: String,
+    /// Height and width in pixels, multiples of what a latent's side stands for (8); the pipeline's own without.
+    pub size: Option<[usize; 2]>,
+    /// How many steps are made.
+    pub steps: usize,
+    /// How strictly the prompt is followed; up to 1 `negative` has no effect, and each step takes half the time.
+    pub guidance: f64,
+    /// The first picture's; the next one has the next.
+    pub seed: u64,
+    /// How many pictures.
+    pub count: usize,
+    /// A scheduler's class in diffusers, in place of the pipeline's own.
+    pub scheduler: Option<String>,
+    /// How much noise DDIM draws at each step, 0 to 1.
+    pub eta: f64,
+    /// A picture that is changed.
+    pub init: Option<Init>,
+    /// What becomes of a prompt that is longer than the text encoder reads.
+    pub long: Long,
+}
+
+/// A picture that is changed.
+#[derive(Clone, Debug)]
+pub struct Init {
+    /// Of the size that is asked for.
+    pub picture: Rgb8,
+    /// How much of the way from noise is walked anew: 0 leaves the picture, 1 forgets it.
+    pub strength: f64,
+    /// White where something new is painted and black where the picture stays; of the picture's size.
+    pub mask: Option<Rgb8>,
+}
+
+/// So many rows of a long prompt are read, if nothing else is said.
+const ROWS: usize = 8;
+/// More steps or pictures than anyone waits for.
+const MOST: usize = 10_000;
+
+impl Default for Imagine {
+    fn default() -> Self {
+        Self {
+            prompt: String::new(),
+            negative: String::new(),
+            size: None,
+            steps: 50,
+            guidance: 7.5,
+            seed: 0,
+            count: 1,
+            scheduler: None,
+            eta: 0.0,
+            init: None,
+            long: Long::Rows(ROWS),
+        }
+    }
+}
+
+/// What was imagined, and how.
+#[derive(Clone, Debug)]
+pub struct Imagined {
+    /// The pictures.
+    pub pictures: Vec<Rgb8>,
+    /// The seed of each.
+    pub seeds: Vec<u64>,
+    /// Height and width in pixels.
+    pub size: [usize; 2],
+    /// The scheduler's class in diffusers.
+    pub scheduler: String,
+    /// How often the model was asked for each picture.
+    pub steps: usize,
+    /// What the prompts came to.
+    pub texts: Texts,
+}
+
+/// What became of the prompts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Texts {
+    /// How many rows of the text encoder's context the longer one fills.
+    pub rows: usize,
+    /// How many tokens of both did not fit and were left out.
+    pub left_out: usize,
+}
+
+/// How far a picture is, told after each step.
+pub struct Update<'a> {
+    /// Which picture, from 0.
+    pub picture: usize,
+    /// How far it is.
+    pub progress: &'a Progress,
+    pipeline: &'a TextToImage,
+}
+
+impl Update<'_> {
+    /// What the picture is believed to become. It takes as long as decoding does.
+    pub fn preview(&self) -> Rgb8 {
+        picture(self.pipeline.codec().decode(self.progress.original.clone()))
+    }
+}
+
+/// A pipeline that makes pictures from texts.
+///
+/// ```no_run
+/// use std::ops::ControlFlow;
+///
+/// use burn::tensor::Device;
+/// use volary::folder::Folder;
+/// use volary::imagine::Extras;
+/// use volary::{Imagine, TextToImage};
+///
+/// # fn main() -> Result<(), volary::Error> {
+/// let folder = Folder::Disk("path/to/Taiyi-Stable-Diffusion-1B-Chinese-v0.1".into());
+/// let pipeline = TextToImage::load(&folder, &Extras::default(), &Default::default(), &Device::flex())?;
+/// let asked = Imagine { prompt: "一只戴帽子的猫".into(), steps: 20, seed: 7, ..Default::default() };
+/// let imagined = pipeline.imagine(&asked, |update| {
+///     eprintln!("{} of {}", update.progress.done, update.progress.total);
+///     ControlFlow::Continue(())
+/// })?;
+/// imagined.pictures[0].save_png("cat.png".as_ref())?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct TextToImage {
+    config: StableDiffusionConfig,
+    models: StableDiffusion,
+    scheduler: Config,
+    tokenizer: Tokenizer,
+    marks: Marks,
+    context_length: usize,
+    hides_padding: bool,
+    embeddings: Embeddings,
+    /// The side of a latent that the U-Net was trained on.
+    side: usize,
+    device: Device,
+}
+
+/// One walk of a pipeline.
+pub(crate) struct Job {
+    /// What is wanted.
+    pub guidance: Guidance,
+    /// How the steps are made.
+    pub sampler: Box<dyn Sampler>,
+    /// How many were asked for.
+    pub steps: usize,
+    /// What is changed.
+    pub picture: Option<Picture>,
+}
+
+/// A picture as tensors.
+pub(crate) struct Picture {
+    /// `[batch, 3, height, width]`, -1 to 1.
+    pub pixels: Tensor<4>,
+    /// How much of the way is walked anew.
+    pub strength: f64,
+    /// `[batch, 1, height, width]`, 0.5 or more where something new is painted.
+    pub mask: Option<Tensor<4>>,
+}
+
+impl TextToImage {
+    /// Loads a folder of diffusers' layout, with what comes beside it.
+    ///
+    /// # Errors
+    /// If parts are missing or do not fit together, weights cannot be read, do not fit or are no numbers, or an extra file fits
+    /// nothing.
+    pub fn load(
+        folder: &Folder,
+        extras: &Extras,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<Self, Error> {
+        let parts = Parts::of(folder)?;
+        let [_, tokenizer, unet, _, scheduler] = &parts.folders;
+        let config = parts.config()?;
+        let hides_padding = parts.hides_padding(&config.text)?;
+        let scheduler = scheduler.config(scheduler::FILE)?;
+        scheduler::parse(&scheduler)?;
+        let tokenizer = tokenizer.tokenizer()?;
+        if tokenizer.vocab_size() > config.text.vocab_size() {
+            return Err(Error::Vocabulary {
+                folder: folder.path().into(),
+                expected: config.text.vocab_size(),
+                found: tokenizer.vocab_size(),
+            });
+        }
+        let longest = config.text.context_length();
+        let context_length = tokenizer.model_max_length().map_or(longest, |length| length.min(longest));
+        let marks = marks(&tokenizer, context_length)?;
+        let side = unet.config("config.json")?.size_or("sample_size", 64)?;
+        let loras = extras.loras.iter().map(|(path, weight)| Lora::open(path, *weight));
+        let loras = loras.collect::<Result<Vec<_>, _>>()?;
+        let checkpoints = parts.checkpoints()?;
+        let keys = parts.keys(&config)?;
+        let mut models = parts.load(&config, lora::apply(&loras, checkpoints)?, keys, options, device)?;
+        let embeddings =
+            Embeddings::open(&extras.embeddings, config.text.vocab_size(), config.text.d_token())?;
+        if let Some(rows) = embeddings.rows(device) {
+            models.text = models.text.with_tokens(rows);
+        }
+        Ok(Self {
+            config,
+            models,
+            scheduler,
+            tokenizer,
+            marks,
+            context_length,
+            hides_padding,
+            embeddings,
+            side,
+            device: device.clone(),
+        })
+    }
+
+    /// Makes the pictures, one after the other; `watch` is told of each step, and may stop.
+    ///
+    /// A picture depends on its own seed alone, not on how many are made, and its noise is the same on every device.
+    ///
+    /// # Errors
+    /// [`Error::Request`] with everything that is wrong with the request; [`Error::Stopped`] if it was stopped.
+    pub fn imagine(
+        &self,
+        asked: &Imagine,
+        mut watch: impl FnMut(&Update) -> ControlFlow<()>,
+    ) -> Result<Imagined, Error> {
+        let codec = self.codec();
+        let factor = codec.factor();
+        let given = asked.init.as_ref().map(|init| [init.picture.height(), init.picture.width()]);
+        let size = asked.size.or(given).unwrap_or([self.side * factor; 2]);
+        let problems = self.problems(asked, size);
+        if !problems.is_empty() {
+            return Err(Error::Request { problems });
+        }
+        let (guidance, texts) =
+            self.guidance([&asked.prompt, &asked.negative], asked.guidance, asked.long)?;
+        let scheduler = self.scheduler(asked.scheduler.as_deref(), asked.eta)?;
+        let latent = [codec.channels(), size[0] / factor, size[1] / factor];
+        let (mut pictures, mut seeds, mut steps) = (Vec::new(), Vec::new(), 0);
+        for at in 0..asked.count {
+            let seed = asked.seed.wrapping_add(at as u64);
+            let picture_of = |init: &Init| Picture {
+                pixels: pixels(&init.picture, &self.device) * 2.0 - 1.0,
+                strength: init.strength,
+                // grey, as diffusers takes it
+                mask: init.mask.as_ref().map(|mask| pixels(mask, &self.device).mean_dim(1)),
+            };
+            let job = Job {
+                guidance: guidance.clone(),
+                sampler: scheduler.sampler(asked.steps)?,
+                steps: asked.steps,
+                picture: asked.init.as_ref().map(picture_of),
+            };
+            let mut draw = |draw| noise(&[seed], latent, draw, &self.device);
+            let mut told = |progress: &Progress| {
+                steps = progress.total;
+                watch(&Update { picture: at, progress, pipeline: self })
+            };
+            let latents = self.run(job, &mut draw, &mut told)?;
+            pictures.push(picture(codec.decode(latents)));
+            seeds.push(seed);
+        }
+        let own = self.scheduler.text("_class_name").unwrap_or_default();
+        let scheduler = asked.scheduler.clone().unwrap_or_else(|| own.to_owned());
+        Ok(Imagined { pictures, seeds, size, scheduler, steps, texts })
+    }
+
+    /// Everything that is wrong with a request.
+    fn problems(&self, asked: &Imagine, size @ [height, width]: [usize; 2]) -> Vec<String> {
+        let factor = self.codec().factor();
+        let mut problems = Vec::new();
+        let mut check = |is_right: bool, problem: String| {
+            if !is_right {
+                problems.push(problem);
+            }
+        };
+        let sides = size.iter().all(|side| *side > 0 && side.is_multiple_of(factor));
+        check(sides, format!("a picture of {height} x {width}: both must be multiples of {factor}"));
+        let fits = size.iter().all(|side| *side <= volary_vision::preprocess::MAX_SIDE);
+        check(fits, format!("a picture of {height} x {width} is too large"));
+        check((1..=MOST).contains(&asked.count), format!("{} pictures: expected 1 to {MOST}", asked.count));
+        check(asked.guidance.is_finite(), format!("a guidance of {}", asked.guidance));
+        check((0.0..=1.0).contains(&asked.eta), format!("an eta of {}: expected 0 to 1", asked.eta));
+        if let Some(Init { picture, strength, mask }) = &asked.init {
+            let of = |picture: &Rgb8| [picture.height(), picture.width()];
+            let [found_height, found_width] = of(picture);
+            let same = of(picture) == size;
+            check(
+                same,
+                format!("the picture is {found_height} x {found_width}, asked is {height} x {width}"),
+            );
+            check((0.0..=1.0).contains(strength), format!("a strength of {strength}: expected 0 to 1"));
+            if let Some(mask) = mask.as_ref().filter(|mask| of(mask) != of(picture)) {
+                let [mask_height, mask_width] = of(mask);
+                let problem = format!(
+                    "the mask is {mask_height} x {mask_width}, the picture {found_height} x {found_width}"
+                );
+                check(false, problem);
+            }
+        }
+        problems
+    }
+
+    /// What the texts mean, `[1, rows * seq, d_context]`, and what became of them.
+    ///
+    /// # Errors
+    /// If a text cannot be tokenized.
+    pub(crate) fn guidance(
+        &self,
+        [wanted, unwanted]: [&str; 2],
+        scale: f64,
+        long: Long,
+    ) -> Result<(Guidance, Texts), Error> {
+        let reader = Reader {
+            model: &self.models.text,
+            config: &self.config.text,
+            hides_padding: self.hides_padding,
+            context_length: self.context_length,
+        };
+        let seq = reader.context_length();
+        let rows = |text: &str| -> Result<_, Error> {
+            Ok(self.marks.rows(&self.embeddings.tokens(&self.tokenizer, text)?, seq, long))
+        };
+        let is_guided = scale > 1.0;
+        let wanted = rows(wanted)?;
+        let unwanted = if is_guided { Some(rows(unwanted)?) } else { None };
+        let count = wanted.ids.len().max(unwanted.as_ref().map_or(0, |rows| rows.ids.len()));
+        let left_out = wanted.left_out + unwanted.as_ref().map_or(0, |rows| rows.left_out);
+        let encode = |rows: volary_multimodal::imagine::Rows| {
+            rows.and_empty(count, &self.marks, seq).encode(&reader, &self.device)
+        };
+        let guidance = Guidance { context: encode(wanted), negative: unwanted.map(encode), scale };
+        Ok((guidance, Texts { rows: count, left_out }))
+    }
+
+    /// The pipeline's scheduler, or that of another class with its noise. As in diffusers' pipelines, the steps begin one after
+    /// the training's first, and no sample is clipped: latents are not bounded.
+    ///
+    /// # Errors
+    /// If the class is none that is built.
+    pub(crate) fn scheduler(&self, class: Option<&str>, eta: f64) -> Result<Scheduler, Error> {
+        let scheduler = match class {
+            Some(class) => scheduler::parse_as(&self.scheduler, class)?,
+            None => scheduler::parse(&self.scheduler)?,
+        };
+        Ok(match scheduler {
+            Scheduler::Noise(noise) => {
+                let bound = if let Bound::Clip(_) = noise.bound { Bound::None } else { noise.bound };
+                let method = match noise.method {
+                    Method::Ddim { last, .. } => Method::Ddim { last, eta },
+                    method => method,
+                };
+                Scheduler::Noise(NoiseScheduler { offset: 1, bound, method, ..noise })
+            }
+            flow => flow,
+        })
+    }
+
+    /// Pictures to latents and back.
+    pub(crate) fn codec(&self) -> Latents<'_> {
+        Latents { model: &self.models.vae, config: &self.config.vae }
+    }
+
+    /// One walk, to latents.
+    ///
+    /// # Errors
+    /// If the U-Net paints into pictures and there is none, or no step is left, or it was stopped.
+    pub(crate) fn run(
+        &self,
+        job: Job,
+        draw: &mut dyn FnMut(Draw) -> Tensor<4>,
+        watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+    ) -> Result<Tensor<4>, Error> {
+        let Job { guidance, sampler, steps, picture } = job;
+        let codec = self.codec();
+        let denoiser = Answers { model: &self.models.unet, config: &self.config.unet };
+        let refuse = |problem: &str| Err(Error::Request { problems: vec![problem.to_owned()] });
+        let paints = self.config.unet.channels_in == 2 * codec.channels() + 1;
+        let has_mask = picture.as_ref().is_some_and(|picture| picture.mask.is_some());
+        if !paints && self.config.unet.channels_in != codec.channels() {
+            return refuse(
+                "this U-Net reads neither latents alone nor latents with a mask and a masked picture",
+            );
+        }
+        if paints && !has_mask {
+            return refuse("this U-Net paints into pictures: it needs a picture and a mask");
+        }
+        let strength = picture.as_ref().map_or(1.0, |picture| picture.strength);
+        let start = steps - ((steps as f64 * strength) as usize).min(steps);
+        if start >= sampler.timesteps().len() {
+            return refuse(&format!("a strength of {strength} leaves none of {steps} steps"));
+        }
+
+        let noise = draw(Draw::Start);
+        let [batch, ..] = noise.dims();
+        let (mut sample, mut beside, mut kept) = (noise.clone() * sampler.initial_sigma(), None, None);
+        if let Some(Picture { pixels, mask, .. }) = picture {
+            let mask = mask.map(|mask| mask.greater_equal_elem(0.5).float());
+            let latents = codec.encode(pixels.clone(), draw(Draw::Picture));
+            // of what is painted in part, nothing is left at full strength
+            if mask.is_none() || strength < 1.0 {
+                sample = sampler.noised(start, latents.clone(), noise.clone());
+            }
+            match mask {
+                Some(mask) if paints => {
+                    let masked = codec.encode(pixels * (1.0 - mask.clone()), draw(Draw::Masked));
+                    beside = Some(Tensor::cat(vec![thinned(mask, codec.factor()), masked], 1));
+                }
+                Some(mask) => kept = Some(Kept { latents, noise, mask: thinned(mask, codec.factor()) }),
+                None => {}
+            }
+        }
+        let rows = |context: Tensor<3>| {
+            let [_, seq, width] = context.dims();
+            context.expand([batch, seq, width])
+        };
+        let guidance = Guidance {
+            context: rows(guidance.context),
+            negative: guidance.negative.map(rows),
+            scale: guidance.scale,
+        };
+        let walk = Walk { denoiser: &denoiser, sampler: sampler.as_ref(), guidance, start, beside, kept };
+        Ok(walk.run(sample, &mut |at| draw(Draw::Step(at)), watch)?)
+    }
+}
+
+/// What a tokenizer puts around a text.
+fn marks(tokenizer: &Tokenizer, context_length: usize) -> Result<Marks, Error> {
+    let empty = tokenizer.encode("")?.ids;
+    // a beginning and an end, or an end alone
+    let (before, behind) = empty.split_at(empty.len() / 2);
+    if context_length <= empty.len() {
+        let found = format!("a context of {context_length} tokens has no room beside {} marks", empty.len());
+        return Err(Error::Request { problems: vec![found] });
+    }
+    let pad = tokenizer.pad_id().or(behind.last().copied()).unwrap_or(0);
+    Ok(Marks { before: before.to_vec(), behind: behind.to_vec(), pad })
+}
+
+/// A mask's value at the first pixel of each latent: `[batch, 1, height, width]`.
+fn thinned(mask: Tensor<4>, factor: usize) -> Tensor<4> {
+    let [batch, channels, height, width] = mask.dims();
+    let (rows, columns) = (height / factor, width / factor);
+    let mask = mask.reshape([batch * channels * rows, factor, columns, factor]);
+    mask.narrow(1, 0, 1).narrow(3, 0, 1).reshape([batch, channels, rows, columns])
+}
+
+/// `[1, 3, height, width]`, 0 to 1.
+fn pixels(picture: &Rgb8, device: &Device) -> Tensor<4> {
+    let values: Vec<f32> = picture.pixels().iter().map(|&value| f32::from(value) / 255.0).collect();
+    let data = TensorData::new(values, [1, picture.height(), picture.width(), 3]);
+    Tensor::<4>::from_data(data, device).permute([0, 3, 1, 2])
+}
+
+/// The first picture of `[batch, 3, height, width]`, -1 to 1. What is no number is black.
+fn picture(pixels: Tensor<4>) -> Rgb8 {
+    let [_, _, height, width] = pixels.dims();
+    let first = pixels.narrow(0, 0, 1).permute([0, 2, 3, 1]);
+    let values = first.into_data().convert::<f32>();
+    let byte = |value: f32| ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8;
+    let bytes = values.iter::<f32>().map(byte).collect();
+    Rgb8::new(width, height, bytes).expect("three samples a pixel")
+}
