@@ -497,3 +497,230 @@ fn picture(pixels: Tensor<4>) -> Rgb8 {
     let bytes = values.iter::<f32>().map(byte).collect();
     Rgb8::new(width, height, bytes).expect("three samples a pixel")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use volary_weights::{read_tensors, save_tensors};
+
+    use super::*;
+
+    fn fixture(name: &str) -> Folder {
+        Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
+    }
+
+    fn load_with(folder: &Folder, extras: &Extras) -> Result<TextToImage, Error> {
+        TextToImage::load(folder, extras, &LoadOptions::default(), &Device::flex())
+    }
+
+    fn load(name: &str) -> TextToImage {
+        load_with(&fixture(name), &Extras::default()).unwrap()
+    }
+
+    fn asked() -> Imagine {
+        Imagine { prompt: "a small cat".into(), steps: 3, size: Some([16, 24]), ..Default::default() }
+    }
+
+    fn imagine(pipeline: &TextToImage, asked: &Imagine) -> Result<Imagined, Error> {
+        pipeline.imagine(asked, |_| ControlFlow::Continue(()))
+    }
+
+    fn pictures(pipeline: &TextToImage, asked: &Imagine) -> Vec<Rgb8> {
+        imagine(pipeline, asked).unwrap().pictures
+    }
+
+    /// A copy of a pipeline, to be spoiled.
+    fn copy(name: &str) -> tempfile::TempDir {
+        let scratch = tempfile::tempdir().unwrap();
+        let source = fixture(name);
+        std::fs::copy(source.path().join("model_index.json"), scratch.path().join("model_index.json"))
+            .unwrap();
+        for part in crate::stable_diffusion::PARTS {
+            std::fs::create_dir(scratch.path().join(part)).unwrap();
+            for file in source.part(part).unwrap().files().unwrap() {
+                let place = Path::new(part).join(file);
+                std::fs::copy(source.path().join(&place), scratch.path().join(&place)).unwrap();
+            }
+        }
+        scratch
+    }
+
+    fn grey(height: usize, width: usize, value: u8) -> Rgb8 {
+        Rgb8::new(width, height, vec![value; height * width * 3]).unwrap()
+    }
+
+    #[test]
+    fn a_picture_is_its_seeds_and_its_prompts() {
+        for name in ["pipe_sd", "pipe_taiyi", "pipe_alt"] {
+            let pipeline = load(name);
+            let two = imagine(&pipeline, &Imagine { seed: 5, count: 2, ..asked() }).unwrap();
+            assert_eq!((two.seeds, two.size, two.steps), (vec![5, 6], [16, 24], 3));
+            assert_eq!((two.pictures[1].height(), two.pictures[1].width()), (16, 24));
+            assert_eq!(pictures(&pipeline, &Imagine { seed: 6, ..asked() })[0], two.pictures[1], "{name}");
+            assert_ne!(two.pictures[0], two.pictures[1], "{name}");
+            let other = Imagine { seed: 5, prompt: "the table".into(), ..asked() };
+            assert_ne!(pictures(&pipeline, &other)[0], two.pictures[0], "{name}");
+        }
+    }
+
+    #[test]
+    fn prompts_may_be_empty_or_very_long() {
+        let pipeline = load("pipe_sd");
+        let texts = |prompt: &str, long| {
+            imagine(&pipeline, &Imagine { prompt: prompt.into(), long, ..asked() }).unwrap().texts
+        };
+        let rows = Long::Rows(ROWS);
+        assert_eq!(texts("", rows), Texts { rows: 1, left_out: 0 });
+        let long = "cat ".repeat(2500);
+        let (cut, more) = (texts(&long, Long::Cut), texts(&long, rows));
+        assert_eq!((cut.rows, more.rows), (1, ROWS));
+        // a row of this toy has room for 18
+        assert_eq!(cut.left_out - more.left_out, 18 * (ROWS - 1));
+        assert!(more.left_out > 2000);
+    }
+
+    #[test]
+    fn everything_wrong_with_a_request_is_told_at_once() {
+        let pipeline = load("pipe_sd");
+        let mask = Some(grey(8, 8, 255));
+        let init = Some(Init { picture: grey(16, 16, 90), strength: 2.0, mask });
+        let wrong = Imagine { size: Some([16, 20]), count: 0, eta: -1.0, init, ..asked() };
+        let message = imagine(&pipeline, &wrong).unwrap_err().to_string();
+        for expected in [
+            "a picture of 16 x 20: both must be multiples of 8",
+            "0 pictures: expected 1 to 10000",
+            "an eta of -1: expected 0 to 1",
+            "the picture is 16 x 16, asked is 16 x 20",
+            "a strength of 2: expected 0 to 1",
+            "the mask is 8 x 8, the picture 16 x 16",
+        ] {
+            assert!(message.contains(expected), "{message}");
+        }
+        let message = imagine(&pipeline, &Imagine { steps: 0, ..asked() }).unwrap_err().to_string();
+        assert_eq!(message, "0 steps: expected 1 to 1000");
+        let unknown = Imagine { scheduler: Some("BestScheduler".into()), ..asked() };
+        assert!(imagine(&pipeline, &unknown).unwrap_err().to_string().contains("one of DDPMScheduler"));
+        let message = imagine(&load("pipe_sd_inpaint"), &asked()).unwrap_err().to_string();
+        assert_eq!(message, "this U-Net paints into pictures: it needs a picture and a mask");
+        let init = Some(Init { picture: grey(16, 24, 90), strength: 0.1, mask: None });
+        let message = imagine(&pipeline, &Imagine { init, ..asked() }).unwrap_err().to_string();
+        assert_eq!(message, "a strength of 0.1 leaves none of 3 steps");
+    }
+
+    #[test]
+    fn any_scheduler_may_take_the_place_of_the_pipelines() {
+        let pipeline = load("pipe_sd");
+        let own = pictures(&pipeline, &asked());
+        for class in [
+            "DDPMScheduler",
+            "PNDMScheduler",
+            "EulerDiscreteScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "DPMSolverMultistepScheduler",
+            "LCMScheduler",
+        ] {
+            let imagined = Imagine { scheduler: Some(class.into()), steps: 5, ..asked() };
+            let found = imagine(&pipeline, &imagined).unwrap();
+            assert_eq!(found.scheduler, class);
+            assert_ne!(found.pictures, own, "{class}");
+            assert_eq!(found.pictures, pictures(&pipeline, &imagined), "{class}");
+        }
+    }
+
+    #[test]
+    fn where_nothing_is_masked_no_prompt_changes_the_picture() {
+        let pipeline = load("pipe_sd");
+        let of = |prompt: &str, value| {
+            let init = Init { picture: grey(16, 24, 90), strength: 1.0, mask: Some(grey(16, 24, value)) };
+            pictures(&pipeline, &Imagine { prompt: prompt.into(), init: Some(init), ..asked() })
+        };
+        assert_eq!(of("a small cat", 0), of("the table", 0));
+        assert_ne!(of("a small cat", 255), of("the table", 255));
+    }
+
+    #[test]
+    fn who_watches_sees_previews_and_may_stop() {
+        let mut seen = Vec::new();
+        let stopped = load("pipe_sd").imagine(&asked(), |update| {
+            let preview = update.preview();
+            seen.push((update.picture, update.progress.done, preview.height(), preview.width()));
+            if update.progress.done == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(stopped.unwrap_err().to_string(), "stopped after 2 of 3 steps");
+        assert_eq!(seen, [(0, 1, 16, 24), (0, 2, 16, 24)]);
+    }
+
+    #[test]
+    fn missing_parts_and_weights_that_are_no_numbers_are_told() {
+        let scratch = copy("pipe_sd");
+        let folder = Folder::Disk(scratch.path().into());
+        let file = scratch.path().join("unet/diffusion_pytorch_model.safetensors");
+        let mut tensors = read_tensors(&file).unwrap();
+        let bias = tensors.get_mut("conv_out.bias").unwrap();
+        *bias = TensorData::from([1f32, f32::NAN, 0.0, 0.0]);
+        save_tensors(&file, &tensors.into_iter().collect::<Vec<_>>()).unwrap();
+        let message = load_with(&folder, &Extras::default()).err().unwrap().to_string();
+        assert!(message.contains("conv_out.bias"), "{message}");
+        std::fs::remove_dir_all(scratch.path().join("vae")).unwrap();
+        let message = load_with(&folder, &Extras::default()).err().unwrap().to_string();
+        let expected = "no folder vae; a pipeline has text_encoder, tokenizer, unet, vae, scheduler";
+        assert!(message.ends_with(expected), "{message}");
+    }
+
+    #[test]
+    fn low_rank_changes_of_both_namings_are_the_same() {
+        let scratch = tempfile::tempdir().unwrap();
+        let write = |file: &str, names: [&str; 3], key: &str| {
+            let data = [
+                TensorData::new(vec![0.5f32; 4], [1, 4]),
+                TensorData::new(vec![1f32, -1.0, 2.0, 0.5], [4, 1]),
+                TensorData::new(vec![1f32], [0; 0]),
+            ];
+            let tensors: Vec<_> =
+                names.iter().zip(data).map(|(end, data)| (format!("{key}.{end}"), data)).collect();
+            let path = scratch.path().join(file);
+            save_tensors(&path, &tensors).unwrap();
+            path
+        };
+        let kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q";
+        let diffusers = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q";
+        let parts = ["lora_down.weight", "lora_up.weight", "alpha"];
+        let kohya = write("kohya.safetensors", parts, kohya);
+        let peft = write("peft.safetensors", ["lora_A.weight", "lora_B.weight", "alpha"], diffusers);
+        let of = |loras: &[(PathBuf, f64)]| {
+            let extras = Extras { loras: loras.to_vec(), ..Extras::default() };
+            pictures(&load_with(&fixture("pipe_sd"), &extras).unwrap(), &asked())
+        };
+        let plain = of(&[]);
+        let changed = of(&[(kohya.clone(), 1.0)]);
+        assert_ne!(changed, plain);
+        assert_eq!(changed, of(&[(peft.clone(), 1.0)]));
+        assert_eq!(changed, of(&[(peft.clone(), 0.5), (kohya.clone(), 0.5)]));
+        assert_eq!(plain, of(&[(kohya, 0.0)]));
+
+        let nowhere = write("nowhere.safetensors", parts, "lora_unet_mid_block_nothing");
+        let unfit = write("unfit.safetensors", parts, "lora_unet_conv_in");
+        for (path, expected) in [
+            (nowhere, "no weights here are changed by `unet_mid_block_nothing`"),
+            (unfit, "these do not fit the weights they change: `unet_conv_in`"),
+        ] {
+            let extras = Extras { loras: vec![(path, 1.0)], ..Extras::default() };
+            let message = load_with(&fixture("pipe_sd"), &extras).err().unwrap().to_string();
+            assert!(message.ends_with(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_learned_token_changes_the_picture_of_a_prompt_that_names_it() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("learned_embeds.safetensors");
+        let vector = TensorData::new((0..16).map(|x| x as f32 / 4.0 - 2.0).collect(), [16]);
+        save_tensors(&path, &[("<toy>".to_owned(), vector)]).unwrap();
+        let extras = Extras { embeddings: vec![path], ..Extras::default() };
+        let (plain, learned) = (load("pipe_sd"), load_with(&fixture("pipe_sd"), &extras).unwrap());
+        let of = |pipeline, prompt: &str| pictures(pipeline, &Imagine { prompt: prompt.into(), ..asked() });
+        assert_eq!(of(&plain, "a small cat"), of(&learned, "a small cat"));
+        assert_ne!(of(&plain, "a <toy>"), of(&learned, "a <toy>"));
+    }
+}
