@@ -10,12 +10,13 @@ use volary_multimodal::imagine::{
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::diffusion::{Bound, Method, NoiseScheduler, Sampler, Scheduler};
 use volary_vision::image::Rgb8;
-use volary_weights::LoadOptions;
+use volary_weights::{LoadOptions, open};
 
 use crate::config::Config;
 use crate::embeddings::Embeddings;
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::ldm;
 use crate::lora::{self, Lora};
 use crate::scheduler;
 use crate::stable_diffusion::{Answers, Latents, Parts, Reader, StableDiffusion, StableDiffusionConfig};
@@ -23,6 +24,10 @@ use crate::stable_diffusion::{Answers, Latents, Parts, Reader, StableDiffusion, 
 /// What is loaded beside a pipeline.
 #[derive(Clone, Debug, Default)]
 pub struct Extras {
+    /// A single file of Stable Diffusion 1 with the weights of all parts, under the names of its authors ([`crate::ldm`]), in
+    /// place of those in the parts' folders, which need hold configurations and the tokenizer only. Low-rank changes do not
+    /// find their weights in it.
+    pub single_file: Option<PathBuf>,
     /// Files of low-rank changes of the weights, and how much each counts: 1 as it was trained.
     pub loras: Vec<(PathBuf, f64)>,
     /// Files of learned tokens (textual inversion).
@@ -227,8 +232,13 @@ impl TextToImage {
         let side = unet.config("config.json")?.size_or("sample_size", 64)?;
         let loras = extras.loras.iter().map(|(path, weight)| Lora::open(path, *weight));
         let loras = loras.collect::<Result<Vec<_>, _>>()?;
-        let checkpoints = parts.checkpoints()?;
-        let keys = parts.keys(&config)?;
+        let (checkpoints, keys) = match &extras.single_file {
+            None => (parts.checkpoints()?, parts.keys(&config)?),
+            Some(file) => {
+                let whole = [open(file)?, open(file)?, open(file)?];
+                (whole, [&ldm::TEXT, &ldm::UNET, &ldm::AUTOENCODER])
+            }
+        };
         let mut models = parts.load(&config, lora::apply(&loras, checkpoints)?, keys, options, device)?;
         let embeddings =
             Embeddings::open(&extras.embeddings, config.text.vocab_size(), config.text.d_token())?;
@@ -502,9 +512,10 @@ fn picture(pixels: Tensor<4>) -> Rgb8 {
 mod tests {
     use std::path::Path;
 
-    use volary_weights::{read_tensors, save_tensors};
+    use volary_weights::{read_tensors, save, save_tensors};
 
     use super::*;
+    use crate::stable_diffusion::TextModel;
 
     fn fixture(name: &str) -> Folder {
         Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
@@ -709,6 +720,32 @@ mod tests {
             let message = load_with(&fixture("pipe_sd"), &extras).err().unwrap().to_string();
             assert!(message.ends_with(expected), "{message}");
         }
+    }
+
+    #[test]
+    fn a_single_file_takes_the_place_of_the_parts_weights() {
+        let pipeline = load("pipe_sd");
+        let scratch = copy("pipe_sd");
+        let StableDiffusion { text, unet, vae } = &pipeline.models;
+        let TextModel::Clip(text) = text else { panic!("the text encoder is CLIP's") };
+        let path = |name: &str| scratch.path().join(format!("{name}.safetensors"));
+        save(text, &ldm::TEXT, None, &path("text"), None).unwrap();
+        save(unet, &ldm::UNET, None, &path("unet"), None).unwrap();
+        save(vae, &ldm::AUTOENCODER, None, &path("vae"), None).unwrap();
+        let of = |name: &str, prefix: &str| {
+            let tensors = read_tensors(&path(name)).unwrap().into_iter();
+            tensors.map(|(key, data)| (format!("{prefix}{key}"), data)).collect::<Vec<_>>()
+        };
+        let all = [of("text", ""), of("unet", ""), of("vae", "first_stage_model.")].concat();
+        save_tensors(&path("single"), &all).unwrap();
+        for part in ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"] {
+            std::fs::remove_file(path(part)).unwrap();
+        }
+        let folder = Folder::Disk(scratch.path().into());
+        assert!(load_with(&folder, &Extras::default()).is_err());
+        let extras = Extras { single_file: Some(path("single")), ..Extras::default() };
+        let single = load_with(&folder, &extras).unwrap();
+        assert_eq!(pictures(&single, &asked()), pictures(&pipeline, &asked()));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use volary_weights::{KeyMap, Rule};
 use Rule::{Ignore, Under};
 
 use crate::bert::LINEAR;
+use crate::clip::TEXT_TRANSFORMERS;
 use crate::unet::{POINTWISE, TRANSFORMER, TRANSFORMER_OF_MATRICES};
 
 const RESIDUAL: &[Rule] = &[
@@ -37,7 +38,6 @@ const SCHEDULE: &[Rule] = &[
     Ignore("posterior_mean_coef2"),
     Ignore("logvar"),
     Ignore("model_ema.{*}"),
-    Ignore("cond_stage_model.{*}"),
 ];
 
 /// Of the U-Net with one kind of transformers or the other.
@@ -101,6 +101,7 @@ macro_rules! unet {
 pub const UNET: KeyMap = KeyMap::new(&[
     Under("model.diffusion_model.", "", unet!(TRANSFORMER)),
     Ignore("first_stage_model.{*}"),
+    Ignore("cond_stage_model.{*}"),
     Under("", "", SCHEDULE),
 ]);
 
@@ -108,6 +109,7 @@ pub const UNET: KeyMap = KeyMap::new(&[
 pub const UNET_2: KeyMap = KeyMap::new(&[
     Under("model.diffusion_model.", "", unet!(TRANSFORMER_OF_MATRICES)),
     Ignore("first_stage_model.{*}"),
+    Ignore("cond_stage_model.{*}"),
     Under("", "", SCHEDULE),
 ]);
 
@@ -156,9 +158,18 @@ const AUTOENCODER_PARTS: &[Rule] = &[
 pub const AUTOENCODER: KeyMap = KeyMap::new(&[
     Under("", "", AUTOENCODER_PARTS),
     Ignore("model.diffusion_model.{*}"),
+    Ignore("cond_stage_model.{*}"),
     Under("", "", SCHEDULE),
 ])
 .with_prefixes(&["first_stage_model."]);
+
+/// CLIP's text transformer in a single file of Stable Diffusion 1.
+pub const TEXT: KeyMap = KeyMap::new(&[
+    Under("cond_stage_model.transformer.text_model.", "", TEXT_TRANSFORMERS),
+    Ignore("model.diffusion_model.{*}"),
+    Ignore("first_stage_model.{*}"),
+    Under("", "", SCHEDULE),
+]);
 
 #[cfg(test)]
 mod tests {

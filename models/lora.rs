@@ -55,6 +55,9 @@ const ENDS: &[(&str, Part)] = &[
     (".alpha", Part::Alpha),
 ];
 
+/// The parts of a pipeline that may be changed, as diffusers names them.
+const PARTS: [&str; 3] = ["text_encoder", "unet", "vae"];
+
 /// How the names begin, and the part of a pipeline that is meant.
 const BEGINNINGS: &[(&str, &str)] = &[
     ("base_model.model.", ""),
@@ -118,17 +121,17 @@ fn listed(names: &[String]) -> String {
     if more > 0 { format!("{shown} and {more} more") } else { shown }
 }
 
-/// The checkpoints of a pipeline's parts, by the parts' names, with all changes.
+/// The checkpoints of text encoder, U-Net and autoencoder with all changes.
 ///
 /// # Errors
 /// With everything that changes no weight that is there, or does not fit it.
-pub fn apply<const N: usize>(
+pub fn apply(
     loras: &[Lora],
-    checkpoints: [(&str, Box<dyn Checkpoint>); N],
-) -> Result<[Box<dyn Checkpoint>; N], Error> {
+    checkpoints: [Box<dyn Checkpoint>; 3],
+) -> Result<[Box<dyn Checkpoint>; 3], Error> {
     // what a change may be called, and the part and the key that it changes
     let mut keys: HashMap<String, (usize, String, Vec<usize>)> = HashMap::new();
-    for (at, (part, checkpoint)) in checkpoints.iter().enumerate() {
+    for (at, (part, checkpoint)) in PARTS.into_iter().zip(&checkpoints).enumerate() {
         for entry in checkpoint.entries() {
             let Some(stem) = entry.name.strip_suffix(".weight") else { continue };
             let name = format!("{part}_{}", stem.replace('.', "_"));
@@ -140,7 +143,7 @@ pub fn apply<const N: usize>(
             keys.insert(name, target);
         }
     }
-    let mut changes: [HashMap<String, Vec<LowRank>>; N] = std::array::from_fn(|_| HashMap::new());
+    let mut changes: [HashMap<String, Vec<LowRank>>; 3] = Default::default();
     for lora in loras {
         let (mut unknown, mut unfit) = (Vec::new(), Vec::new());
         for (name, change) in &lora.changes {
@@ -160,19 +163,11 @@ pub fn apply<const N: usize>(
             return Err(lora.wrong(format!("these do not fit the weights they change: {}", listed(&unfit))));
         }
     }
-    let mut changes = changes.into_iter();
-    let mut failed = None;
-    let changed = checkpoints.map(|(_, checkpoint)| {
-        let changes = changes.next().unwrap_or_default();
-        WithLowRank::new(checkpoint, changes)
-            .map(|changed| Box::new(changed) as Box<dyn Checkpoint>)
-            .map_err(|error| failed = Some(error))
-            .ok()
-    });
-    match (failed, changed.iter().all(Option::is_some)) {
-        (Some(error), _) => Err(error.into()),
-        _ => Ok(changed.map(|changed| changed.expect("each was made"))),
-    }
+    let changed = |checkpoint, changes| -> Result<Box<dyn Checkpoint>, Error> {
+        Ok(Box::new(WithLowRank::new(checkpoint, changes)?))
+    };
+    let ([text, unet, vae], [of_text, of_unet, of_vae]) = (checkpoints, changes);
+    Ok([changed(text, of_text)?, changed(unet, of_unet)?, changed(vae, of_vae)?])
 }
 
 impl Change {

@@ -345,13 +345,13 @@ impl Parts {
         Ok(config.flag_or("use_attention_mask", matches!(text, TextConfig::Series(_)))?)
     }
 
-    /// The weights of text encoder, U-Net and autoencoder, with the parts' names.
+    /// The weights of text encoder, U-Net and autoencoder.
     ///
     /// # Errors
     /// If there are none, or a file is broken.
-    pub fn checkpoints(&self) -> Result<[(&'static str, Box<dyn Checkpoint>); 3], Error> {
+    pub fn checkpoints(&self) -> Result<[Box<dyn Checkpoint>; 3], Error> {
         let [text, _, unet, vae, _] = &self.folders;
-        Ok([("text_encoder", text.checkpoint()?), ("unet", unet.checkpoint()?), ("vae", vae.checkpoint()?)])
+        Ok([text.checkpoint()?, unet.checkpoint()?, vae.checkpoint()?])
     }
 
     /// The models, filled from the weights of text encoder, U-Net and autoencoder.
@@ -439,7 +439,7 @@ pub const SYSTEM: System = System {
 fn describe(folder: &Folder) -> Result<Description, Error> {
     let (parts, device) = (Parts::of(folder)?, Device::flex());
     let config = parts.config()?;
-    let [(_, text), (_, unet), (_, vae)] = parts.checkpoints()?;
+    let [text, unet, vae] = parts.checkpoints()?;
     let [text_keys, unet_keys, vae_keys] = parts.keys(&config)?;
     let described = [
         (

@@ -79,10 +79,10 @@ impl Pndm {
     /// answers' mean so far, and what is kept.
     fn runge_kutta(&self, at: usize, sample: Tensor<4>, output: Tensor<4>, history: History) -> Move {
         let taken = history.taken;
-        let back = if taken % 2 == 0 { self.stride / 2 } else { 0 };
+        let back = if taken.is_multiple_of(2) { self.stride / 2 } else { 0 };
         let to = self.timesteps[at] as i64 - back;
         let from = self.timesteps[taken / 4 * 4] as i64;
-        let start = history.start.clone().filter(|_| taken % 4 != 0).unwrap_or(sample);
+        let start = history.start.clone().filter(|_| !taken.is_multiple_of(4)).unwrap_or(sample);
         let mut history = History { start: Some(start.clone()), ..history };
         let slope = match (taken % 4, &history.slopes[..]) {
             (3, [first, second, third]) => {
