@@ -36,6 +36,8 @@ pub enum Folder {
         name: &'static str,
         /// Names and contents.
         files: &'static [(&'static str, &'static [u8])],
+        /// Folders inside it, by their names.
+        parts: &'static [(&'static str, Folder)],
     },
 }
 
@@ -106,10 +108,12 @@ impl Folder {
                 let path = path.join(name);
                 std::fs::read(&path).map(Cow::Owned).map_err(Error::io(path))
             }
-            Folder::Embedded { name: folder, files } => match files.iter().find(|(file, _)| *file == name) {
-                Some((_, bytes)) => Ok(Cow::Borrowed(bytes)),
-                None => Err(Error::io(Path::new(folder).join(name))(std::io::ErrorKind::NotFound.into())),
-            },
+            Folder::Embedded { name: folder, files, .. } => {
+                match files.iter().find(|(file, _)| *file == name) {
+                    Some((_, bytes)) => Ok(Cow::Borrowed(bytes)),
+                    None => Err(Error::io(Path::new(folder).join(name))(std::io::ErrorKind::NotFound.into())),
+                }
+            }
         }
     }
 
@@ -129,7 +133,7 @@ impl Folder {
         Ok(Config::parse_list(&self.path().join(name), &self.read(name)?)?)
     }
 
-    /// The folder of that name inside it, if there is one. What is inside the program or known by its headers has none.
+    /// The folder of that name inside it, if there is one. What is known by its headers has none.
     pub fn part(&self, name: &str) -> Option<Folder> {
         match self {
             Folder::Disk(path) => Some(path.join(name)).filter(|part| part.is_dir()).map(Folder::Disk),
@@ -137,7 +141,10 @@ impl Folder {
                 let (path, variant) = (path.join(name), variant.clone());
                 path.is_dir().then_some(Folder::Variant { path, variant })
             }
-            Folder::Headers { .. } | Folder::Embedded { .. } => None,
+            Folder::Embedded { parts, .. } => {
+                parts.iter().find(|(part, _)| *part == name).map(|(_, folder)| folder.clone())
+            }
+            Folder::Headers { .. } => None,
         }
     }
 
@@ -161,7 +168,7 @@ impl Folder {
                 Ok(open_with(path, &OpenOptions { variant: Some(variant), ..*options })?)
             }
             Folder::Headers { weights, .. } => Ok(Box::new(RowScaled::new(weights.clone(), options.scaled)?)),
-            Folder::Embedded { name, files } => {
+            Folder::Embedded { name, files, .. } => {
                 let found = volary_weights::format::FILES
                     .iter()
                     .find_map(|weights| files.iter().find(|(file, _)| file == weights));

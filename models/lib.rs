@@ -57,6 +57,7 @@ pub mod stable_diffusion;
 pub mod t5;
 pub mod taiyi;
 pub mod tensors;
+pub mod token_drawing;
 pub mod two_tower;
 pub mod unet;
 pub mod vit;

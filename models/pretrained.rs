@@ -31,6 +31,7 @@ pub const EMOJI_CLIP: Folder = Folder::Embedded {
         ("tokenizer_config.json", include_bytes!("embedded/emoji-clip/tokenizer_config.json")),
         ("README.md", include_bytes!("embedded/emoji-clip/README.md")),
     ],
+    parts: &[],
 };
 
 /// Where the model of a name is.

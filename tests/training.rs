@@ -8,11 +8,12 @@ use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig
 use volary::folder::Folder;
 use volary::pretrained::EMOJI_CLIP;
 use volary::recipe::clip_folder::{export, tokenizer};
-use volary::recipe::contrastive::{Job, Outcome, Recipe, TrainError, train};
+use volary::recipe::contrastive::{Job, Outcome, Recipe, train};
 use volary::recipe::data::{Dataset, Gallery, Style};
 use volary::recipe::descent::Descent;
 use volary::recipe::mim;
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
+use volary::recipe::run::TrainError;
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
 use volary_kernels::ops::Activation;

@@ -7,16 +7,18 @@ use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::{ClipConfig, ClipModel, EMOJI};
 use volary::folder::Folder;
-use volary::pretrained::EMOJI_CLIP;
+use volary::pretrained::{Clip, EMOJI_CLIP};
 use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::data::{Dataset, Gallery, HELD_OUT};
 use volary::recipe::descent::Descent;
+use volary::recipe::drawing;
 use volary::recipe::evaluate::table;
 use volary::recipe::mim;
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
+use volary::token_drawing::{DrawSettings, TokenDrawing};
 use volary_weights::{LoadOptions, Packing};
 
 use super::{Shared, Usage, say};
@@ -34,6 +36,8 @@ enum Which {
     EmojiClip(EmojiClip),
     /// A tiny bilingual CLIP on drawn shapes and their names, by gradient caching; goes on where the folder has a checkpoint.
     Contrastive(Contrastive),
+    /// The model of this program that draws, on prepared emoji; goes on where the folder has a checkpoint.
+    EmojiDraw(EmojiDraw),
     /// A tiny SegGPT on drawn shapes, and what it makes of shapes and colours that it has not seen.
     SeggptToy(SeggptToy),
     /// A tiny EVA that says what CLIP would see in hidden patches of drawn shapes.
@@ -134,11 +138,31 @@ struct EmojiClip {
     until: Option<usize>,
 }
 
+#[derive(Args)]
+struct EmojiDraw {
+    /// Prepared data: `recipes/emoji_clip/prepare.py` makes it.
+    #[arg(long)]
+    data: PathBuf,
+    /// Where checkpoints, loss curves and, at the end, the model folder `export` go.
+    #[arg(long)]
+    out: PathBuf,
+    /// Optimizer steps of the codes.
+    #[arg(long, default_value_t = drawing::Recipe::codes().steps)]
+    codes_steps: usize,
+    /// Optimizer steps of the decoder.
+    #[arg(long, default_value_t = drawing::Recipe::decoder().steps)]
+    steps: usize,
+    /// Of initial weights, order, captions and colours.
+    #[arg(long, default_value_t = drawing::Recipe::decoder().seed)]
+    seed: u64,
+}
+
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     match arguments.recipe {
         Which::EmojiClip(arguments) => emoji_clip(arguments, shared),
         Which::Contrastive(arguments) => contrastive(arguments, shared),
+        Which::EmojiDraw(arguments) => emoji_draw(arguments, shared),
         Which::SeggptToy(arguments) => seggpt_toy(arguments, shared),
         Which::Mim(arguments) => mim(arguments, shared),
     }
@@ -226,6 +250,32 @@ fn contrastive(arguments: Contrastive, shared: &Shared) -> Result<()> {
         scores.extend(named_shapes::scores(&outcome.clip, asked, STYLES, QUESTIONS_SEED)?);
     }
     say(table(&scores).trim_end())
+}
+
+fn emoji_draw(arguments: EmojiDraw, shared: &Shared) -> Result<()> {
+    /// Every so many of the held-out pictures are asked for.
+    const STRIDE: usize = 8;
+    let EmojiDraw { data: place, out, codes_steps, steps, seed } = arguments;
+    let data = Dataset::read(&place, |style| drawing::STYLES.contains(&style))?;
+    let device = shared.device()?;
+    let tokenizer = EMOJI_CLIP.tokenizer()?;
+    let shape = drawing::Shape::emoji()?;
+    let recipe = drawing::Recipe { steps: codes_steps, seed, ..drawing::Recipe::codes() };
+    let vq = drawing::train_codes(&recipe, &shape, &data, &out.join("codes"), &device)?;
+    let recipe = drawing::Recipe { steps, seed, ..drawing::Recipe::decoder() };
+    let drawn = drawing::Drawn { data: &data, vq: &vq, tokenizer: &tokenizer, plan: &shape.plan };
+    let decoder = drawing::train_decoder(&recipe, &shape.transformer, &drawn, &out.join("decoder"), &device)?;
+    let folder = out.join("export");
+    drawing::export(&vq, &decoder, &EMOJI_CLIP, &folder)?;
+    say(format!("the model is in {}", folder.display()))?;
+    let model = TokenDrawing::load(&Folder::Disk(folder), &shared.load_options(), &device)?;
+    let judge = Clip::embedded().load(&device)?;
+    for gallery in &Gallery::read(&place, |style| style == HELD_OUT[0])? {
+        let judged = drawing::evaluate(&model, &judge, gallery, STRIDE, &DrawSettings::default())?;
+        say(drawing::table(&judged.scores).trim_end())?;
+        drawing::sheet(&judged.drawings)?.save_png(&out.join("drawings.png"))?;
+    }
+    Ok(())
 }
 
 fn emoji_clip(arguments: EmojiClip, shared: &Shared) -> Result<()> {

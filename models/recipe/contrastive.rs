@@ -8,11 +8,11 @@
 //! batches that an unbroken one would have seen.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc;
 
 use burn::module::{Module, ParamGroup};
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use fastrand::Rng;
 use rayon::prelude::*;
@@ -23,12 +23,10 @@ use volary_vision::masking::{Kept, PatchDropout};
 use volary_vision::preprocess::Preprocessor;
 
 use super::augment::augment;
-use super::curve;
 use super::data::{Dataset, Gallery, Language};
-use super::descent::{learning_rate, mix, progress};
 use super::evaluate::{evaluate, table};
+use super::run::{State, Store, TrainError, file_error, learning_rate, mean_of_last, mix, progress};
 use crate::clip::{ClipConfig, ClipModel, Layout, Loaded, VisionTower, normalise};
-use crate::error::Error;
 use crate::pretrained::Clip;
 
 /// The settings of a run; written beside its checkpoint.
@@ -96,42 +94,6 @@ impl Recipe {
     fn learning_rate_at(&self, step: usize) -> f64 {
         learning_rate(self.learning_rate, step, self.warmup, self.steps)
     }
-}
-
-/// What can stop a run.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainError {
-    /// A file of the run could not be read or written.
-    #[error("{}: {problem}", file.display())]
-    File {
-        /// The file.
-        file: PathBuf,
-        /// Why.
-        problem: String,
-    },
-    /// A folder holds a run with other settings.
-    #[error("{}: holds a run with other settings; resume it with those or name another folder", folder.display())]
-    OtherRun {
-        /// The run's folder.
-        folder: PathBuf,
-    },
-    /// A caption could not be tokenized.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// The development pictures could not be read.
-    #[error(transparent)]
-    Model(#[from] Error),
-    /// There are no patches to do without.
-    #[error("`patch_dropout` needs a vision transformer; this tower is convolutional")]
-    NoPatches,
-    /// The loss is not a number any more.
-    #[error("step {step}: the loss is {loss}; lower the learning rate")]
-    Diverged {
-        /// Where.
-        step: usize,
-        /// The loss.
-        loss: f32,
-    },
 }
 
 /// A trained model and its loss per step.
@@ -251,11 +213,11 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
     let mut run = Run::begin(job, &bank, &device)?;
     let until = job.until.min(recipe.steps);
     let bar = progress(recipe.steps);
-    bar.set_position(run.losses.len() as u64);
+    bar.set_position(run.state.losses.len() as u64);
     std::thread::scope(|scope| {
         // Two batches ahead: augmentation runs beside the model.
         let (send, receive) = mpsc::sync_channel(2);
-        let first = run.losses.len();
+        let first = run.state.losses.len();
         scope.spawn(move || {
             let mut order = Order::new(data, recipe.seed);
             for step in first..until {
@@ -271,18 +233,18 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
             if !loss.is_finite() {
                 return Err(TrainError::Diverged { step, loss });
             }
-            run.losses.push(loss);
+            run.state.losses.push(loss);
             bar.inc(1);
-            bar.set_message(format!("loss {:.3}", mean_of_last(&run.losses, 50)));
+            bar.set_message(format!("loss {:.3}", mean_of_last(&run.state.losses, 50)));
             let done = step + 1;
             if done % recipe.checkpoint_every == 0 || done == until {
                 run.save(recipe, folder)?;
             }
             if done % recipe.evaluate_every == 0 || done == until {
-                let clip = job.clip(run.model.valid());
+                let clip = job.clip(run.state.model.valid());
                 for gallery in job.development {
                     let scores = table(&evaluate(&clip, gallery)?);
-                    let loss = mean_of_last(&run.losses, 200);
+                    let loss = mean_of_last(&run.state.losses, 200);
                     bar.suspend(|| eprintln!("step {done}, loss {loss:.3}\n{scores}"));
                 }
             }
@@ -290,8 +252,8 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
         Ok(())
     })?;
     bar.finish();
-    let model = run.model.valid();
-    Ok(Outcome { clip: job.clip(model.clone()), model, losses: run.losses })
+    let model = run.state.model.valid();
+    Ok(Outcome { clip: job.clip(model.clone()), model, losses: run.state.losses })
 }
 
 impl Job<'_> {
@@ -304,11 +266,9 @@ impl Job<'_> {
 
 /// Everything that changes from step to step.
 struct Run {
-    model: ClipModel,
-    optimizer: ModuleOptimizer,
+    state: State<ClipModel>,
     /// Names' embeddings per language, and the running mean of each concept's pictures, `[concepts, d_embed]`.
     banks: Banks,
-    losses: Vec<f32>,
 }
 
 /// What pictures and captions are told apart from; not trained, without autodiff.
@@ -383,14 +343,11 @@ impl Run {
             .expect("the patterns are valid");
         let optimizer = decayed.init().with_group(undecayed, plain, None);
         let plain_device = device.clone().inner();
-        let checkpoint = folder.join("checkpoint");
-        let old = folder.join("checkpoint.old");
-        if !checkpoint.exists() && old.exists() {
-            // Killed between the two renames of a save.
-            fs::rename(&old, &checkpoint).map_err(|error| file_error(&old, error))?;
-        }
-        if !checkpoint.exists() {
-            let inner = model.valid();
+        let is_same = |saved| (Recipe { steps: recipe.steps, ..saved }) == *recipe;
+        let fresh = State { model, optimizer, losses: Vec::new() };
+        let (state, checkpoint) = store(folder).resume(fresh, is_same)?;
+        let Some(checkpoint) = checkpoint else {
+            let inner = state.model.valid();
             let count = bank.ids[0].len();
             let encode = |language| {
                 let chunks = (0..count)
@@ -400,19 +357,9 @@ impl Run {
             };
             let names = [encode(0), encode(1)];
             let pictures = Tensor::zeros(names[0].dims(), &plain_device);
-            return Ok(Self { banks: Banks { names, pictures }, model, optimizer, losses: Vec::new() });
-        }
-        let settings = checkpoint.join("recipe.json");
-        let bytes = fs::read(&settings).map_err(|error| file_error(&settings, error))?;
-        let saved: Recipe = serde_json::from_slice(&bytes).map_err(|error| file_error(&settings, error))?;
-        if (Recipe { steps: recipe.steps, ..saved }) != *recipe {
-            return Err(TrainError::OtherRun { folder: folder.into() });
-        }
-        let file = checkpoint.join("model.bpk");
-        let model = model.try_load_file(&file).map_err(|error| file_error(&file, error))?;
-        let file = checkpoint.join("optimizer.bpk");
-        let optimizer = optimizer.load(&file).map_err(|error| file_error(&file, error))?;
-        let file = checkpoint.join("bank.json");
+            return Ok(Self { banks: Banks { names, pictures }, state });
+        };
+        let file = checkpoint.join(BANKS);
         let bytes = fs::read(&file).map_err(|error| file_error(&file, error))?;
         let saved: SavedBank = serde_json::from_slice(&bytes).map_err(|error| file_error(&file, error))?;
         let width = saved.d_embed;
@@ -422,14 +369,13 @@ impl Run {
             Tensor::from_data(TensorData::new(values, [count, width]), &plain_device)
         });
         let banks = Banks { names: [english, chinese], pictures };
-        let losses = read_losses(&checkpoint.join("losses.csv"))?;
-        Ok(Self { model, optimizer, banks, losses })
+        Ok(Self { state, banks })
     }
 
     fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
         self.refresh(recipe, bank, step, device);
-        let whole = recipe.chunk.map(|_| whole(recipe, &self.model, &batch, device));
-        let (model, banks) = (&self.model, &self.banks);
+        let whole = recipe.chunk.map(|_| whole(recipe, &self.state.model, &batch, device));
+        let (model, banks) = (&self.state.model, &self.banks);
         let computed = on_threads(recipe.accumulate, model, device, &batch, |model, first, part| {
             let (loss, seen) = part_loss(recipe, model, banks, whole.as_ref(), first, part, device);
             let value = loss.clone().into_scalar::<f32>();
@@ -440,10 +386,10 @@ impl Run {
         for (loss, seen, gradients) in computed {
             total += loss;
             self.banks.see(seen);
-            accumulator.accumulate(&self.model, gradients);
+            accumulator.accumulate(&self.state.model, gradients);
         }
         let rate = recipe.learning_rate_at(step);
-        self.model = self.optimizer.step(rate, self.model.clone(), accumulator.grads());
+        self.state.model = self.state.optimizer.step(rate, self.state.model.clone(), accumulator.grads());
         total
     }
 
@@ -456,7 +402,7 @@ impl Run {
         if from >= to {
             return;
         }
-        let model = self.model.valid();
+        let model = self.state.model.valid();
         let device = device.clone().inner();
         for language in 0..2 {
             let fresh = bank.encode(&model, language, from, to, &device);
@@ -466,42 +412,14 @@ impl Run {
         }
     }
 
-    /// Writes a whole checkpoint beside the old one, then swaps the names.
     fn save(&self, recipe: &Recipe, folder: &Path) -> Result<(), TrainError> {
-        let (fresh, current, old) =
-            (folder.join("checkpoint.new"), folder.join("checkpoint"), folder.join("checkpoint.old"));
-        for leftover in [&fresh, &old] {
-            if leftover.exists() {
-                fs::remove_dir_all(leftover).map_err(|error| file_error(leftover, error))?;
-            }
-        }
-        fs::create_dir(&fresh).map_err(|error| file_error(&fresh, error))?;
-        let write = |name: &str, bytes: &[u8]| {
-            let file = fresh.join(name);
-            fs::write(&file, bytes).map_err(|error| file_error(&file, error))
-        };
-        let file = fresh.join("model.bpk");
-        self.model.clone().save_file(&file).map_err(|error| file_error(&file, error))?;
-        let file = fresh.join("optimizer.bpk");
-        self.optimizer.save(&file).map_err(|error| file_error(&file, error))?;
         let Banks { names: [english, chinese], pictures } = &self.banks;
         let rows = [english, chinese, pictures].map(|bank| -> Vec<u32> {
             floats(bank.clone().into_data()).into_iter().map(f32::to_bits).collect()
         });
         let saved = SavedBank { d_embed: pictures.dims()[1], rows };
-        write("bank.json", &serde_json::to_vec(&saved).expect("numbers serialise"))?;
-        write("recipe.json", &serde_json::to_vec_pretty(recipe).expect("numbers serialise"))?;
-        let losses: String =
-            self.losses.iter().enumerate().map(|(step, loss)| format!("{step},{loss}\n")).collect();
-        write("losses.csv", losses.as_bytes())?;
-        let points: Vec<(usize, f32)> = self.losses.iter().copied().enumerate().collect();
-        let drawn = folder.join("loss.svg");
-        fs::write(&drawn, curve::svg("training loss by step", &points))
-            .map_err(|error| file_error(&drawn, error))?;
-        if current.exists() {
-            fs::rename(&current, &old).map_err(|error| file_error(&current, error))?;
-        }
-        fs::rename(&fresh, &current).map_err(|error| file_error(&current, error))
+        let banks = serde_json::to_vec(&saved).expect("numbers serialise");
+        store(folder).save(&self.state, recipe, &[(BANKS, &banks)])
     }
 }
 
@@ -594,22 +512,19 @@ fn part_loss(
     (loss, seen)
 }
 
+/// The banks' file in a checkpoint.
+const BANKS: &str = "bank.json";
+
+fn store(folder: &Path) -> Store<'_> {
+    Store { folder, title: "training loss by step" }
+}
+
 /// Floats by their bits: what is read back is what was written.
 #[derive(Serialize, Deserialize)]
 struct SavedBank {
     d_embed: usize,
     /// English names, Chinese names, pictures.
     rows: [Vec<u32>; 3],
-}
-
-fn read_losses(file: &Path) -> Result<Vec<f32>, TrainError> {
-    let text = fs::read_to_string(file).map_err(|error| file_error(file, error))?;
-    text.lines()
-        .map(|line| {
-            let value = line.split(',').nth(1).unwrap_or_default();
-            value.parse().map_err(|_| file_error(file, format!("`{line}` is not `step,loss`")))
-        })
-        .collect()
 }
 
 /// Pictures in a new order every epoch.
@@ -629,7 +544,7 @@ impl Order {
         let epoch = index / self.pictures.len();
         if self.epoch != Some(epoch) {
             self.shuffled = self.pictures.clone();
-            Rng::with_seed(mix(self.seed, epoch as u64, u64::MAX)).shuffle(&mut self.shuffled);
+            Rng::with_seed(mix([self.seed, epoch as u64, u64::MAX])).shuffle(&mut self.shuffled);
             self.epoch = Some(epoch);
         }
         self.shuffled[index % self.pictures.len()]
@@ -650,7 +565,7 @@ fn parts(
         .par_iter()
         .enumerate()
         .map(|(row, &(style, picture))| {
-            let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, row as u64));
+            let mut rng = Rng::with_seed(mix([recipe.seed, step as u64, row as u64]));
             let index = data.styles[style].concepts[picture];
             let concept = &data.concepts[index];
             let picture = data.picture(style, picture);
@@ -662,7 +577,7 @@ fn parts(
         .collect::<Result<_, TokenizerError>>()?;
     let length = recipe.chunk.unwrap_or(recipe.batch.div_ceil(recipe.accumulate.max(1))).max(1);
     // drawn for the batch, so that it is the same in chunks of any size
-    let mut rng = Rng::with_seed(mix(recipe.seed, step as u64, recipe.batch as u64));
+    let mut rng = Rng::with_seed(mix([recipe.seed, step as u64, recipe.batch as u64]));
     let dropout = PatchDropout { rate: recipe.patch_dropout };
     let kept = patches.filter(|_| recipe.patch_dropout > 0.0);
     let kept = kept.map(|patches| dropout.draw(recipe.batch, patches, &mut rng));
@@ -717,13 +632,4 @@ fn pad(rows: &[&[i64]], pad: i64) -> TensorData {
 
 fn floats(data: TensorData) -> Vec<f32> {
     data.convert::<f32>().try_into_vec().expect("converted to f32")
-}
-
-fn mean_of_last(losses: &[f32], count: usize) -> f32 {
-    let last = &losses[losses.len().saturating_sub(count)..];
-    last.iter().sum::<f32>() / last.len().max(1) as f32
-}
-
-fn file_error(file: &Path, problem: impl core::fmt::Display) -> TrainError {
-    TrainError::File { file: file.into(), problem: problem.to_string() }
 }

@@ -19,7 +19,8 @@ use volary_vision::preprocess::{Preprocessor, Resize};
 use volary_vision::resnet::ResNet;
 use volary_weights::{LoadOptions, save};
 
-use super::descent::{Descent, mix};
+use super::descent::Descent;
+use super::run::{TrainError, mix};
 use super::shapes::{Part, SIDE, Task};
 use crate::clip::{ClipConfig, VisionTower};
 use crate::config::Config;
@@ -50,9 +51,9 @@ pub struct Outcome {
 ///
 /// # Errors
 /// If a file cannot be written, or the loss is not a number any more.
-pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome, Error> {
+pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome, TrainError> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let config = EvaConfig::masked(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?;
+    let config = config()?;
     let views = Views::load(device)?;
     let device = device.clone().autodiff();
     device.seed(recipe.seed);
@@ -66,6 +67,10 @@ pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome
     let exported = folder.join("export");
     export(&config, &model.valid(), &exported)?;
     Ok(Outcome { folder: exported, losses })
+}
+
+fn config() -> Result<EvaConfig, Error> {
+    Ok(EvaConfig::masked(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?)
 }
 
 /// What a model says of the hidden patches of pictures that hide at least one: `[masked, width]`.
@@ -83,7 +88,7 @@ struct Question {
 impl Question {
     fn draw(part: Part, seed: u64, numbers: impl Iterator<Item = u64>) -> Result<Vec<Self>, Error> {
         let draw = |number| {
-            let mut rng = Rng::with_seed(mix(seed, number, 0));
+            let mut rng = Rng::with_seed(mix([seed, number, 0]));
             let picture = Task::draw(part, &mut rng).example(&mut rng)?.picture;
             Ok(Self { picture, masked: MASKING.draw(&mut rng) })
         };

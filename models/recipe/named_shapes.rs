@@ -5,8 +5,8 @@ use fastrand::Rng;
 
 use super::contrastive::Recipe;
 use super::data::{Captions, Concept, Dataset, Gallery, Language, Style};
-use super::descent::mix;
 use super::evaluate::{Score, evaluate};
+use super::run::mix;
 use super::shapes::{Form, SIDE, alone};
 use crate::error::Error;
 use crate::folder::Folder;
@@ -20,6 +20,7 @@ pub const SHAPES_CLIP: Folder = Folder::Embedded {
         ("preprocessor_config.json", include_bytes!("named_shapes/preprocessor_config.json")),
         ("tokenizer_config.json", include_bytes!("named_shapes/tokenizer_config.json")),
     ],
+    parts: &[],
 };
 
 /// Styles that are learned from.
@@ -104,7 +105,7 @@ impl Thing {
 fn draw(wanted: impl Fn(Thing) -> bool, styles: usize, seed: u64) -> Dataset {
     let things: Vec<Thing> = Thing::all().filter(|&thing| wanted(thing)).collect();
     let style = |style: usize| {
-        let mut rng = Rng::with_seed(mix(seed, style as u64, 0));
+        let mut rng = Rng::with_seed(mix([seed, style as u64, 0]));
         Style {
             name: format!("hand {style}"),
             pixels: things.iter().flat_map(|thing| thing.draw(&mut rng)).collect(),

@@ -14,6 +14,7 @@ use volary_vision::resample::Filter;
 use volary_weights::{LoadOptions, save};
 
 use super::descent::Descent;
+use super::run::TrainError;
 use super::shapes::{Part, SIDE, Task};
 use crate::config::Config;
 use crate::error::Error;
@@ -40,10 +41,9 @@ pub struct Outcome {
 ///
 /// # Errors
 /// If a file cannot be written, or the loss is not a number any more.
-pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome, Error> {
+pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome, TrainError> {
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let config = SegGptConfig::transformers(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?;
-    let preprocessor = Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?;
+    let (config, preprocessor) = shape()?;
     let easel = Easel { preprocessor, filter: Filter::Nearest };
     let device = device.clone().autodiff();
     device.seed(recipe.seed);
@@ -53,6 +53,12 @@ pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome
     let exported = folder.join("export");
     export(&model.valid(), &exported)?;
     Ok(Outcome { folder: exported, losses })
+}
+
+fn shape() -> Result<(SegGptConfig, Preprocessor), Error> {
+    let config = SegGptConfig::transformers(&Config::parse(Path::new("config.json"), CONFIG.as_bytes())?)?;
+    let preprocessor = Preprocessor::from_json(Path::new("preprocessor_config.json"), PREPROCESSOR_CONFIG)?;
+    Ok((config, preprocessor))
 }
 
 /// Examples above questions, and their answers: `[rows, 3, 2 * side, side]` each.

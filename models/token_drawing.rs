@@ -1,0 +1,400 @@
+//! Text to image by tokens: a causal decoder goes on after a caption with the codes of a picture, row by row, and the decoder
+//! of a VQ-GAN makes pixels of them (Ramesh et al. 2021, <https://arxiv.org/abs/2102.12092>; Ding et al. 2021,
+//! <https://arxiv.org/abs/2105.13290>).
+//!
+//! Both parts are in public layouts: `transformer` is LLaMA of `transformers`, whose last tokens are the codes, `vqvae` is
+//! `VQModel` of `diffusers`.
+
+use std::ops::ControlFlow;
+
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use volary_text::generate::{Method, Piece, Sampling, Session, Settings, Silent, write};
+use volary_text::tokenizer::Tokenizer;
+use volary_vision::image::Rgb8;
+use volary_vision::patch::{patchify, unpatchify};
+use volary_vision::vq::{VqConfig, VqModel};
+use volary_weights::LoadOptions;
+
+use crate::config::{Config, ConfigError};
+use crate::error::Error;
+use crate::folder::Folder;
+use crate::llama::{Llama, LlamaConfig};
+use crate::registry::fill;
+use crate::vqmodel;
+
+/// A model that draws.
+pub struct TokenDrawing {
+    /// Between codes and pixels.
+    pub vq: VqModel,
+    /// Writes codes after captions.
+    pub transformer: Llama,
+    /// Of captions.
+    pub tokenizer: Tokenizer,
+    /// How they fit together.
+    pub plan: Plan,
+}
+
+/// How the parts fit together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The token of code 0; the others follow.
+    pub first_code: usize,
+    /// How many there are.
+    pub n_codes: usize,
+    /// Codes in a row, and in a column, of a picture.
+    pub side: usize,
+    /// Pixels of a side of the squares that `vqvae` takes for its pixels, their colours for its channels.
+    pub patch: usize,
+    /// Tokens of a caption, the special ones around it too; what is longer is cut.
+    pub max_caption: usize,
+}
+
+/// How pictures are drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DrawSettings {
+    /// How far scores are pushed away from those of the negative caption: 1 is not at all, and costs half.
+    pub guidance: f32,
+    /// How codes are drawn.
+    pub sampling: Sampling,
+    /// How many pictures of each caption.
+    pub count: usize,
+}
+
+impl Default for DrawSettings {
+    fn default() -> Self {
+        let sampling = Sampling { temperature: 0.7, ..Sampling::default() };
+        Self { guidance: 1.0, sampling, count: 1 }
+    }
+}
+
+/// A caption cut to the tokens that fit.
+pub struct Caption {
+    /// With the special tokens around it.
+    pub ids: Vec<u32>,
+    /// How many did not fit.
+    pub cut: usize,
+}
+
+impl Plan {
+    /// `model_index.json` of a folder with these parts.
+    ///
+    /// # Errors
+    /// If it is malformed, or the parts do not fit.
+    pub fn parse(config: &Config, transformer: &LlamaConfig, vq: &VqConfig) -> Result<Self, ConfigError> {
+        let plan = Self {
+            first_code: config.size("first_code")?,
+            n_codes: vq.n_codes,
+            side: config.size("codes_per_side")?,
+            patch: config.size_or("patch_size", 1)?,
+            max_caption: config.size("max_caption")?,
+        };
+        let end = plan.first_code.saturating_add(plan.n_codes);
+        if end > transformer.vocab_size {
+            let (codes, tokens) = (plan.n_codes, transformer.vocab_size);
+            let room = format!("room for {codes} codes among the transformer's {tokens} tokens");
+            return Err(config.error("first_code", &room));
+        }
+        if plan.side > 256 {
+            return Err(config.error("codes_per_side", "at most 256"));
+        }
+        let values = plan.patch.saturating_mul(plan.patch).saturating_mul(3);
+        if [vq.codec.channels_in, vq.codec.channels_out] != [values; 2] {
+            let [read, made] = [vq.codec.channels_in, vq.codec.channels_out];
+            let wanted =
+                format!("squares of as many values as `vqvae` has channels, {read} in and {made} out");
+            return Err(config.error("patch_size", &wanted));
+        }
+        if plan.max_caption < 2 {
+            return Err(config.error("max_caption", "at least 2"));
+        }
+        Ok(plan)
+    }
+
+    /// The tokens of a caption; an empty one stands for none.
+    ///
+    /// # Errors
+    /// If it cannot be tokenized.
+    pub fn caption(&self, tokenizer: &Tokenizer, text: &str) -> Result<Caption, Error> {
+        let mut ids = tokenizer.encode(text)?.ids;
+        let cut = ids.len().saturating_sub(self.max_caption);
+        if cut > 0 {
+            // the last one says that the caption ends
+            ids.drain(self.max_caption - 1..ids.len() - 1);
+        }
+        Ok(Caption { ids, cut })
+    }
+
+    /// Pictures as `vqvae` sees them: `[batch, 3, height, width] -> [batch, 3 * patch * patch, height / patch, width /
+    /// patch]`.
+    pub fn fold(&self, pixels: Tensor<4>) -> Tensor<4> {
+        let [batch, channels, height, width] = pixels.dims();
+        let (patch, rows, columns) = (self.patch, height / self.patch, width / self.patch);
+        let folded = patchify(pixels, patch).permute([0, 2, 1]);
+        folded.reshape([batch, channels * patch * patch, rows, columns])
+    }
+
+    /// What [`Plan::fold`] folded.
+    pub fn unfold(&self, folded: Tensor<4>) -> Tensor<4> {
+        let [batch, channels, rows, columns] = folded.dims();
+        let patches = folded.reshape([batch, channels, rows * columns]).permute([0, 2, 1]);
+        unpatchify(patches, [rows, columns], self.patch).permute([0, 3, 1, 2])
+    }
+
+    /// Codes of a picture.
+    pub fn len(&self) -> usize {
+        self.side * self.side
+    }
+
+    /// Whether a picture has none.
+    pub fn is_empty(&self) -> bool {
+        self.side == 0
+    }
+}
+
+/// Folders inside the model's.
+const PARTS: [&str; 3] = ["transformer", "vqvae", "tokenizer"];
+
+impl TokenDrawing {
+    /// Loads a folder: `model_index.json`, and the parts in `transformer`, `vqvae` and `tokenizer`.
+    ///
+    /// # Errors
+    /// If a part is missing or malformed, or they do not fit together.
+    pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
+        let part = |name: &str| {
+            let problem = || format!("no folder `{name}`; expected {}", PARTS.join(", "));
+            folder.part(name).ok_or_else(|| Error::Data { file: folder.path().into(), problem: problem() })
+        };
+        let [transformer, vqvae, tokenizer] = PARTS.map(part);
+        let (transformer, vqvae, tokenizer) = (transformer?, vqvae?, tokenizer?.tokenizer()?);
+        let decoder = LlamaConfig::parse(&transformer.config("config.json")?)?;
+        let vq = vqmodel::parse(&vqvae.config("config.json")?)?;
+        let plan = Plan::parse(&folder.config("model_index.json")?, &decoder, &vq)?;
+        Ok(Self {
+            vq: fill(&vqvae, vq.init(device), &vqmodel::KEYS, options)?,
+            transformer: fill(&transformer, decoder.init(device), decoder.keys(), options)?,
+            tokenizer,
+            plan,
+        })
+    }
+
+    /// The codes of [`DrawSettings::count`] pictures of each caption, row by row.
+    ///
+    /// # Errors
+    /// If a caption cannot be tokenized, or scores are not numbers.
+    pub fn codes(
+        &self,
+        captions: &[impl AsRef<str>],
+        negative: &str,
+        settings: &DrawSettings,
+        watch: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<Vec<Vec<Vec<u32>>>, Error> {
+        let Self { transformer, tokenizer, plan, .. } = self;
+        let ids = |text: &str| Ok(plan.caption(tokenizer, text)?.ids);
+        let mut prompts: Vec<Vec<u32>> =
+            captions.iter().map(|caption| ids(caption.as_ref())).collect::<Result<_, Error>>()?;
+        let before = vec![Vec::new(); prompts.len()];
+        let is_guided = settings.guidance != 1.0;
+        if is_guided {
+            let negative = ids(negative)?;
+            prompts.extend(vec![negative; prompts.len()]);
+        }
+        let inner = transformer.session(&prompts, plan.len());
+        let guidance = is_guided.then_some(settings.guidance);
+        let mut session = Codes { inner, plan: *plan, guidance, rows: captions.len() };
+        let settings = Settings {
+            max_new: plan.len(),
+            method: Method::Sample(settings.sampling.clone()),
+            count: settings.count,
+            ..Settings::default()
+        };
+        let written = write(&mut session, &before, &settings, &|| Box::new(Silent), watch)?;
+        let codes =
+            written.into_iter().map(|of_caption| of_caption.into_iter().map(|one| one.tokens).collect());
+        Ok(codes.collect())
+    }
+
+    /// Draws [`DrawSettings::count`] pictures of each caption. Whoever watches may end it all: what is missing then is code 0.
+    ///
+    /// # Errors
+    /// If a caption cannot be tokenized, or scores are not numbers.
+    pub fn draw(
+        &self,
+        captions: &[impl AsRef<str>],
+        negative: &str,
+        settings: &DrawSettings,
+        watch: &mut dyn FnMut(Piece) -> ControlFlow<()>,
+    ) -> Result<Vec<Vec<Rgb8>>, Error> {
+        let codes = self.codes(captions, negative, settings, watch)?;
+        let pictures = |codes: Vec<Vec<u32>>| pictures(self.paint(&codes));
+        codes.into_iter().map(pictures).collect()
+    }
+
+    /// What codes look like, `[pictures, 3, height, width]`, values from -1 to 1. Codes that are missing are code 0.
+    pub fn paint(&self, codes: &[Vec<u32>]) -> Tensor<4> {
+        let Plan { side, .. } = self.plan;
+        let padded = codes.iter().flat_map(|codes| {
+            let missing = self.plan.len() - codes.len();
+            codes.iter().map(|&code| i64::from(code)).chain(std::iter::repeat_n(0, missing))
+        });
+        let data = TensorData::new(padded.collect(), [codes.len(), side, side]);
+        let codes = Tensor::<3, Int>::from_data(data, &self.transformer.tokens.weight.device());
+        self.plan.unfold(self.vq.decode(self.vq.look_up(codes)))
+    }
+}
+
+/// `[pictures, 3, height, width]`, values from -1 to 1.
+fn pictures(pixels: Tensor<4>) -> Result<Vec<Rgb8>, Error> {
+    let [_, _, height, width] = pixels.dims();
+    let rows = (pixels.permute([0, 2, 3, 1]).clamp(-1.0, 1.0) + 1.0) * 127.5;
+    let data = rows.round().into_data().convert::<f32>();
+    let bytes: Vec<u8> = data.iter::<f32>().map(|value| value as u8).collect();
+    let each = bytes.chunks_exact(height * width * 3);
+    Ok(each.map(|picture| Rgb8::new(width, height, picture.to_vec())).collect::<Result<_, _>>()?)
+}
+
+/// Captions, and after them codes alone: tokens of this session are codes. With guidance every row is read twice, after its
+/// caption and after the negative one (Ho and Salimans 2022, <https://arxiv.org/abs/2207.12598>).
+struct Codes<S> {
+    /// Rows with their captions, then as many with the negative ones if there is guidance.
+    inner: S,
+    plan: Plan,
+    guidance: Option<f32>,
+    rows: usize,
+}
+
+impl<S: Session> Codes<S> {
+    /// `[rows or 2 * rows, vocab_size] -> [rows, n_codes]`
+    fn guide(&self, scores: Tensor<2>) -> Tensor<2> {
+        let scores = scores.narrow(1, self.plan.first_code, self.plan.n_codes);
+        let Some(guidance) = self.guidance else { return scores };
+        let meant = scores.clone().narrow(0, 0, self.rows);
+        let negative = scores.narrow(0, self.rows, self.rows);
+        negative.clone() + (meant - negative) * guidance
+    }
+
+    fn twice<T: Copy>(&self, rows: &[T], negative: impl Fn(T) -> T) -> Vec<T> {
+        let own = rows.iter().copied();
+        match self.guidance {
+            Some(_) => own.clone().chain(own.map(negative)).collect(),
+            None => own.collect(),
+        }
+    }
+}
+
+impl<S: Session> Session for Codes<S> {
+    fn start(&mut self) -> Tensor<2> {
+        let scores = self.inner.start();
+        self.guide(scores)
+    }
+
+    fn read(&mut self, codes: &[u32]) -> Tensor<2> {
+        let tokens: Vec<u32> = codes.iter().map(|code| code + self.plan.first_code as u32).collect();
+        let scores = self.inner.read(&self.twice(&tokens, |token| token));
+        self.guide(scores)
+    }
+
+    fn select(&mut self, rows: &[usize]) {
+        let count = self.rows;
+        self.inner.select(&self.twice(rows, |row| row + count));
+        self.rows = rows.len();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use volary_text::generate::greedy;
+
+    use super::*;
+
+    const PLAN: Plan = Plan { first_code: 2, n_codes: 3, side: 2, patch: 2, max_caption: 4 };
+
+    /// Scores that a table gives for the last token, and for rows whose caption is 0 nothing at all.
+    struct Table {
+        captions: Vec<u32>,
+    }
+
+    impl Table {
+        fn scores(&self, last: &[u32]) -> Tensor<2> {
+            let rows = self.captions.iter().zip(last).flat_map(|(&caption, &last)| {
+                (0..5)
+                    .map(move |token| if caption == 0 { 0.0 } else { ((token * caption + last) % 7) as f32 })
+            });
+            let data = TensorData::new(rows.collect::<Vec<f32>>(), [last.len(), 5]);
+            Tensor::from_data(data, &Device::flex())
+        }
+    }
+
+    impl Session for Table {
+        fn start(&mut self) -> Tensor<2> {
+            self.scores(&vec![0; self.captions.len()])
+        }
+
+        fn read(&mut self, tokens: &[u32]) -> Tensor<2> {
+            assert_eq!(tokens.len(), self.captions.len(), "one token a row");
+            assert!(tokens.iter().all(|token| (2..5).contains(token)), "codes are tokens 2 to 4: {tokens:?}");
+            self.scores(tokens)
+        }
+
+        fn select(&mut self, rows: &[usize]) {
+            self.captions = rows.iter().map(|&row| self.captions[row]).collect();
+        }
+    }
+
+    fn codes(captions: &[u32], guidance: Option<f32>) -> Codes<Table> {
+        let mut all = captions.to_vec();
+        if guidance.is_some() {
+            all.extend(vec![0; captions.len()]);
+        }
+        Codes { inner: Table { captions: all }, plan: PLAN, guidance, rows: captions.len() }
+    }
+
+    fn values(scores: Tensor<2>) -> Vec<f32> {
+        scores.into_data().iter::<f32>().collect()
+    }
+
+    #[test]
+    fn scores_are_those_of_codes() {
+        assert_eq!(values(codes(&[1, 3], None).start()), [2.0, 3.0, 4.0, 6.0, 2.0, 5.0]);
+    }
+
+    /// The negative caption's scores are zero: guidance multiplies what is left.
+    #[test]
+    fn guidance_leads_away_from_the_negative_caption() {
+        let mut guided = codes(&[1, 3], Some(2.0));
+        assert_eq!(values(guided.start()), [4.0, 6.0, 8.0, 12.0, 4.0, 10.0]);
+        assert_eq!(values(guided.read(&[0, 2])), [8.0, 10.0, 12.0, 6.0, 12.0, 4.0]);
+        assert_eq!(greedy(&mut codes(&[1, 3], Some(2.0)), 4), greedy(&mut codes(&[1, 3], None), 4));
+    }
+
+    #[test]
+    fn rows_are_taken_with_their_negatives() {
+        let mut guided = codes(&[1, 3], Some(2.0));
+        guided.start();
+        guided.select(&[1, 1, 0]);
+        assert_eq!(guided.inner.captions, [3, 3, 1, 0, 0, 0]);
+        guided.select(&[2]);
+        assert_eq!(guided.inner.captions, [1, 0]);
+    }
+
+    #[test]
+    fn squares_become_channels_and_squares_again() {
+        let values: Vec<f32> = (0..2 * 3 * 4 * 6).map(|value| value as f32).collect();
+        let pixels = Tensor::<4>::from_data(TensorData::new(values.clone(), [2, 3, 4, 6]), &Device::flex());
+        let folded = PLAN.fold(pixels);
+        assert_eq!(folded.dims(), [2, 12, 2, 3]);
+        // the colours of the upper left pixel of the first square
+        let first = folded.clone().slice([0..1, 0..3, 0..1, 0..1]).into_data();
+        assert_eq!(first.iter::<f32>().collect::<Vec<_>>(), [0.0, 24.0, 48.0]);
+        assert_eq!(PLAN.unfold(folded).into_data().iter::<f32>().collect::<Vec<_>>(), values);
+    }
+
+    #[test]
+    fn a_long_caption_keeps_its_end() {
+        let tokenizer = crate::pretrained::EMOJI_CLIP.tokenizer().unwrap();
+        let Caption { ids, cut } = PLAN.caption(&tokenizer, "a cat and a dog").unwrap();
+        let whole = tokenizer.encode("a cat and a dog").unwrap().ids;
+        assert_eq!((ids.len(), cut), (4, whole.len() - 4));
+        assert_eq!((&ids[..3], ids[3]), (&whole[..3], whole[whole.len() - 1]));
+        assert_eq!(PLAN.caption(&tokenizer, "cat").unwrap().cut, 0);
+    }
+}
