@@ -1,23 +1,32 @@
 //! A run that is stopped and goes on is the run that was never stopped.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
-use burn::tensor::Device;
+use burn::module::Module;
+use burn::tensor::{Device, Tolerance};
 use volary::Clip;
 use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig, VisionConfig, VitConfig};
 use volary::folder::Folder;
+use volary::llama::LlamaConfig;
 use volary::pretrained::EMOJI_CLIP;
 use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Outcome, Recipe, train};
 use volary::recipe::data::{Dataset, Gallery, Style};
 use volary::recipe::descent::Descent;
+use volary::recipe::drawing;
 use volary::recipe::mim;
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::run::TrainError;
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
+use volary::token_drawing::{DrawSettings, Plan, TokenDrawing};
 use volary_kernels::ops::Activation;
+use volary_text::generate::Sampling;
+use volary_vision::autoencoder::CodecConfig;
 use volary_vision::resnet::ResNetConfig;
+use volary_vision::vq::{VqConfig, VqModel};
+use volary_weights::LoadOptions;
 
 use crate::support::fixture;
 
@@ -356,4 +365,80 @@ fn the_toy_clip_learns_and_is_written() {
         let scores = named_shapes::scores(&clip, asked, 2, 5).unwrap();
         assert_eq!(scores.iter().map(|score| score.pictures).collect::<Vec<_>>(), [pictures; 2]);
     }
+}
+
+/// Shapes of a model that draws, and the size of a toy.
+fn drawer() -> drawing::Shape {
+    let shape = drawing::Shape::emoji().unwrap();
+    let codec = CodecConfig { channels: vec![8, 8, 8].into(), d_latent: 8, ..shape.vq.codec };
+    let vq = VqConfig { codec, n_codes: 16, d_code: 4, ..shape.vq };
+    let transformer = LlamaConfig {
+        d_model: 16,
+        d_ff: 16,
+        n_layers: 1,
+        n_heads: 2,
+        n_kv_heads: 2,
+        d_head: 8,
+        ..shape.transformer
+    };
+    drawing::Shape { vq, transformer, plan: Plan { n_codes: 16, ..shape.plan } }
+}
+
+/// Both runs with so many steps; the schedule of the first two does not depend on it.
+fn draw_run(data: &Dataset, folder: &Path, steps: usize) -> (TokenDrawing, [Vec<f32>; 2]) {
+    let (device, shape) = (Device::flex(), drawer());
+    let settings = |recipe: drawing::Recipe| drawing::Recipe { steps, batch: 4, warmup: 2, ..recipe };
+    let [codes, decoder] = ["codes", "decoder"].map(|name| folder.join(name));
+    let vq = drawing::train_codes(&settings(drawing::Recipe::codes()), &shape, data, &codes, &device).unwrap();
+    let tokenizer = EMOJI_CLIP.tokenizer().unwrap();
+    let drawn = drawing::Drawn { data, vq: &vq, tokenizer: &tokenizer, plan: &shape.plan };
+    let recipe = settings(drawing::Recipe::decoder());
+    let transformer =
+        drawing::train_decoder(&recipe, &shape.transformer, &drawn, &decoder, &device).unwrap();
+    let losses = [codes, decoder].map(|folder| {
+        let losses = std::fs::read_to_string(folder.join("checkpoint/losses.csv")).unwrap();
+        losses.lines().map(|line| line.split_once(',').unwrap().1.parse().unwrap()).collect()
+    });
+    (TokenDrawing { vq, transformer, tokenizer, plan: shape.plan }, losses)
+}
+
+#[test]
+fn a_run_that_learns_to_draw_resumes() {
+    let data = data();
+    let [unbroken, broken] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let (_, expected) = draw_run(&data, unbroken.path(), 2);
+    let (_, resumed) = draw_run(&data, broken.path(), 2);
+    assert_eq!(resumed, expected, "the same seed");
+    let (drawer, resumed) = draw_run(&data, broken.path(), 4);
+    assert!(resumed.iter().zip(&expected).all(|(resumed, expected)| resumed.len() == 4 && resumed[..2] == expected[..]));
+
+    let settings = |seed| {
+        let sampling = Sampling { seed, ..DrawSettings::default().sampling };
+        DrawSettings { guidance: 2.0, sampling, count: 2 }
+    };
+    let draw = |captions: &[&str], seed| {
+        drawer.draw(captions, "", &settings(seed), &mut |_| ControlFlow::Continue(())).unwrap()
+    };
+    let both = draw(&["a cat", "一只狗"], 1);
+    assert_eq!((both.len(), both[0].len(), both[0][0].width(), both[0][0].height()), (2, 2, 64, 64));
+    assert_eq!(draw(&["一只狗"], 1)[0], both[1], "a drawing depends on its caption and seed alone");
+    assert_ne!(draw(&["一只狗"], 2)[0], both[1]);
+    assert_ne!(both[1][0], both[1][1]);
+}
+
+/// What is written is what is read.
+#[test]
+fn a_drawer_s_folder_is_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (device, shape) = (Device::flex(), drawing::Shape::emoji().unwrap());
+    let (vq, transformer) = (shape.vq.init(&device), shape.transformer.init(&device));
+    assert_eq!(vq.num_params() + transformer.num_params(), 5_545_576, "below 12 MB in f16");
+    drawing::export(&vq, &transformer, &EMOJI_CLIP, folder.path()).unwrap();
+    let read = TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device).unwrap();
+    assert_eq!(read.plan, shape.plan);
+    let weight = |vq: &VqModel| vq.codebook.weight.val().into_data().convert::<f32>();
+    weight(&read.vq).assert_approx_eq::<f32>(&weight(&vq), Tolerance::absolute(1e-6));
+    std::fs::remove_dir_all(folder.path().join("vqvae")).unwrap();
+    let missing = TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device);
+    assert!(missing.err().unwrap().to_string().contains("no folder `vqvae`"));
 }
