@@ -16,7 +16,7 @@ use crate::two_tower::TwoTower;
 use crate::{
     align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2,
     efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
-    roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, unet, vit, vqmodel, yuan,
+    roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, token_drawing, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -114,6 +114,7 @@ pub const SYSTEMS: &[System] = &[
     unet::SYSTEM,
     autoencoder::SYSTEM,
     vqmodel::SYSTEM,
+    token_drawing::SYSTEM,
     scheduler::SYSTEM,
     stable_diffusion::SYSTEM,
 ];
@@ -162,6 +163,29 @@ impl System {
 /// If it is malformed.
 pub fn first_config(folder: &Folder) -> Result<Option<Config>, Error> {
     CONFIGS.iter().find(|name| folder.has(name)).map(|name| folder.config(name)).transpose()
+}
+
+impl Description {
+    /// Of models that together are one, by their names in it.
+    pub fn of_parts<const N: usize>(parts: [(&str, Self); N]) -> Self {
+        let mut all = Self {
+            parameters: Vec::new(),
+            problems: Vec::new(),
+            dtypes: BTreeMap::new(),
+            quantization: None,
+        };
+        for (name, part) in parts {
+            all.parameters.extend(part.parameters.into_iter().map(|mut parameter| {
+                parameter.path = format!("{name}.{}", parameter.path);
+                parameter
+            }));
+            all.problems.extend(part.problems);
+            for (dtype, count) in part.dtypes {
+                *all.dtypes.entry(dtype).or_default() += count;
+            }
+        }
+        all
+    }
 }
 
 /// What `model` and the folder's weights have to do with each other.

