@@ -191,7 +191,7 @@ pub const SYSTEM: System = System {
     about: "pictures from texts by tokens: LLaMA's decoder writes the codes of a VQModel",
     file: "models/token_drawing.rs",
     tasks: &["imagine", "forward"],
-    proved: &[],
+    proved: &["token_drawing"],
     presets: &[],
     recognises: |_, config| config.is_some_and(|config| config.text("_class_name") == Some(CLASS)),
     checkpoint: Folder::checkpoint,
