@@ -100,6 +100,42 @@ impl Default for Imagine {
     }
 }
 
+impl Imagine {
+    /// Everything that is wrong with it, whatever the model.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut check = |is_right: bool, problem: String| {
+            if !is_right {
+                problems.push(problem);
+            }
+        };
+        let Self { steps, guidance, eta, count, .. } = self;
+        check((1..=MOST).contains(steps), format!("{steps} steps: expected 1 to {MOST}"));
+        check((1..=MOST).contains(count), format!("{count} pictures: expected 1 to {MOST}"));
+        check(guidance.is_finite(), format!("a guidance of {guidance}"));
+        check((0.0..=1.0).contains(eta), format!("an eta of {eta}: expected 0 to 1"));
+        if let Some(Init { picture, strength, mask }) = &self.init {
+            let found @ [height, width] = [picture.height(), picture.width()];
+            let [asked_height, asked_width] = self.size.unwrap_or(found);
+            let same = [asked_height, asked_width] == found;
+            check(
+                same,
+                format!("the picture is {height} x {width}, asked is {asked_height} x {asked_width}"),
+            );
+            check((0.0..=1.0).contains(strength), format!("a strength of {strength}: expected 0 to 1"));
+            if let Some(mask) = mask {
+                let [mask_height, mask_width] = [mask.height(), mask.width()];
+                let same = [mask_height, mask_width] == found;
+                check(
+                    same,
+                    format!("the mask is {mask_height} x {mask_width}, the picture {height} x {width}"),
+                );
+            }
+        }
+        problems
+    }
+}
+
 /// What was imagined, and how.
 #[derive(Clone, Debug)]
 pub struct Imagined {
@@ -314,35 +350,13 @@ impl TextToImage {
     /// Everything that is wrong with a request.
     fn problems(&self, asked: &Imagine, size @ [height, width]: [usize; 2]) -> Vec<String> {
         let factor = self.codec().factor();
-        let mut problems = Vec::new();
-        let mut check = |is_right: bool, problem: String| {
-            if !is_right {
-                problems.push(problem);
-            }
-        };
+        let mut problems = asked.problems();
         let sides = size.iter().all(|side| *side > 0 && side.is_multiple_of(factor));
-        check(sides, format!("a picture of {height} x {width}: both must be multiples of {factor}"));
-        let fits = size.iter().all(|side| *side <= volary_vision::preprocess::MAX_SIDE);
-        check(fits, format!("a picture of {height} x {width} is too large"));
-        check((1..=MOST).contains(&asked.count), format!("{} pictures: expected 1 to {MOST}", asked.count));
-        check(asked.guidance.is_finite(), format!("a guidance of {}", asked.guidance));
-        check((0.0..=1.0).contains(&asked.eta), format!("an eta of {}: expected 0 to 1", asked.eta));
-        if let Some(Init { picture, strength, mask }) = &asked.init {
-            let of = |picture: &Rgb8| [picture.height(), picture.width()];
-            let [found_height, found_width] = of(picture);
-            let same = of(picture) == size;
-            check(
-                same,
-                format!("the picture is {found_height} x {found_width}, asked is {height} x {width}"),
-            );
-            check((0.0..=1.0).contains(strength), format!("a strength of {strength}: expected 0 to 1"));
-            if let Some(mask) = mask.as_ref().filter(|mask| of(mask) != of(picture)) {
-                let [mask_height, mask_width] = of(mask);
-                let problem = format!(
-                    "the mask is {mask_height} x {mask_width}, the picture {found_height} x {found_width}"
-                );
-                check(false, problem);
-            }
+        if !sides {
+            problems.push(format!("a picture of {height} x {width}: both must be multiples of {factor}"));
+        }
+        if size.iter().any(|side| *side > volary_vision::preprocess::MAX_SIDE) {
+            problems.push(format!("a picture of {height} x {width} is too large"));
         }
         problems
     }

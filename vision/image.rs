@@ -324,6 +324,29 @@ impl Rgb8 {
         Rgb8 { width, height, pixels }
     }
 
+    /// Pictures beside and below each other, so many in a row; a last row that is not full ends black.
+    ///
+    /// # Errors
+    /// When there is none, or they are not of one size.
+    pub fn sheet(pictures: &[Rgb8], columns: usize) -> Result<Rgb8, ImageError> {
+        let (width, height) = pictures.first().map_or((0, 0), |first| (first.width, first.height));
+        if let Some(other) = pictures.iter().find(|other| [other.width, other.height] != [width, height]) {
+            let (expected, found) = (3 * (width * height) as u64, other.pixels.len());
+            return Err(ImageError::Length { width, height, expected, found });
+        }
+        let mut pixels = Vec::new();
+        for row in pictures.chunks(columns.max(1)) {
+            for y in 0..height {
+                let start = pixels.len();
+                for picture in row {
+                    pixels.extend_from_slice(&picture.pixels[3 * y * width..][..3 * width]);
+                }
+                pixels.resize(start + 3 * columns * width, 0);
+            }
+        }
+        Rgb8::new(columns * width, pictures.len().div_ceil(columns.max(1)) * height, pixels)
+    }
+
     /// The picture as a JPEG file, at a quality from 1 to 100.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ mod classify;
 mod contact_sheet;
 mod convert;
 mod doctor;
+mod drawing;
 mod embed;
 mod eval;
 mod examples;
@@ -12,18 +13,22 @@ mod fetch;
 mod fill;
 mod forward;
 mod generate;
+mod imagine;
 mod info;
 mod list;
 mod paint;
 mod perplexity;
 mod preprocess;
+mod preview;
 mod progress;
 mod quantize;
+mod replay;
 mod search;
 mod segment;
 mod tokenize;
 #[cfg(feature = "train")]
 mod train;
+mod variations;
 mod verify;
 mod writing;
 
@@ -100,6 +105,12 @@ enum Command {
     Segment(segment::Arguments),
     /// Answer a picture with a picture, as examples show it: depth, keypoints, restoration, ...
     Paint(paint::Arguments),
+    /// Draw a picture from a text, or change one.
+    Imagine(Box<imagine::Arguments>),
+    /// Draw variations of a picture.
+    Variations(Box<variations::Arguments>),
+    /// Make a picture of `imagine` or `variations` again, by the record that it carries.
+    Replay(replay::Arguments),
     /// Continue a text.
     Generate(Box<generate::Arguments>),
     /// Talk with a model.
@@ -144,6 +155,9 @@ pub fn run() -> ExitCode {
         Command::Search(arguments) => search::run(arguments, &shared),
         Command::Segment(arguments) => segment::run(arguments, &shared),
         Command::Paint(arguments) => paint::run(arguments, &shared),
+        Command::Imagine(arguments) => imagine::run(*arguments, &shared),
+        Command::Variations(arguments) => variations::run(*arguments, &shared),
+        Command::Replay(arguments) => replay::run(arguments, &shared),
         Command::Generate(arguments) => generate::run(*arguments, &shared),
         Command::Chat(arguments) => chat::run(*arguments, &shared),
         Command::Fill(arguments) => fill::run(*arguments, &shared),
@@ -216,6 +230,21 @@ impl Shared {
     /// The device that was asked for.
     pub fn device(&self) -> Result<Device> {
         Ok(volary::device::choose(&self.device)?)
+    }
+
+    /// The dtype that was asked for, as the flag has it.
+    pub fn dtype_name(&self) -> Option<String> {
+        Some(self.dtype?.to_possible_value()?.get_name().to_owned())
+    }
+
+    /// The same, with that dtype where none was asked for.
+    ///
+    /// # Errors
+    /// If the flag has no such value.
+    pub fn with_dtype(self, name: &str) -> Result<Self> {
+        let dtype =
+            Dtype::from_str(name, false).map_err(|problem| Usage(format!("--dtype {name}: {problem}")))?;
+        Ok(Self { dtype: self.dtype.or(Some(dtype)), ..self })
     }
 
     /// How weights are loaded.

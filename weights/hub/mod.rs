@@ -42,7 +42,7 @@ pub use cache::Look;
 pub use download::Bar;
 pub use environment::{Bars, Environment, Placing, Proxies, Reach, Token};
 pub use error::{HubError, Mismatch};
-pub use hash::Hash;
+pub use hash::{Hash, sha256};
 pub use id::{MAIN, NameError, RepoId};
 pub use lockfile::{LOCK_FILE, Lock, Locked, LockedFile, Pins};
 pub use remote::{Headers, Outline};
