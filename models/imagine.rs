@@ -110,7 +110,7 @@ impl Imagine {
             }
         };
         let Self { steps, guidance, eta, count, .. } = self;
-        check((1..=MOST).contains(steps), format!("{steps} steps: expected 1 to {MOST}"));
+        check(*steps > 0, "0 steps: expected 1 or more".into());
         check((1..=MOST).contains(count), format!("{count} pictures: expected 1 to {MOST}"));
         check(guidance.is_finite(), format!("a guidance of {guidance}"));
         check((0.0..=1.0).contains(eta), format!("an eta of {eta}: expected 0 to 1"));
@@ -120,7 +120,7 @@ impl Imagine {
             let same = [asked_height, asked_width] == found;
             check(
                 same,
-                format!("the picture is {height} x {width}, asked is {asked_height} x {asked_width}"),
+                format!("the picture has {width}x{height} pixels, asked are {asked_width}x{asked_height}"),
             );
             check((0.0..=1.0).contains(strength), format!("a strength of {strength}: expected 0 to 1"));
             if let Some(mask) = mask {
@@ -128,7 +128,7 @@ impl Imagine {
                 let same = [mask_height, mask_width] == found;
                 check(
                     same,
-                    format!("the mask is {mask_height} x {mask_width}, the picture {height} x {width}"),
+                    format!("the mask has {mask_width}x{mask_height} pixels, the picture {width}x{height}"),
                 );
             }
         }
@@ -353,10 +353,10 @@ impl TextToImage {
         let mut problems = asked.problems();
         let sides = size.iter().all(|side| *side > 0 && side.is_multiple_of(factor));
         if !sides {
-            problems.push(format!("a picture of {height} x {width}: both must be multiples of {factor}"));
+            problems.push(format!("{width}x{height} pixels: both sides must be multiples of {factor}"));
         }
         if size.iter().any(|side| *side > volary_vision::preprocess::MAX_SIDE) {
-            problems.push(format!("a picture of {height} x {width} is too large"));
+            problems.push(format!("{width}x{height} pixels are too many"));
         }
         problems
     }
@@ -610,20 +610,21 @@ mod tests {
         let pipeline = load("pipe_sd");
         let mask = Some(grey(8, 8, 255));
         let init = Some(Init { picture: grey(16, 16, 90), strength: 2.0, mask });
-        let wrong = Imagine { size: Some([16, 20]), count: 0, eta: -1.0, init, ..asked() };
+        let wrong = Imagine { size: Some([16, 20]), steps: 0, count: 0, eta: -1.0, init, ..asked() };
         let message = imagine(&pipeline, &wrong).unwrap_err().to_string();
         for expected in [
-            "a picture of 16 x 20: both must be multiples of 8",
+            "20x16 pixels: both sides must be multiples of 8",
+            "0 steps: expected 1 or more",
             "0 pictures: expected 1 to 10000",
             "an eta of -1: expected 0 to 1",
-            "the picture is 16 x 16, asked is 16 x 20",
+            "the picture has 16x16 pixels, asked are 20x16",
             "a strength of 2: expected 0 to 1",
-            "the mask is 8 x 8, the picture 16 x 16",
+            "the mask has 8x8 pixels, the picture 16x16",
         ] {
             assert!(message.contains(expected), "{message}");
         }
-        let message = imagine(&pipeline, &Imagine { steps: 0, ..asked() }).unwrap_err().to_string();
-        assert_eq!(message, "0 steps: expected 1 to 1000");
+        let message = imagine(&pipeline, &Imagine { steps: 1001, ..asked() }).unwrap_err().to_string();
+        assert_eq!(message, "1001 steps: expected 1 to 1000");
         let unknown = Imagine { scheduler: Some("BestScheduler".into()), ..asked() };
         assert!(imagine(&pipeline, &unknown).unwrap_err().to_string().contains("one of DDPMScheduler"));
         let message = imagine(&load("pipe_sd_inpaint"), &asked()).unwrap_err().to_string();

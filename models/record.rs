@@ -8,7 +8,7 @@ use volary_vision::image::{Rgb8, content, png_texts};
 use volary_weights::hub::sha256;
 
 use crate::error::Error;
-use crate::imagine::{Imagine, Init};
+use crate::imagine::{Extras, Imagine, Init};
 
 /// The keyword of the record, as JSON.
 pub const KEYWORD: &str = "volary";
@@ -55,6 +55,9 @@ pub struct Record {
     /// Learned tokens.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub embeddings: Vec<Source>,
+    /// A single file with the weights of all parts, if it took their place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub single_file: Option<Source>,
 }
 
 /// A model that drew.
@@ -167,6 +170,23 @@ impl Record {
         Ok(picture.save_png_with(file, &[(KEYWORD, &record), (PARAMETERS, &self.told())])?)
     }
 
+    /// The files that went into it.
+    pub fn sources_mut(&mut self) -> impl Iterator<Item = &mut Source> {
+        let Self { init, loras, embeddings, single_file, .. } = self;
+        let pictures = init.iter_mut().flat_map(|change| [Some(&mut change.picture), change.mask.as_mut()]);
+        let loras = loras.iter_mut().map(|lora| &mut lora.file);
+        pictures.flatten().chain(loras).chain(embeddings).chain(single_file)
+    }
+
+    /// What is loaded beside the model.
+    pub fn extras(&self) -> Extras {
+        Extras {
+            loras: self.loras.iter().map(|lora| (lora.file.path.clone(), lora.weight)).collect(),
+            embeddings: self.embeddings.iter().map(|file| file.path.clone()).collect(),
+            single_file: self.single_file.as_ref().map(|file| file.path.clone()),
+        }
+    }
+
     /// What is to be asked for so that the picture comes again; `init` is what the record's names.
     pub fn asked(&self, init: Option<Init>) -> Imagine {
         Imagine {
@@ -219,6 +239,9 @@ impl Record {
         }
         for file in &self.embeddings {
             add("Embedding", &file.told());
+        }
+        if let Some(file) = &self.single_file {
+            add("Weights", &file.told());
         }
         add("Model", &model.name);
         if let Some(variant) = &model.variant {

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
-use volary::imagine::{Extras, Imagine, Init, Texts};
+use volary::imagine::{Imagine, Init, Texts};
 use volary::pictures::{Draws, Sketch, open, pipeline_hash};
 use volary::record::{Change, Model, Record, Source, Weighted};
 use volary_vision::image::{ReadOptions, Rgb8, read};
@@ -56,6 +56,10 @@ pub struct Drawing {
     /// A file of a learned token (textual inversion), which the prompt may name; may be repeated.
     #[arg(long, value_name = "FILE")]
     embedding: Vec<PathBuf>,
+    /// A file with the weights of all parts under the names of Stable Diffusion's authors, in place of those in the model's
+    /// folder.
+    #[arg(long, value_name = "FILE", conflicts_with = "lora")]
+    single_file: Option<PathBuf>,
     /// Show the picture as it becomes, where standard error is a terminal that can (kitty's or iTerm2's pictures, or 24-bit
     /// colours). It takes up to a fifth more time.
     #[arg(long)]
@@ -149,49 +153,42 @@ impl Drawing {
         if !matches!(self.scheduler, Some(Scheduler::Ddim) | None) && self.eta.is_some() {
             return Err(Usage("--eta is of --scheduler ddim".into()).into());
         }
-        let Subject { prompt, size, init: given } = subject;
         let mut problems = Problems::default();
-        let change = given.and_then(|Given { picture, strength, mask }| {
+        let init = subject.init.and_then(|Given { picture, strength, mask }| {
             let (picture, mask) = (problems.source(&picture), mask.map(|mask| problems.source(&mask)));
             Some(Change { picture: picture?, strength, mask: mask.flatten() })
         });
         let weighted =
             |(path, weight): (PathBuf, f64)| Some(Weighted { file: problems.source(&path)?, weight });
-        let loras: Vec<Weighted> = self.lora.into_iter().filter_map(weighted).collect();
-        let embeddings: Vec<Source> =
-            self.embedding.iter().filter_map(|path| problems.source(path)).collect();
+        let loras = self.lora.into_iter().filter_map(weighted).collect();
+        let embeddings = self.embedding.iter().filter_map(|path| problems.source(path)).collect();
+        let single_file = self.single_file.and_then(|path| problems.source(&path));
         let mut asked = Imagine {
-            prompt,
+            prompt: subject.prompt,
             negative: self.negative,
-            size,
+            size: subject.size,
             seed,
             count: self.grid.map_or(self.count, |[rows, columns]| rows.saturating_mul(columns)),
             scheduler: self.scheduler.map(|scheduler| scheduler.class().to_owned()),
             eta: self.eta.unwrap_or_default(),
-            init: change.as_ref().and_then(|change| problems.init(change)),
+            init: init.as_ref().and_then(|change| problems.init(change)),
             ..Imagine::default()
         };
-        (asked.steps, asked.guidance) =
-            (self.steps.unwrap_or(asked.steps), self.guidance.unwrap_or(asked.guidance));
+        let over = |asked: &mut Imagine, usual: &Imagine| {
+            asked.steps = self.steps.unwrap_or(usual.steps);
+            asked.guidance = self.guidance.unwrap_or(usual.guidance);
+        };
+        over(&mut asked, &Imagine::default());
         problems.none(&asked)?;
 
         let folder = shared.folder(&name)?;
-        let model = load(&folder, &loras, &embeddings, shared)?;
-        let usual = model.usual();
-        (asked.steps, asked.guidance) =
-            (self.steps.unwrap_or(usual.steps), self.guidance.unwrap_or(usual.guidance));
-        let record = Record {
+        let mut record = Record {
             version: env!("CARGO_PKG_VERSION").into(),
             prompt: asked.prompt.clone(),
             negative: asked.negative.clone(),
-            model: Model {
-                name,
-                variant: shared.variant.clone(),
-                hash: pipeline_hash(&folder)?,
-                dtype: shared.dtype_name(),
-                device: shared.device.clone(),
-            },
-            scheduler: String::new(), // these are known once it is made
+            model: model_of(&name, &folder, shared)?,
+            // these are known once it is made
+            scheduler: String::new(),
             width: 0,
             height: 0,
             steps: asked.steps,
@@ -199,10 +196,14 @@ impl Drawing {
             eta: asked.eta,
             seed,
             grid: self.grid,
-            init: change,
+            init,
             loras,
             embeddings,
+            single_file,
         };
+        let model = open(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
+        over(&mut asked, &model.usual());
+        (record.steps, record.guidance) = (asked.steps, asked.guidance);
         make(model.as_ref(), &asked, &record, &output, self.preview, shared)
     }
 }
@@ -240,18 +241,15 @@ impl Problems {
     }
 }
 
-/// The model of a folder, with what comes beside it.
-pub fn load(
-    folder: &Folder,
-    loras: &[Weighted],
-    embeddings: &[Source],
-    shared: &Shared,
-) -> Result<Box<dyn Draws>> {
-    let extras = Extras {
-        loras: loras.iter().map(|lora| (lora.file.path.clone(), lora.weight)).collect(),
-        embeddings: embeddings.iter().map(|file| file.path.clone()).collect(),
-    };
-    Ok(open(folder, &extras, &shared.load_options(), &shared.device()?)?)
+/// What a record says of a model.
+pub fn model_of(name: &str, folder: &Folder, shared: &Shared) -> Result<Model, Error> {
+    Ok(Model {
+        name: name.into(),
+        variant: shared.variant.clone(),
+        hash: pipeline_hash(folder)?,
+        dtype: shared.dtype_name(),
+        device: shared.device.clone(),
+    })
 }
 
 #[derive(Serialize)]

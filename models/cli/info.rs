@@ -1,6 +1,7 @@
 //! `volary info`
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use anyhow::Result;
 use clap::Args;
@@ -9,7 +10,9 @@ use volary::Error;
 use volary::folder::Folder;
 use volary::preset::{Preset, bytes, count};
 use volary::pretrained::{EMBEDDED, Place, locate};
+use volary::record::Record;
 use volary::registry::{Description, SYSTEMS, System};
+use volary_vision::image::content;
 use volary_weights::hub::{Choice, HubError, Outline};
 use volary_weights::{Parameter, Quantization};
 
@@ -18,7 +21,7 @@ use super::{Shared, say, say_json};
 /// Arguments of `info`.
 #[derive(Args)]
 pub struct Arguments {
-    /// A folder, a preset or owner/name[@revision]; without it the model inside this program.
+    /// A folder, a preset or owner/name[@revision], or a picture that was imagined; without it the model inside this program.
     name: Option<String>,
     /// Also list every parameter with its shape.
     #[arg(long)]
@@ -61,6 +64,10 @@ struct Stored {
 /// Runs the command.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let name = arguments.name.as_deref().unwrap_or(EMBEDDED);
+    let file = Path::new(name);
+    if file.is_file() && content(file).is_ok() {
+        return of_picture(&Record::read(file)?, shared);
+    }
     let choice = Choice { variant: shared.variant.clone(), ..Choice::default() };
     let mut info = match (find(name, &choice, shared), preset(name)) {
         (Ok((folder, download)), _) => Info { download, ..of_folder(name, &folder)? },
@@ -108,6 +115,14 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let problems = info.stored.map_or(0, |stored| stored.problems.len());
     anyhow::ensure!(problems == 0, "{problems} keys do not fit");
     Ok(())
+}
+
+/// What a picture was imagined from. Its texts may come from anyone: what would move the cursor is not printed.
+fn of_picture(record: &Record, shared: &Shared) -> Result<()> {
+    if shared.json {
+        return say_json(record);
+    }
+    say(record.told().replace(|c: char| c.is_control() && c != '\n', "\u{FFFD}"))
 }
 
 /// The folder of a name. Of a repository that is not in the cache, the headers of its weights; and the bytes that

@@ -125,7 +125,7 @@ enum Command {
     Preprocess(preprocess::Arguments),
     /// Print the tokens that a folder's tokenizer makes of texts.
     Tokenize(tokenize::Arguments),
-    /// Show what a folder or preset is: shapes, parameters, memory, keys that do not match.
+    /// Show what a folder or preset is: shapes, parameters, memory, keys that do not match; or what a picture was imagined from.
     Info(info::Arguments),
     /// Write a folder's weights as safetensors, in another dtype or split by size, with all that belongs to them.
     Convert(convert::Arguments),

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use volary::Error;
-use volary::pictures::pipeline_hash;
-use volary::record::{Change, Model, Record, Source, Weighted};
+use volary::pictures::open;
+use volary::record::{Record, Source};
 
-use super::drawing::{Problems, check_output, load, make};
+use super::drawing::{Problems, check_output, make, model_of};
 use super::{Shared, examples};
 
 /// Arguments of `replay`.
@@ -23,9 +23,13 @@ pub struct Arguments {
     /// The model, if it is no longer where it was.
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
-    /// A file that it was made with (picture, mask, LoRA or embedding), if it is no longer where it was: it is known by its
-    /// content. May be repeated.
-    #[arg(long = "file", visible_aliases = ["init-image", "mask", "lora", "embedding"], value_name = "FILE")]
+    /// A file that it was made with (picture, mask, LoRA, embedding, weights), if it is no longer where it was: it is known
+    /// by its content. May be repeated.
+    #[arg(
+        long = "file",
+        visible_aliases = ["init-image", "mask", "lora", "embedding", "single-file"],
+        value_name = "FILE"
+    )]
     files: Vec<PathBuf>,
     /// Go on with another model than it was made with.
     #[arg(long)]
@@ -49,45 +53,30 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
 
     let mut problems = Problems::default();
     let given: Vec<Source> = files.iter().filter_map(|path| problems.source(path)).collect();
-    // where the files are now; the record goes on saying where they were
-    let mut find = |source: &Source| problems.find(source, &given);
-    let loras: Vec<Weighted> = recorded
-        .loras
-        .iter()
-        .filter_map(|lora| Some(Weighted { file: find(&lora.file)?, weight: lora.weight }))
-        .collect();
-    let embeddings: Vec<Source> = recorded.embeddings.iter().filter_map(&mut find).collect();
-    let change = recorded.init.as_ref().and_then(|Change { picture, strength, mask }| {
-        let (picture, mask) = (find(picture), mask.as_ref().map(&mut find));
-        Some(Change { picture: picture?, strength: *strength, mask: mask.flatten() })
-    });
-    let asked = recorded.asked(change.and_then(|change| problems.init(&change)));
+    // the files where they are now; the record goes on saying where they were
+    let mut found = recorded.clone();
+    for source in found.sources_mut() {
+        if let Some(here) = problems.find(source, &given) {
+            *source = here;
+        }
+    }
+    let asked = found.asked(found.init.as_ref().and_then(|change| problems.init(change)));
     problems.none(&asked)?;
 
     let name = model.unwrap_or_else(|| recorded.model.name.clone());
     let folder = shared.folder(&name)?;
-    let hash = pipeline_hash(&folder)?;
-    let is_same = hash == recorded.model.hash;
-    if !is_same && !force {
+    let mut model = model_of(&name, &folder, &shared)?;
+    if model.hash == recorded.model.hash {
+        model.name.clone_from(&recorded.model.name);
+    } else if !force {
+        let [now, then] = [&model.hash, &recorded.model.hash];
+        let (picture, name) = (picture.display(), &recorded.model.name);
         let problem = format!(
-            "another model than {} made it with, {}: the hash is {hash}, not {}; --force goes on with it",
-            picture.display(),
-            recorded.model.name,
-            recorded.model.hash,
+            "another model than {picture} was made with, {name}: its hash is {now}, not {then}; --force goes on with it"
         );
         return Err(Error::Data { file: folder.path().into(), problem }.into());
     }
-    let model = load(&folder, &loras, &embeddings, &shared)?;
-    let record = Record {
-        version: env!("CARGO_PKG_VERSION").into(),
-        model: Model {
-            name: if is_same { recorded.model.name } else { name },
-            variant: shared.variant.clone(),
-            hash,
-            dtype: shared.dtype_name(),
-            device: shared.device.clone(),
-        },
-        ..recorded
-    };
-    make(model.as_ref(), &asked, &record, &output, preview, &shared)
+    let draws = open(&folder, &found.extras(), &shared.load_options(), &shared.device()?)?;
+    let record = Record { version: env!("CARGO_PKG_VERSION").into(), model, ..recorded };
+    make(draws.as_ref(), &asked, &record, &output, preview, &shared)
 }
