@@ -60,29 +60,30 @@ impl Draws for TextToImage {
 }
 
 /// Loads what draws out of a folder, with what comes beside it.
+pub type OpenDraws = fn(&Folder, &Extras, &LoadOptions, &Device) -> Result<Box<dyn Draws>, Error>;
+
+/// The systems that draw.
+const DRAWING: &[(&System, OpenDraws)] = &[(&stable_diffusion::SYSTEM, |folder, extras, options, device| {
+    Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
+})];
+
+/// What loads a folder for drawing.
 ///
 /// # Errors
-/// If the folder holds no system that draws; as [`TextToImage::load`].
-pub fn open(
-    folder: &Folder,
-    extras: &Extras,
-    options: &LoadOptions,
-    device: &Device,
-) -> Result<Box<dyn Draws>, Error> {
-    match System::of(folder)?.name {
-        name if name == stable_diffusion::SYSTEM.name => {
-            Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
-        }
-        system => Err(Error::Task { system, task: "draw pictures from texts" }),
-    }
+/// If the folder holds no system that draws.
+pub fn drawing(folder: &Folder) -> Result<OpenDraws, Error> {
+    let found = System::of(folder)?.name;
+    let row = DRAWING.iter().find(|(system, _)| system.name == found);
+    row.map(|(_, open)| *open).ok_or(Error::Task { system: found, task: "draw pictures from texts" })
 }
 
 /// 64 digits that stand for a pipeline: of its `model_index.json`, and of the folders of the parts that it names, with
 /// [`model_hash`]'s samples of what is large.
 ///
 /// # Errors
-/// If a file cannot be read.
+/// If the folder holds no system that draws, or a file cannot be read.
 pub fn pipeline_hash(folder: &Folder) -> Result<String, Error> {
+    drawing(folder)?;
     let index = folder.config(stable_diffusion::INDEX)?;
     let mut names: Vec<&str> = index.fields().collect();
     names.sort_unstable();

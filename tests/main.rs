@@ -7,6 +7,7 @@ mod convert;
 mod corrupt;
 #[cfg(unix)] // links, signals
 mod hub;
+mod imagine;
 mod paint;
 mod parity;
 mod readme;

@@ -12,7 +12,7 @@ use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
 use volary::imagine::{Imagine, Init, Texts};
-use volary::pictures::{Draws, Sketch, open, pipeline_hash};
+use volary::pictures::{Draws, Sketch, drawing, pipeline_hash};
 use volary::record::{Change, Model, Record, Source, Weighted};
 use volary_vision::image::{ReadOptions, Rgb8, read};
 
@@ -201,7 +201,7 @@ impl Drawing {
             embeddings,
             single_file,
         };
-        let model = open(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
+        let model = drawing(&folder)?(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
         over(&mut asked, &model.usual());
         (record.steps, record.guidance) = (asked.steps, asked.guidance);
         make(model.as_ref(), &asked, &record, &output, self.preview, shared)

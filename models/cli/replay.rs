@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use volary::Error;
-use volary::pictures::open;
+use volary::pictures::drawing;
 use volary::record::{Record, Source};
 
 use super::drawing::{Problems, check_output, make, model_of};
@@ -76,7 +76,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         );
         return Err(Error::Data { file: folder.path().into(), problem }.into());
     }
-    let draws = open(&folder, &found.extras(), &shared.load_options(), &shared.device()?)?;
+    let draws = drawing(&folder)?(&folder, &found.extras(), &shared.load_options(), &shared.device()?)?;
     let record = Record { version: env!("CARGO_PKG_VERSION").into(), model, ..recorded };
     make(draws.as_ref(), &asked, &record, &output, preview, &shared)
 }
