@@ -317,6 +317,11 @@ impl TextToImage {
         let (guidance, texts) =
             self.guidance([&asked.prompt, &asked.negative], asked.guidance, asked.long)?;
         let scheduler = self.scheduler(asked.scheduler.as_deref(), asked.eta)?;
+        let has_eta = |noise: &NoiseScheduler| matches!(noise.method, Method::Ddim { .. });
+        if asked.eta != 0.0 && !matches!(&scheduler, Scheduler::Noise(noise) if has_eta(noise)) {
+            let problem = format!("an eta of {}: only DDIM has one", asked.eta);
+            return Err(Error::Request { problems: vec![problem] });
+        }
         let latent = [codec.channels(), size[0] / factor, size[1] / factor];
         let (mut pictures, mut seeds, mut steps) = (Vec::new(), Vec::new(), 0);
         for at in 0..asked.count {

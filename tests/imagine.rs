@@ -366,7 +366,6 @@ fn wrong_use_is_told_before_anything_is_loaded() {
         (&["--mask", "small.png"], "--init-image"),
         (&["--strength", "0.5"], "--init-image"),
         (&["--scheduler", "best"], "possible values: ddpm, ddim, pndm, euler"),
-        (&["--scheduler", "euler", "--eta", "1"], "--eta is of --scheduler ddim"),
         (&["-o", "cat.jpg"], "cat.jpg: pictures are written as PNG"),
         (&["-o", "no/cat.png"], "no: no such folder"),
     ] {
@@ -385,6 +384,7 @@ fn what_the_model_cannot_draw_is_told() {
         (&["--model", &sd, "--init-image", "grey.png"], "60x60 pixels: both sides must be multiples of 8"),
         (&["--model", &sd, "--size", "800000x8"], "800000x8 pixels are too many"),
         (&["--model", &sd, "--steps", "2000"], "2000 steps: expected 1 to 1000"),
+        (&["--model", &sd, "--scheduler", "euler", "--eta", "0.5"], "an eta of 0.5: only DDIM has one"),
         (&["--model", &paints], "it needs a picture and a mask"),
         (&["--model", "nowhere"], "`nowhere` is neither a folder nor a preset"),
         (&["--model", fixture("clip").to_str().unwrap()], "clip cannot draw pictures from texts"),
