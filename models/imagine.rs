@@ -518,7 +518,7 @@ fn pixels(picture: &Rgb8, device: &Device) -> Tensor<4> {
 }
 
 /// The first picture of `[batch, 3, height, width]`, -1 to 1. What is no number is black.
-fn picture(pixels: Tensor<4>) -> Rgb8 {
+pub(crate) fn picture(pixels: Tensor<4>) -> Rgb8 {
     let [_, _, height, width] = pixels.dims();
     let first = pixels.narrow(0, 0, 1).permute([0, 2, 3, 1]);
     let values = first.into_data().convert::<f32>();

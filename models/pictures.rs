@@ -4,15 +4,18 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Device;
 use sha2::{Digest, Sha256};
+use volary_multimodal::imagine::Stopped;
+use volary_text::generate::{Piece, Sampling};
 use volary_vision::image::Rgb8;
 use volary_weights::LoadOptions;
 
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::imagine::{Extras, Imagine, Imagined, TextToImage, Update};
+use crate::imagine::{Extras, Imagine, Imagined, TextToImage, Texts, Update, picture};
 use crate::index::model_hash;
 use crate::registry::System;
 use crate::stable_diffusion;
+use crate::token_drawing::{self, DrawSettings, TokenDrawing};
 
 /// Draws pictures from texts.
 pub trait Draws {
@@ -59,13 +62,87 @@ impl Draws for TextToImage {
     }
 }
 
+/// A token is a step. Of the numbers that can be asked for it has guidance and seed.
+impl Draws for TokenDrawing {
+    fn usual(&self) -> Imagine {
+        Imagine {
+            steps: self.plan.len(),
+            guidance: DrawSettings::default().guidance.into(),
+            size: Some([self.side(); 2]),
+            ..Imagine::default()
+        }
+    }
+
+    fn draw(
+        &self,
+        asked: &Imagine,
+        watch: &mut dyn FnMut(&Sketch) -> ControlFlow<()>,
+    ) -> Result<Imagined, Error> {
+        let (side, total) = (self.side(), self.plan.len());
+        let mut problems = asked.problems();
+        let mut check = |is_right: bool, problem: String| {
+            if !is_right {
+                problems.push(problem);
+            }
+        };
+        let is_own = asked.size.is_none_or(|size| size == [side; 2]);
+        check(is_own, format!("this model draws pictures of {side}x{side} pixels"));
+        check(asked.steps == total, format!("this model draws in {total} steps"));
+        let refused = [
+            ("scheduler", asked.scheduler.is_some()),
+            ("eta", asked.eta != 0.0),
+            ("picture to change", asked.init.is_some()),
+        ];
+        for (name, is_asked) in refused {
+            check(!is_asked, format!("this model draws by tokens: it takes no {name}"));
+        }
+        if !problems.is_empty() {
+            return Err(Error::Request { problems });
+        }
+        let (mut pictures, mut seeds) = (Vec::new(), Vec::new());
+        for at in 0..asked.count {
+            let seed = asked.seed.wrapping_add(at as u64);
+            let usual = DrawSettings::default();
+            let sampling = Sampling { seed, ..usual.sampling.clone() };
+            let settings = DrawSettings { guidance: asked.guidance as f32, sampling, ..usual };
+            let (mut codes, mut stopped) = (Vec::new(), false);
+            let mut told = |piece: Piece| {
+                codes.push(piece.token);
+                let preview = || picture(self.paint(std::slice::from_ref(&codes)));
+                let flow = watch(&Sketch { done: codes.len(), total, preview: &preview });
+                stopped = flow.is_break();
+                flow
+            };
+            let drawn = TokenDrawing::draw(self, &[&asked.prompt], &asked.negative, &settings, &mut told)?;
+            if stopped {
+                return Err(Stopped { done: codes.len(), total }.into());
+            }
+            pictures.extend(drawn.into_iter().flatten());
+            seeds.push(seed);
+        }
+        let left_out = self.plan.caption(&self.tokenizer, &asked.prompt)?.cut;
+        let texts = Texts { rows: 1, left_out };
+        Ok(Imagined { pictures, seeds, size: [side; 2], scheduler: String::new(), steps: total, texts })
+    }
+}
+
 /// Loads what draws out of a folder, with what comes beside it.
 pub type OpenDraws = fn(&Folder, &Extras, &LoadOptions, &Device) -> Result<Box<dyn Draws>, Error>;
 
 /// The systems that draw.
-const DRAWING: &[(&System, OpenDraws)] = &[(&stable_diffusion::SYSTEM, |folder, extras, options, device| {
-    Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
-})];
+const DRAWING: &[(&System, OpenDraws)] = &[
+    (&stable_diffusion::SYSTEM, |folder, extras, options, device| {
+        Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
+    }),
+    (&token_drawing::SYSTEM, |folder, extras, options, device| {
+        let Extras { loras, embeddings, single_file } = extras;
+        if !loras.is_empty() || !embeddings.is_empty() || single_file.is_some() {
+            let problem = "a model that draws by tokens takes no LoRA, embedding or single file";
+            return Err(Error::Request { problems: vec![problem.into()] });
+        }
+        Ok(Box::new(TokenDrawing::load(folder, options, device)?))
+    }),
+];
 
 /// What loads a folder for drawing.
 ///

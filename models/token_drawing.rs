@@ -248,6 +248,12 @@ impl TokenDrawing {
         })
     }
 
+    /// Height and width of a picture in pixels.
+    pub fn side(&self) -> usize {
+        let factor = 1 << self.vq.decoder.stages.len().saturating_sub(1);
+        self.plan.side * self.plan.patch * factor
+    }
+
     /// The codes of [`DrawSettings::count`] pictures of each caption, row by row.
     ///
     /// # Errors
