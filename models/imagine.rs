@@ -122,7 +122,6 @@ impl Imagine {
                 same,
                 format!("the picture has {width}x{height} pixels, asked are {asked_width}x{asked_height}"),
             );
-            check((0.0..=1.0).contains(strength), format!("a strength of {strength}: expected 0 to 1"));
             if let Some(mask) = mask {
                 let [mask_height, mask_width] = [mask.height(), mask.width()];
                 let same = [mask_height, mask_width] == found;
@@ -131,9 +130,16 @@ impl Imagine {
                     format!("the mask has {mask_width}x{mask_height} pixels, the picture {width}x{height}"),
                 );
             }
+            problems.extend(strength_problem(*strength));
         }
         problems
     }
+}
+
+/// What is wrong with a strength, if anything.
+pub fn strength_problem(strength: f64) -> Option<String> {
+    let is_right = (0.0..=1.0).contains(&strength);
+    (!is_right).then(|| format!("a strength of {strength}: expected 0 to 1"))
 }
 
 /// What was imagined, and how.
@@ -145,7 +151,7 @@ pub struct Imagined {
     pub seeds: Vec<u64>,
     /// Height and width in pixels.
     pub size: [usize; 2],
-    /// The scheduler's class in diffusers.
+    /// The scheduler's class in diffusers; empty where there is none.
     pub scheduler: String,
     /// How often the model was asked for each picture.
     pub steps: usize,

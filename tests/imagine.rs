@@ -89,21 +89,25 @@ fn copy_pipeline(name: &str, to: &Path) {
 #[test]
 fn a_seed_is_a_picture_whatever_else_is_made_and_on_how_many_threads() {
     let place = Place::new();
-    for model in ["pipe_sd", "pipe_taiyi", "pipe_alt"] {
-        let seeded = |file: &str, threads: &str| {
-            let model = fixture(model);
+    token_drawing(&place.at("tokens"));
+    let models = ["pipe_sd", "pipe_taiyi", "pipe_alt"].map(fixture).into_iter().chain([place.at("tokens")]);
+    for model in models {
+        let seeded = |threads: &str, flags: &[&str]| {
             let mut command = volary();
             command.current_dir(&place.0).env("RAYON_NUM_THREADS", threads);
-            command.args(["imagine", "一只猫 cat", "--steps", "3", "--seed", "7", "-o", file, "--model"]);
-            assert!(command.arg(model).output().unwrap().status.success());
-            place.bytes(file)
+            // so many tokens are a picture of the last
+            command.args(["imagine", "一只猫 cat", "--steps", "16", "--model"]).arg(&model).args(flags);
+            let output = command.output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         };
-        let one = seeded("one.png", "1");
-        assert!(seeded("again.png", "1") == one && seeded("two.png", "2") == one, "{model}");
-        assert!(seeded("five.png", "5") == one, "{model}");
-        place.imagine(model, &["一只猫 cat", "--seed", "6", "--count", "3", "-o", "of.png"]);
-        assert!(place.bytes("of-2.png") == one, "{model}");
-        assert!(place.picture("of-1.png") != place.picture("of-2.png"), "{model}");
+        for threads in ["1", "2", "5"] {
+            seeded(threads, &["--seed", "7", "-o", &format!("on-{threads}.png")]);
+        }
+        let one = place.bytes("on-1.png");
+        assert!(place.bytes("on-2.png") == one && place.bytes("on-5.png") == one, "{model:?}");
+        seeded("2", &["--seed", "6", "--count", "3", "-o", "of.png"]);
+        assert!(place.bytes("of-2.png") == one, "{model:?}");
+        assert!(place.picture("of-1.png") != place.picture("of-2.png"));
     }
 }
 
@@ -407,6 +411,11 @@ fn wrong_use_is_told_before_anything_is_loaded() {
         "the picture has 64x64 pixels, asked are 72x64",
     ] {
         assert!(told.contains(expected), "{expected}: {told}");
+    }
+    let missing = ["--init-image", "no.png", "--mask", "none.png", "--strength", "nan"];
+    let told = place.fails(1, &[&["imagine", "a cat", "--model", "nobody/nothing"], &missing[..]].concat());
+    for expected in ["no.png: No such file", "none.png: No such file", "a strength of NaN"] {
+        assert!(told.contains(expected), "{told}");
     }
     for (arguments, expected) in [
         (&["--size", "64"][..], "expected two numbers from 1 on with an x between them"),

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
-use volary::imagine::{Imagine, Init, Texts};
+use volary::imagine::{Imagine, Init, Texts, strength_problem};
 use volary::pictures::{Draws, Sketch, drawing, pipeline_hash};
 use volary::record::{Change, Model, Record, Source, Weighted};
 use volary_vision::image::{ReadOptions, Rgb8, read};
@@ -22,20 +22,22 @@ use super::{Shared, Usage, say, say_json};
 /// Which model draws, and how.
 #[derive(Args)]
 pub struct Drawing {
-    /// A folder in diffusers' layout, a preset, or owner/name: Stable Diffusion 1 or 2, Taiyi, AltDiffusion.
+    /// A folder in diffusers' layout, a preset, or owner/name: Stable Diffusion 1 or 2, Taiyi, AltDiffusion; or a folder that
+    /// draws by tokens, which takes no size, steps, scheduler, picture or file beside it.
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// What the picture does not show.
     #[arg(long, default_value = "", value_name = "TEXT")]
     negative: String,
-    /// How many steps are made; 50 without it. With --init-image --strength of them.
+    /// How many steps are made, 50 without it; where a picture is changed, --strength times as many.
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// How strictly the prompt is followed; 7.5 without it. Up to 1 --negative has no effect, and a step takes half the time.
+    /// How strictly the prompt is followed; without it 7.5, by tokens 1. At 1 --negative has no effect, and a step takes half
+    /// the time.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     guidance: Option<f64>,
-    /// Of the first picture; the next one has the next. Equal seeds give equal pictures. Without it a random one, which is
-    /// printed.
+    /// Where the first picture begins; the next one has the next number. Equal seeds give equal pictures. Without it a random
+    /// one, which is printed.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// How many pictures, each in a file of its own.
@@ -151,10 +153,7 @@ impl Drawing {
         let output = self.output.unwrap_or_else(|| format!("imagined-{seed}.png").into());
         check_output(&output)?;
         let mut problems = Problems::default();
-        let init = subject.init.and_then(|Given { picture, strength, mask }| {
-            let (picture, mask) = (problems.source(&picture), mask.map(|mask| problems.source(&mask)));
-            Some(Change { picture: picture?, strength, mask: mask.flatten() })
-        });
+        let init = subject.init.and_then(|given| problems.change(&given));
         let weighted =
             |(path, weight): (PathBuf, f64)| Some(Weighted { file: problems.source(&path)?, weight });
         let loras = self.lora.into_iter().filter_map(weighted).collect();
@@ -217,6 +216,15 @@ impl Problems {
     /// A file as it is.
     pub fn source(&mut self, path: &Path) -> Option<Source> {
         self.or_told(Source::of(path))
+    }
+
+    /// A picture to change as it is. Its strength is looked at here as well: without the picture there is nothing to ask for.
+    fn change(&mut self, Given { picture, strength, mask }: &Given) -> Option<Change> {
+        let (found, mask) = (self.source(picture), mask.as_ref().map(|mask| self.source(mask)));
+        if found.is_none() {
+            self.0.extend(strength_problem(*strength));
+        }
+        Some(Change { picture: found?, strength: *strength, mask: mask.flatten() })
     }
 
     /// Where the content of a file that was recorded is, among `given` files or in its place.

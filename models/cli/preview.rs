@@ -137,22 +137,20 @@ mod tests {
 
     #[test]
     fn terminals_are_known_by_what_they_say() {
-        let cases: [(&[(&str, &str)], Option<Protocol>); 6] = [
-            (&[("TERM", "xterm-kitty"), ("COLORTERM", "truecolor")], Some(Protocol::Kitty)),
-            (&[("TERM", "xterm-256color"), ("TERM_PROGRAM", "iTerm.app")], Some(Protocol::Iterm)),
-            (&[("TERM", "xterm-256color"), ("COLORTERM", "truecolor")], Some(Protocol::HalfBlocks)),
-            (
-                &[("TERM", "tmux-256color"), ("TERM_PROGRAM", "WezTerm"), ("COLORTERM", "24bit")],
-                Some(Protocol::HalfBlocks),
-            ),
-            (&[("TERM", "dumb")], None),
-            (&[], None),
+        let cases = [
+            ("TERM=xterm-kitty COLORTERM=truecolor", Some(Protocol::Kitty)),
+            ("TERM=xterm-256color TERM_PROGRAM=iTerm.app", Some(Protocol::Iterm)),
+            ("TERM=xterm-256color COLORTERM=truecolor", Some(Protocol::HalfBlocks)),
+            ("TERM=tmux-256color TERM_PROGRAM=WezTerm COLORTERM=24bit", Some(Protocol::HalfBlocks)),
+            ("TERM=dumb", None),
+            ("", None),
         ];
         for (variables, expected) in cases {
             let variable = |name: &str| {
-                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned())
+                let mut pairs = variables.split(' ').filter_map(|pair| pair.split_once('='));
+                pairs.find(|(known, _)| *known == name).map(|(_, value)| value.to_owned())
             };
-            assert_eq!(Protocol::of(variable), expected, "{variables:?}");
+            assert_eq!(Protocol::of(variable), expected, "{variables}");
         }
     }
 

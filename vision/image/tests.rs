@@ -255,3 +255,15 @@ fn a_png_s_texts_come_back() {
     assert!(told.contains("a.png"), "{told}");
     assert_eq!(std::fs::read(&file).unwrap(), bytes);
 }
+
+#[test]
+fn pictures_are_laid_out_in_rows() {
+    let dot = |value| Rgb8::new(2, 1, vec![value; 6]).unwrap();
+    let sheet = Rgb8::sheet(&[dot(1), dot(2), dot(3)], 2).unwrap();
+    assert_eq!([sheet.width(), sheet.height()], [4, 2]);
+    let values: Vec<u8> = sheet.pixels().iter().copied().step_by(3).collect();
+    assert_eq!(values, [1, 1, 2, 2, 3, 3, 0, 0]);
+    let other = Rgb8::new(1, 2, vec![0; 6]).unwrap();
+    assert!(Rgb8::sheet(&[dot(1), other], 2).is_err());
+    assert!(Rgb8::sheet(&[], 2).is_err() && Rgb8::sheet(&[dot(1)], 0).is_err());
+}
