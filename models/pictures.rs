@@ -126,51 +126,64 @@ impl Draws for TokenDrawing {
     }
 }
 
-/// Loads what draws out of a folder, with what comes beside it.
-pub type OpenDraws = fn(&Folder, &Extras, &LoadOptions, &Device) -> Result<Box<dyn Draws>, Error>;
-
-/// The systems that draw.
-const DRAWING: &[(&System, OpenDraws)] = &[
-    (&stable_diffusion::SYSTEM, |folder, extras, options, device| {
-        Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
-    }),
-    (&token_drawing::SYSTEM, |folder, extras, options, device| {
-        let Extras { loras, embeddings, single_file } = extras;
-        if !loras.is_empty() || !embeddings.is_empty() || single_file.is_some() {
-            let problem = "a model that draws by tokens takes no LoRA, embedding or single file";
-            return Err(Error::Request { problems: vec![problem.into()] });
-        }
-        Ok(Box::new(TokenDrawing::load(folder, options, device)?))
-    }),
-];
-
-/// What loads a folder for drawing.
-///
-/// # Errors
-/// If the folder holds no system that draws.
-pub fn drawing(folder: &Folder) -> Result<OpenDraws, Error> {
-    let found = System::of(folder)?.name;
-    let row = DRAWING.iter().find(|(system, _)| system.name == found);
-    row.map(|(_, open)| *open).ok_or(Error::Task { system: found, task: "draw pictures from texts" })
+/// A system that draws.
+pub struct Drawing {
+    system: &'static System,
+    /// The folders of a pipeline's parts.
+    parts: &'static [&'static str],
+    /// Loads a folder, with what comes beside it.
+    pub open: Open,
 }
 
-/// 64 digits that stand for a pipeline: of its `model_index.json`, and of the folders of the parts that it names, with
-/// [`model_hash`]'s samples of what is large.
+/// Loads a folder, with what comes beside it.
+pub type Open = fn(&Folder, &Extras, &LoadOptions, &Device) -> Result<Box<dyn Draws>, Error>;
+
+/// The systems that draw.
+const DRAWING: &[Drawing] = &[
+    Drawing {
+        system: &stable_diffusion::SYSTEM,
+        parts: stable_diffusion::PARTS,
+        open: |folder, extras, options, device| {
+            Ok(Box::new(TextToImage::load(folder, extras, options, device)?))
+        },
+    },
+    Drawing {
+        system: &token_drawing::SYSTEM,
+        parts: token_drawing::PARTS,
+        open: |folder, extras, options, device| {
+            let Extras { loras, embeddings, single_file } = extras;
+            if !loras.is_empty() || !embeddings.is_empty() || single_file.is_some() {
+                let problem = "a model that draws by tokens takes no LoRA, embedding or single file";
+                return Err(Error::Request { problems: vec![problem.into()] });
+            }
+            Ok(Box::new(TokenDrawing::load(folder, options, device)?))
+        },
+    },
+];
+
+/// The system of a folder that draws.
+///
+/// # Errors
+/// If the folder holds none.
+pub fn drawing(folder: &Folder) -> Result<&'static Drawing, Error> {
+    let system = System::of(folder)?.name;
+    let row = DRAWING.iter().find(|row| row.system.name == system);
+    row.ok_or(Error::Task { system, task: "draw pictures from texts" })
+}
+
+/// 64 digits that stand for a pipeline: of its `model_index.json` and of its parts' folders, with [`model_hash`]'s samples of
+/// what is large.
 ///
 /// # Errors
 /// If the folder holds no system that draws, or a file cannot be read.
 pub fn pipeline_hash(folder: &Folder) -> Result<String, Error> {
-    drawing(folder)?;
-    let index = folder.config(stable_diffusion::INDEX)?;
-    let mut names: Vec<&str> = index.fields().collect();
-    names.sort_unstable();
     let mut hash = Sha256::new();
-    hash.update(folder.read(stable_diffusion::INDEX)?);
-    for name in names {
+    for name in drawing(folder)?.parts {
         if let Some(part) = folder.part(name) {
             hash.update(name);
             hash.update(model_hash(&part)?);
         }
     }
+    hash.update(folder.read(stable_diffusion::INDEX)?);
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }

@@ -156,7 +156,7 @@ impl Plan {
 const CLASS: &str = "TokenDrawingPipeline";
 
 /// Folders inside the model's.
-const PARTS: &[&str] = &["transformer", "vqvae", "tokenizer"];
+pub const PARTS: &[&str] = &["transformer", "vqvae", "tokenizer"];
 
 /// The parts of a folder, and their shapes.
 struct Parts {
@@ -257,7 +257,7 @@ impl TokenDrawing {
     /// The codes of [`DrawSettings::count`] pictures of each caption, row by row.
     ///
     /// # Errors
-    /// If a caption cannot be tokenized, or scores are not numbers.
+    /// If a caption cannot be tokenized or has no tokens, or scores are not numbers.
     pub fn codes(
         &self,
         captions: &[impl AsRef<str>],
@@ -266,7 +266,14 @@ impl TokenDrawing {
         watch: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<Vec<Vec<Vec<u32>>>, Error> {
         let Self { transformer, tokenizer, plan, .. } = self;
-        let ids = |text: &str| Ok(plan.caption(tokenizer, text)?.ids);
+        let ids = |text: &str| match plan.caption(tokenizer, text)?.ids {
+            ids if ids.is_empty() => {
+                let problem =
+                    format!("the caption {text:?} has no tokens: this tokenizer puts none around it");
+                Err(Error::Prompt { problems: vec![problem] })
+            }
+            ids => Ok(ids),
+        };
         let mut prompts: Vec<Vec<u32>> =
             captions.iter().map(|caption| ids(caption.as_ref())).collect::<Result<_, Error>>()?;
         let before = vec![Vec::new(); prompts.len()];
@@ -293,7 +300,7 @@ impl TokenDrawing {
     /// Draws [`DrawSettings::count`] pictures of each caption. Whoever watches may end it all: what is missing then is code 0.
     ///
     /// # Errors
-    /// If a caption cannot be tokenized, or scores are not numbers.
+    /// If a caption cannot be tokenized or has no tokens, or scores are not numbers.
     pub fn draw(
         &self,
         captions: &[impl AsRef<str>],

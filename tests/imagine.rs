@@ -81,17 +81,15 @@ impl Place {
 /// A copy of a pipeline, to be spoiled.
 fn copy_pipeline(name: &str, to: &Path) {
     copy_folder(&fixture(name), to);
-    for part in volary::stable_diffusion::PARTS {
-        copy_folder(&fixture(name).join(part), &to.join(part));
+    for part in fs::read_dir(fixture(name)).unwrap().map(Result::unwrap).filter(|part| part.path().is_dir()) {
+        copy_folder(&part.path(), &to.join(part.file_name()));
     }
 }
 
 #[test]
 fn a_seed_is_a_picture_whatever_else_is_made_and_on_how_many_threads() {
     let place = Place::new();
-    token_drawing(&place.at("tokens"));
-    let models = ["pipe_sd", "pipe_taiyi", "pipe_alt"].map(fixture).into_iter().chain([place.at("tokens")]);
-    for model in models {
+    for model in ["pipe_sd", "pipe_taiyi", "pipe_alt", "token_drawing"].map(fixture) {
         let seeded = |threads: &str, flags: &[&str]| {
             let mut command = volary();
             command.current_dir(&place.0).env("RAYON_NUM_THREADS", threads);
@@ -313,44 +311,33 @@ fn variations_begin_from_the_picture_and_its_prompt() {
     assert!(place.bytes("near-2.replay.png") == place.bytes("near-2.png"));
 }
 
-/// A folder that draws by tokens, of parts that were never trained together: pictures of 8 x 8 pixels in 16 codes.
-fn token_drawing(to: &Path) {
-    copy_folder(&fixture("llama"), &to.join("transformer"));
-    copy_folder(&fixture("vqmodel"), &to.join("vqvae"));
-    copy_folder(&fixture("pipe_taiyi").join("tokenizer"), &to.join("tokenizer"));
-    // the transformer has 90 tokens, the last 32 are codes
-    let words = fs::read_to_string(to.join("tokenizer/vocab.txt")).unwrap();
-    fs::write(to.join("tokenizer/vocab.txt"), words.lines().take(58).collect::<Vec<_>>().join("\n")).unwrap();
-    let index = r#"{"_class_name": "TokenDrawingPipeline", "transformer": [], "vqvae": [], "tokenizer": [],
-        "first_code": 58, "codes_per_side": 4, "max_caption": 8}"#;
-    fs::write(to.join("model_index.json"), index).unwrap();
-}
-
 #[test]
 fn what_draws_by_tokens_is_asked_in_the_same_way() {
     let place = Place::new();
-    token_drawing(&place.at("model"));
-    let imagine = ["imagine", "一只猫", "--model", "model"];
+    copy_pipeline("token_drawing", &place.at("model"));
+    let imagine = ["imagine", "a", "--model", "model"];
     let imagine = |flags: &[&str]| place.does(&[&imagine[..], flags].concat());
     imagine(&["--seed", "4", "-o", "one.png"]);
     imagine(&["--seed", "3", "--count", "2", "-o", "of.png"]);
     assert!(place.bytes("of-2.png") == place.bytes("one.png"));
     assert!(place.picture("of-1.png") != place.picture("of-2.png"));
-    imagine(&["--seed", "4", "--guidance", "3", "--negative", "狗", "-o", "guided.png"]);
+    imagine(&["--seed", "4", "--guidance", "30", "--negative", "c", "-o", "guided.png"]);
     assert!(place.picture("guided.png") != place.picture("one.png"));
     for file in ["one", "guided"] {
         place.does(&["replay", &format!("{file}.png")]);
         assert!(place.bytes(&format!("{file}.replay.png")) == place.bytes(&format!("{file}.png")));
     }
     let record = Record::read(&place.at("one.png")).unwrap();
-    assert_eq!((record.steps, record.guidance, record.width, record.height), (16, 1.0, 8, 8));
-    assert!(record.told().contains("Steps: 16, CFG scale: 1, Seed: 4, Size: 8x8, Model: model"));
+    assert_eq!((record.steps, record.guidance, record.width, record.height), (16, 1.0, 16, 16));
+    assert!(record.told().contains("Steps: 16, CFG scale: 1, Seed: 4, Size: 16x16, Model: model"));
 
+    let told = place.fails(1, &["imagine", "", "--model", "model"]);
+    assert!(told.contains("the caption \"\" has no tokens"), "{told}");
     let told = place.fails(
         1,
         &["imagine", "", "--model", "model", "--size", "64x64", "--scheduler", "ddim", "--eta", "1"],
     );
-    for expected in ["pictures of 8x8 pixels", "it takes no scheduler", "it takes no eta"] {
+    for expected in ["pictures of 16x16 pixels", "it takes no scheduler", "it takes no eta"] {
         assert!(told.contains(expected), "{told}");
     }
     let told =
@@ -360,6 +347,8 @@ fn what_draws_by_tokens_is_asked_in_the_same_way() {
     }
     let told = place.fails(1, &["imagine", "", "--model", "model", "--embedding", "one.png"]);
     assert!(told.contains("takes no LoRA, embedding or single file"), "{told}");
+    fs::write(place.at("model/tokenizer/more.json"), "{}").unwrap();
+    assert!(place.fails(1, &["replay", "one.png"]).contains("another model than one.png was made with"));
 }
 
 #[test]

@@ -197,7 +197,8 @@ impl Drawing {
             embeddings,
             single_file,
         };
-        let model = drawing(&folder)?(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
+        let model =
+            (drawing(&folder)?.open)(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
         over(&mut asked, &model.usual());
         (record.steps, record.guidance) = (asked.steps, asked.guidance);
         make(model.as_ref(), &asked, &record, &output, self.preview, shared)

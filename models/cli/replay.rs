@@ -76,7 +76,8 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         );
         return Err(Error::Data { file: folder.path().into(), problem }.into());
     }
-    let draws = drawing(&folder)?(&folder, &found.extras(), &shared.load_options(), &shared.device()?)?;
+    let draws =
+        (drawing(&folder)?.open)(&folder, &found.extras(), &shared.load_options(), &shared.device()?)?;
     let record = Record { version: env!("CARGO_PKG_VERSION").into(), model, ..recorded };
     make(draws.as_ref(), &asked, &record, &output, preview, &shared)
 }
