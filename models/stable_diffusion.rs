@@ -12,6 +12,7 @@
 //! a `prompt.json` beside the parts says.
 //!
 //! ```sh
+//! volary imagine "一只戴帽子的猫" --model path/to/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 -o cat.png
 //! volary forward path/to/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 --input noise.safetensors --output out.safetensors
 //! ```
 
