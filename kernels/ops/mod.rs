@@ -3,6 +3,7 @@
 mod activation;
 mod attention;
 mod codebook;
+pub mod moe;
 mod norm;
 mod products;
 mod quantized;
