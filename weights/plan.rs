@@ -160,8 +160,11 @@ impl<'a> Planner<'a> {
     ) {
         let path = &parameter.path;
         // several rules may lead to one parameter (old and new names of a key): the checkpoint decides
-        let candidates: Vec<(&Line, Vec<String>)> =
-            self.lines.iter().filter_map(|line| Some((line, line.keys_of(path)?))).collect();
+        let candidates: Vec<(&Line, Vec<String>)> = self
+            .lines
+            .iter()
+            .filter_map(|line| Some((line, line.keys_of(path, &parameter.shape)?)))
+            .collect();
         wanted.extend(candidates.iter().flat_map(|(_, keys)| keys.clone()));
         let present = |keys: &[String]| keys.iter().filter(|key| stored.contains_key(key.as_str())).count();
 
@@ -280,6 +283,22 @@ impl<'a> Planner<'a> {
                 let parts = entries.iter().flat_map(|entry| run(entry, 0..elements(entry)).parts).collect();
                 Ok(Source { parts, transpose: None })
             }
+            Rule::Stack(_, _, ones) | Rule::StackTranspose(_, _, ones) => {
+                let is_swapped = matches!(rule, Rule::StackTranspose(..));
+                let one = wanted.get(1..).unwrap_or_default();
+                let one = if is_swapped { swapped(one) } else { one.to_vec() };
+                for entry in entries {
+                    if squeeze(&entry.shape) != squeeze(&one) {
+                        return Err(mismatch(entry, ones.stored(&one)));
+                    }
+                }
+                let parts = entries.iter().flat_map(|entry| run(entry, 0..elements(entry)).parts).collect();
+                let transpose = match one[..] {
+                    [.., rows, columns] if is_swapped => Some(Swap { rows, columns, taken: 0..columns }),
+                    _ => None,
+                };
+                Ok(Source { parts, transpose })
+            }
             Rule::Transpose(..) => {
                 let expected = swapped(wanted);
                 fit(wanted.len() >= 2 && first.shape == expected, &expected)?;
@@ -288,8 +307,6 @@ impl<'a> Planner<'a> {
                 Ok(Source { transpose: Some(swap), ..run(first, 0..elements(first)) })
             }
             Rule::Reshape(_, _, ones) => {
-                let squeeze =
-                    |shape: &[usize]| shape.iter().copied().filter(|&size| size != 1).collect::<Vec<_>>();
                 fit(squeeze(&first.shape) == squeeze(wanted), &ones.stored(wanted))?;
                 Ok(run(first, 0..elements(first)))
             }
@@ -334,6 +351,11 @@ pub(crate) fn swapped(shape: &[usize]) -> Vec<usize> {
         std::mem::swap(rows, cols);
     }
     shape
+}
+
+/// The dimensions whose size is not 1.
+fn squeeze(shape: &[usize]) -> Vec<usize> {
+    shape.iter().copied().filter(|&size| size != 1).collect()
 }
 
 fn run(entry: &Entry, elements: Range<usize>) -> Source {

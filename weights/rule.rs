@@ -19,6 +19,12 @@ pub enum Rule {
     /// `(keys, path)`: the parameter is the checkpoint's tensors stacked along the first dimension. Any sizes load;
     /// saving cuts equal parts.
     Concat(&'static [&'static str], &'static str),
+    /// `(key, path, ones)`: one tensor for each place along the first dimension of the parameter, as of experts in a
+    /// mixture: the last `{}` of the key, which the path lacks, counts them from 0. They may have dimensions of size 1 as
+    /// with [`Rule::Reshape`].
+    Stack(&'static str, &'static str, Ones),
+    /// `(key, path, ones)`: as [`Rule::Stack`], the last two dimensions of each tensor swapped.
+    StackTranspose(&'static str, &'static str, Ones),
     /// `(key, path)`: the last two dimensions are swapped.
     Transpose(&'static str, &'static str),
     /// `(key, path, ones)`: the checkpoint's shape has dimensions of size 1 that the module's lacks, as `[1, n, d]` for
@@ -108,12 +114,12 @@ impl KeyMap {
     }
 
     /// The checkpoint keys (without an optional prefix) that the module path is made of, by the first rule that
-    /// names it; none when no rule does.
+    /// names it; none when no rule does. Of a stack it is the first one: how many there are, the parameter's shape tells.
     ///
     /// # Errors
     /// [`Error::Rule`] when a rule cannot be followed.
     pub fn keys(&self, path: &str) -> Result<Vec<String>, Error> {
-        Ok(self.lines()?.iter().find_map(|line| line.keys_of(path)).unwrap_or_default())
+        Ok(self.lines()?.iter().find_map(|line| line.keys_of(path, &[])).unwrap_or_default())
     }
 
     /// The rules, checked, with those of parts spelled out.
@@ -152,9 +158,11 @@ fn flatten(rules: &[Rule], key_prefix: &str, path_prefix: &str, lines: &mut Vec<
                 .map_err(|reason| Error::Rule { rule, reason })
         };
         lines.push(match rule {
-            Rule::Rename(key, path) | Rule::Transpose(key, path) | Rule::Reshape(key, path, _) => {
-                line(&[key], &[path])?
-            }
+            Rule::Rename(key, path)
+            | Rule::Transpose(key, path)
+            | Rule::Reshape(key, path, _)
+            | Rule::Stack(key, path, _)
+            | Rule::StackTranspose(key, path, _) => line(&[key], &[path])?,
             Rule::Split(key, paths) | Rule::SplitTranspose(key, paths) => line(&[key], paths)?,
             Rule::Concat(keys, path) => line(keys, &[path])?,
             Rule::Ignore(key) => line(&[key], &[])?,
@@ -192,10 +200,14 @@ impl Line {
         };
         let line = Self { rule, keys: read(key_prefix, keys)?, paths: read(path_prefix, paths)? };
         let mut patterns = line.keys.iter().chain(&line.paths);
-        if !ignore && patterns.clone().any(|pattern| pattern.0.contains(&Token::Rest)) {
+        if !ignore && patterns.any(|pattern| pattern.0.contains(&Token::Rest)) {
             return Err(RuleError::Rest);
         }
-        if !patterns.all(|pattern| pattern.indices() == line.keys[0].indices()) {
+        let counted = usize::from(line.is_stack());
+        let indices = line.keys[0].indices();
+        if !line.paths.iter().all(|pattern| pattern.indices() + counted == indices)
+            || !line.keys.iter().all(|pattern| pattern.indices() == indices)
+        {
             return Err(RuleError::Indices);
         }
         Ok(line)
@@ -203,6 +215,11 @@ impl Line {
 
     pub fn is_ignored(&self) -> bool {
         self.paths.is_empty()
+    }
+
+    /// Whether the last index of its key counts tensors of one parameter.
+    fn is_stack(&self) -> bool {
+        matches!(self.rule, Rule::Stack(..) | Rule::StackTranspose(..))
     }
 
     pub fn matches(&self, key: &str) -> bool {
@@ -215,9 +232,14 @@ impl Line {
         Some(self.paths.iter().map(|pattern| pattern.fill(&indices)).collect())
     }
 
-    /// The checkpoint keys that `path` is made from, when this line is about it.
-    pub fn keys_of(&self, path: &str) -> Option<Vec<String>> {
+    /// The checkpoint keys that `path` is made from, when this line is about it. Of a stack, as many as the first dimension
+    /// of the parameter's `shape` says.
+    pub fn keys_of(&self, path: &str, shape: &[usize]) -> Option<Vec<String>> {
         let indices = self.paths.iter().find_map(|pattern| pattern.indices_of(path))?;
+        if self.is_stack() {
+            let key = |at: usize| self.keys[0].fill(&[&indices[..], &[&at.to_string()]].concat());
+            return Some((0..shape.first().copied().unwrap_or(1)).map(key).collect());
+        }
         Some(self.keys.iter().map(|pattern| pattern.fill(&indices)).collect())
     }
 }
@@ -338,6 +360,16 @@ mod tests {
     }
 
     #[test]
+    fn a_stack_counts_by_the_last_index_of_its_keys() {
+        let keys = KeyMap::new(&[Stack("h.{}.experts.{}.w", "blocks.{}.experts", Ones::Before(0))]);
+        assert_eq!(keys.paths("h.7.experts.31.w").unwrap(), ["blocks.7.experts"]);
+        assert_eq!(keys.keys("blocks.7.experts").unwrap(), ["h.7.experts.0.w"]);
+        let lines = keys.lines().unwrap();
+        let all = lines[0].keys_of("blocks.7.experts", &[2, 5]).unwrap();
+        assert_eq!(all, ["h.7.experts.0.w", "h.7.experts.1.w"]);
+    }
+
+    #[test]
     fn the_rules_of_a_part_stand_under_its_prefixes() {
         assert_eq!(paths("visual.conv1.weight"), ["vision.patch.weight"]);
         assert_eq!(keys("vision.patch.weight"), ["visual.conv1.weight"]);
@@ -373,6 +405,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(refusal(&[Rename("a.{}.b", "c.d")]), RuleError::Indices);
+        assert_eq!(refusal(&[Stack("a.{}.b", "c.{}.d", Ones::Before(0))]), RuleError::Indices);
         assert_eq!(refusal(&[Rename("a.{*}", "b.{*}")]), RuleError::Rest);
         assert_eq!(refusal(&[Ignore("a.{*}.b")]), RuleError::Rest);
         assert_eq!(refusal(&[Rename("a.{}{}", "b.{}.{}")]), RuleError::Touching);

@@ -47,8 +47,9 @@ pub fn save<M: Module>(
     let (mut files, mut problems) = (Vec::new(), Vec::new());
     let mut done: HashSet<String> = HashSet::new();
     for held in &shelf.held {
-        let Some((line, keys)) =
-            lines.iter().find_map(|line| Some((line, line.keys_of(&held.parameter.path)?)))
+        let Some((line, keys)) = lines
+            .iter()
+            .find_map(|line| Some((line, line.keys_of(&held.parameter.path, &held.parameter.shape)?)))
         else {
             problems.push(Problem::Unmapped { parameter: held.parameter.path.clone() });
             continue;
@@ -239,6 +240,20 @@ impl Shelf {
                 let length = elements / parts;
                 let part = |(i, key): (usize, &String)| {
                     one(key, cut.clone(), vec![(held, i * length..(i + 1) * length)], None)
+                };
+                keys.iter().enumerate().map(part).collect()
+            }
+            Rule::Stack(_, _, ones) | Rule::StackTranspose(_, _, ones) => {
+                let one_of = shape.get(1..).unwrap_or_default();
+                let (stored, swap) = match (line.rule, one_of) {
+                    (Rule::StackTranspose(..), &[.., rows, columns]) => {
+                        (swapped(one_of), Some((rows, columns)))
+                    }
+                    _ => (one_of.to_vec(), None),
+                };
+                let length = one_of.iter().product::<usize>();
+                let part = |(i, key): (usize, &String)| {
+                    one(key, ones.stored(&stored), vec![(held, i * length..(i + 1) * length)], swap)
                 };
                 keys.iter().enumerate().map(part).collect()
             }

@@ -68,6 +68,8 @@ pub struct Tiny {
     pub blocks: Vec<Block>,
     pub pos: Param<Tensor<2>>,        // [3, 4]
     pub stacked: Param<Tensor<2>>,    // [4, 2]
+    pub experts: Param<Tensor<3>>,    // [2, 2, 3], stored one by one as [1, 3, 2]
+    pub biases: Param<Tensor<2>>,     // [2, 3], stored one by one
     pub ids: Param<Tensor<1, Int>>,   // [3]
     pub mask: Param<Tensor<1, Bool>>, // [2]
     pub head: Option<Linear>,         // [2, 4] -> [4, 2] as Burn holds it
@@ -94,6 +96,8 @@ pub const KEYS: KeyMap = KeyMap::new(&[
     ),
     Rule::Reshape("pos_embed", "pos", Ones::Before(1)),
     Rule::Concat(&["upper", "lower"], "stacked"),
+    Rule::StackTranspose("experts.{}.weight", "experts", Ones::Before(1)),
+    Rule::Stack("experts.{}.bias", "biases", Ones::Before(0)),
     Rule::Rename("position_ids", "ids"),
     Rule::Rename("mask", "mask"),
     Rule::Rename("head.weight", "head.weight"),
@@ -111,6 +115,8 @@ impl Tiny {
             blocks: vec![block(), block()],
             pos: floats([3, 4]),
             stacked: floats([4, 2]),
+            experts: Initializer::Zeros.init([2, 2, 3], device),
+            biases: floats([2, 3]),
             ids: Param::initialized(ParamId::new(), Tensor::zeros([3], device)),
             mask: Param::initialized(ParamId::new(), Tensor::from_data([false, false], device)),
             head: Some(linear(2)),
@@ -124,6 +130,10 @@ pub fn tiny() -> Vec<Stored> {
         count("pos_embed", &[1, 3, 4], 100),
         count("upper", &[3, 2], 200), // 3 + 1 rows
         count("lower", &[1, 2], 206),
+        count("experts.0.weight", &[1, 3, 2], 400),
+        count("experts.1.weight", &[1, 3, 2], 406),
+        count("experts.0.bias", &[3], 500),
+        count("experts.1.bias", &[3], 503),
         ints("position_ids", &[0, 1, -2]),
         bools("mask", &[true, false]),
         count("head.weight", &[2, 4], 300),

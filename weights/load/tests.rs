@@ -45,6 +45,9 @@ fn every_kind_of_rule_fills_its_parameters() {
     assert_eq!(numbers(&block.conv)[..4], [1600.0, 1604.0, 1608.0, 1601.0]);
     assert_eq!(numbers(&tiny.pos), range(100, 112));
     assert_eq!(numbers(&tiny.stacked), range(200, 208));
+    let swapped = [[400, 402, 404, 401, 403, 405], [406, 408, 410, 407, 409, 411]];
+    assert_eq!(numbers(&tiny.experts), swapped.as_flattened().iter().map(|&n| n as f32).collect::<Vec<_>>());
+    assert_eq!(numbers(&tiny.biases), range(500, 506));
     assert_eq!(tiny.ids.val().into_data().iter::<i64>().collect::<Vec<_>>(), [0, 1, -2]);
     assert_eq!(tiny.mask.val().into_data().iter::<bool>().collect::<Vec<_>>(), [true, false]);
 }

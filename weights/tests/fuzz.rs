@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use volary_weights::format::gguf::Gguf;
 use volary_weights::format::torch::Torch;
 use volary_weights::format::{Checkpoint, Memory, Sharded};
-use volary_weights::{KeyMap, Rule};
+use volary_weights::{KeyMap, Ones, Rule};
 
 /// Counts what each thread holds.
 struct Counting;
@@ -480,12 +480,14 @@ fn key_maps() {
                 (0..random.below(4)).map(|_| *random.pick(&patterns)).collect::<Vec<_>>().leak()
             };
             let (a, b) = (*random.pick(&patterns), *random.pick(&patterns));
-            match random.below(7) {
+            match random.below(9) {
                 0 | 1 => Rule::Rename(a, b),
                 2 => Rule::Split(a, list(random)),
                 3 => Rule::Concat(list(random), b),
                 4 => Rule::Transpose(a, b),
                 5 => Rule::SplitTranspose(a, list(random)),
+                6 => Rule::Stack(a, b, Ones::Before(0)),
+                7 => Rule::StackTranspose(a, b, Ones::Before(1)),
                 _ => Rule::Ignore(a),
             }
         };
