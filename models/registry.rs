@@ -14,9 +14,10 @@ use crate::preset::Preset;
 use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
-    align, alm, altclip, aquila, autoencoder, beit, bert, brivl, chinese_clip, clip, consert, cpm, cpm2,
-    efficientnet, ernie, ernie3, eva, eva_clip, glm, glm130b, gpt2, llama, mae, painter, pangu, plato, plug,
-    roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, token_drawing, unet, vit, vqmodel, yuan,
+    align, alm, altclip, aquila, autoencoder, base_moe, beit, bert, brivl, chinese_clip, clip, consert, cpm,
+    cpm2, efficientnet, ernie, ernie3, eva, eva_clip, fastmoe, glm, glm130b, gpt2, llama, m6, mae, painter,
+    pangu, plato, plug, roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, token_drawing, unet,
+    vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -117,6 +118,9 @@ pub const SYSTEMS: &[System] = &[
     token_drawing::SYSTEM,
     scheduler::SYSTEM,
     stable_diffusion::SYSTEM,
+    fastmoe::SYSTEM,
+    base_moe::SYSTEM,
+    m6::SYSTEM,
 ];
 
 /// The configuration files that are looked for, in this order.

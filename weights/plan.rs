@@ -28,7 +28,10 @@ pub(crate) struct Swap {
 impl Source {
     /// How many values of a part it takes.
     pub fn taken(&self, part: &Part) -> usize {
-        self.transpose.as_ref().map_or(part.elements.len(), |swap| swap.rows * swap.taken.len())
+        match &self.transpose {
+            Some(swap) if swap.taken.len() < swap.columns => swap.rows * swap.taken.len(),
+            _ => part.elements.len(),
+        }
     }
 
     /// How many values it has.

@@ -690,3 +690,16 @@ mod packed {
         assert_eq!(loaded.weight.val().dims(), [16, 3]);
     }
 }
+
+#[test]
+fn each_matrix_of_several_is_swapped() {
+    #[derive(Module, Debug)]
+    struct Matrices {
+        all: Param<Tensor<3>>,
+    }
+    const KEYS: KeyMap = KeyMap::new(&[Rule::Transpose("all", "all")]);
+    let module = Matrices { all: burn::module::Initializer::Zeros.init([2, 2, 3], &Device::flex()) };
+    let stored = checkpoint(&[count("all", &[2, 3, 2], 0)]);
+    let module = load(module, &stored, &KEYS, &LoadOptions::default()).unwrap();
+    assert_eq!(numbers(&module.all), [0.0, 2.0, 4.0, 1.0, 3.0, 5.0, 6.0, 8.0, 10.0, 7.0, 9.0, 11.0]);
+}
