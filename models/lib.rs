@@ -43,6 +43,7 @@ pub mod lora;
 pub mod m6;
 pub mod mae;
 pub mod masked;
+pub mod mixtral;
 pub mod paint;
 pub mod painter;
 pub mod pangu;

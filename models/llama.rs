@@ -132,8 +132,8 @@ pub struct Place<'a> {
 /// Keys and values of a text so far, and the rotary table for as long as it may get.
 #[derive(Clone, Debug)]
 pub struct LlamaCache {
-    rope: Rope,
-    blocks: Vec<KvCache>,
+    pub(crate) rope: Rope,
+    pub(crate) blocks: Vec<KvCache>,
 }
 
 impl LlamaCache {
@@ -155,12 +155,7 @@ impl LlamaConfig {
         let norm = || RmsNorm::new(d_model, self.rms_norm_eps, device);
         let block = |_| LlamaBlock {
             norm1: norm(),
-            attention: AttentionConfig::new(d_model, self.n_heads)
-                .with_n_kv_heads(Some(self.n_kv_heads))
-                .with_d_head(Some(d_head))
-                .with_bias(self.attention_bias)
-                .with_output_bias(self.attention_bias)
-                .init(device),
+            attention: self.attention(device),
             norm2: norm(),
             mlp: GatedMlpConfig::new(d_model, self.d_ff).with_bias(self.mlp_bias).init(device),
             activation: self.activation,
@@ -182,24 +177,43 @@ impl LlamaConfig {
     }
 }
 
+impl LlamaConfig {
+    /// The untrained attention of a block.
+    pub(crate) fn attention(&self, device: &Device) -> Attention {
+        AttentionConfig::new(self.d_model, self.n_heads)
+            .with_n_kv_heads(Some(self.n_kv_heads))
+            .with_d_head(Some(self.d_head))
+            .with_bias(self.attention_bias)
+            .with_output_bias(self.attention_bias)
+            .init(device)
+    }
+}
+
 impl LlamaBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
     pub fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let x = x.clone() + self.attend(self.norm1.forward(x), place, cache);
+        let x = x.clone() + attend(&self.attention, self.norm1.forward(x), place, cache);
         x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
     }
+}
 
-    fn attend(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let Place { rope, positions, mask } = place;
-        let query = rope.apply(self.attention.queries(x.clone()), positions); // [batch, n_heads, seq, d_head]
-        let (key, value) = self.attention.keys_values(x); // [batch, n_kv_heads, seq, d_head]
-        let key = rope.apply(key, positions);
-        let (key, value) = match cache {
-            Some(cache) => cache.append(key, value), // [batch, n_kv_heads, past + seq, d_head]
-            None => (key, value),
-        };
-        self.attention.merge(ops::attention(query, key, value, mask, None))
-    }
+/// Rotary self-attention: `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there
+/// is one.
+pub(crate) fn attend(
+    attention: &Attention,
+    x: Tensor<3>,
+    place: Place,
+    cache: Option<&mut KvCache>,
+) -> Tensor<3> {
+    let Place { rope, positions, mask } = place;
+    let query = rope.apply(attention.queries(x.clone()), positions); // [batch, n_heads, seq, d_head]
+    let (key, value) = attention.keys_values(x); // [batch, n_kv_heads, seq, d_head]
+    let key = rope.apply(key, positions);
+    let (key, value) = match cache {
+        Some(cache) => cache.append(key, value), // [batch, n_kv_heads, past + seq, d_head]
+        None => (key, value),
+    };
+    attention.merge(ops::attention(query, key, value, mask, None))
 }
 
 impl Llama {
@@ -209,12 +223,7 @@ impl Llama {
     /// If an id is outside the vocabulary, or shapes differ.
     pub fn forward(&self, input: impl Into<LlamaInput>) -> Tensor<3> {
         let LlamaInput { ids, positions, mask } = input.into();
-        let [_, seq] = ids.dims();
-        let end = match &positions {
-            Positions::From(first) => first + seq,
-            Positions::Each(each) => each.clone().max().into_scalar::<i64>() as usize + 1,
-        };
-        let rope = self.rope(end, &ids.device());
+        let rope = self.rope_of(&ids, &positions);
         let mask = Mask::All(vec![Mask::Causal, mask]);
         let place = Place { rope: &rope, positions: &positions, mask: &mask };
         let x = self.tokens.forward(ids); // [batch, seq, d_model]
@@ -262,7 +271,17 @@ impl Llama {
         LlamaSession { model: self, prompts, cache }
     }
 
-    fn rope(&self, positions: usize, device: &Device) -> Rope {
+    /// A table that reaches the last of the positions of these tokens.
+    pub(crate) fn rope_of(&self, ids: &Tensor<2, Int>, positions: &Positions) -> Rope {
+        let [_, seq] = ids.dims();
+        let end = match positions {
+            Positions::From(first) => first + seq,
+            Positions::Each(each) => each.clone().max().into_scalar::<i64>() as usize + 1,
+        };
+        self.rope(end, &ids.device())
+    }
+
+    pub(crate) fn rope(&self, positions: usize, device: &Device) -> Rope {
         RopeConfig { positions, ..self.rope.clone() }.init(device)
     }
 }
@@ -310,12 +329,23 @@ impl LlamaConfig {
     pub fn parse(config: &Config) -> Result<Self, ConfigError> {
         let family = config.text("model_type").filter(|family| FAMILIES.contains(family));
         let family = family.ok_or_else(|| config.error("model_type", &FAMILIES.join(", ")))?;
+        let vocab_size = if family == "aquila" { 100_008 } else { 32000 };
+        Self::parse_with(config, &Self { vocab_size, ..LLAMA_7B })
+    }
+
+    /// As [`LlamaConfig::parse`], with the values of `defaults` for what is left out, of whatever `model_type`.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub(crate) fn parse_with(config: &Config, defaults: &Self) -> Result<Self, ConfigError> {
         config.only("is_causal", &["true"])?;
         config.only("partial_rotary_factor", &["1", "1.0"])?;
         config.only("add_cross_attention", &["false"])?;
-        let d_model = config.size_or("hidden_size", 4096)?;
-        let n_heads = config.size_or("num_attention_heads", 32)?;
-        let n_kv_heads = config.size_or("num_key_value_heads", n_heads)?;
+        let d_model = config.size_or("hidden_size", defaults.d_model)?;
+        let n_heads = config.size_or("num_attention_heads", defaults.n_heads)?;
+        let is_grouped = defaults.n_kv_heads < defaults.n_heads;
+        let n_kv_heads = if is_grouped { defaults.n_kv_heads } else { n_heads };
+        let n_kv_heads = config.size_or("num_key_value_heads", n_kv_heads)?;
         config.divides("num_key_value_heads", n_kv_heads, n_heads)?;
         if !config.has("head_dim") {
             config.divides("num_attention_heads", n_heads, d_model)?;
@@ -326,26 +356,26 @@ impl LlamaConfig {
                 config.error("head_dim", "an even width (`hidden_size / num_attention_heads` if not set)")
             );
         }
-        let n_positions = config.size_or("max_position_embeddings", 2048)?;
-        let (rope_theta, rope_scaling) = rope(config, n_positions)?;
+        let n_positions = config.size_or("max_position_embeddings", defaults.n_positions)?;
+        let (rope_theta, rope_scaling) = rope(config, n_positions, defaults.rope_theta)?;
         let head = match (config.first_of("architectures"), config.flag_or("tie_word_embeddings", false)?) {
-            (Some("LlamaModel" | "AquilaModel"), _) => Head::Absent,
+            (Some("LlamaModel" | "AquilaModel" | "MixtralModel"), _) => Head::Absent,
             (_, true) => Head::Tied,
             (_, false) => Head::Own,
         };
         Ok(Self {
-            vocab_size: config.size_or("vocab_size", if family == "aquila" { 100_008 } else { 32000 })?,
+            vocab_size: config.size_or("vocab_size", defaults.vocab_size)?,
             n_positions,
             d_model,
-            d_ff: config.size_or("intermediate_size", 11008)?,
-            n_layers: config.blocks_or("num_hidden_layers", 32)?,
+            d_ff: config.size_or("intermediate_size", defaults.d_ff)?,
+            n_layers: config.blocks_or("num_hidden_layers", defaults.n_layers)?,
             n_heads,
             n_kv_heads,
             d_head,
             activation: config.activation_or("hidden_act", Activation::Silu)?,
             attention_bias: config.flag_or("attention_bias", false)?,
             mlp_bias: config.flag_or("mlp_bias", false)?,
-            rms_norm_eps: config.number_or("rms_norm_eps", 1e-6)?,
+            rms_norm_eps: config.number_or("rms_norm_eps", defaults.rms_norm_eps)?,
             rope_theta,
             rope_scaling,
             pairing: Pairing::Half,
@@ -356,7 +386,7 @@ impl LlamaConfig {
 
 /// Base and scaling of the rotary frequencies: `rope_theta` and `rope_scaling`, or, from transformers 5 on, all in
 /// `rope_parameters`. The pretraining's longest sequence is that of the configuration where it is not said.
-fn rope(config: &Config, n_positions: usize) -> Result<(f64, RopeScaling), ConfigError> {
+fn rope(config: &Config, n_positions: usize, theta: f64) -> Result<(f64, RopeScaling), ConfigError> {
     let field = if config.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" };
     let rope = config.object_or_empty(field)?;
     rope.only("partial_rotary_factor", &["1", "1.0"])?;
@@ -364,7 +394,7 @@ fn rope(config: &Config, n_positions: usize) -> Result<(f64, RopeScaling), Confi
         number if number > 0.0 => Ok(number),
         _ => Err(of.error(field, "a number above 0")),
     };
-    let theta = positive(if rope.has("rope_theta") { &rope } else { config }, "rope_theta", 10000.0)?;
+    let theta = positive(if rope.has("rope_theta") { &rope } else { config }, "rope_theta", theta)?;
 
     let field = if rope.has("rope_type") { "rope_type" } else { "type" };
     let kind = if rope.has(field) { rope.text(field) } else { Some("default") };
@@ -412,7 +442,8 @@ fn rope(config: &Config, n_positions: usize) -> Result<(f64, RopeScaling), Confi
 
 const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
 
-const BLOCK: &[Rule] = &[
+/// A block without its MLP.
+pub(crate) const ATTENTION: &[Rule] = &[
     Rename("input_layernorm.weight", "norm1.weight"),
     Under("self_attn.q_proj.", "attention.query.", LINEAR),
     Under("self_attn.k_proj.", "attention.key.", LINEAR),
@@ -420,17 +451,21 @@ const BLOCK: &[Rule] = &[
     Under("self_attn.o_proj.", "attention.output.", LINEAR),
     Ignore("self_attn.rotary_emb.inv_freq"),
     Rename("post_attention_layernorm.weight", "norm2.weight"),
+];
+const BLOCK: &[Rule] = &[
+    Under("", "", ATTENTION),
     Under("mlp.gate_proj.", "mlp.gate.", LINEAR),
     Under("mlp.up_proj.", "mlp.up.", LINEAR),
     Under("mlp.down_proj.", "mlp.down.", LINEAR),
 ];
 
-const TRUNK: &[Rule] = &[
+/// What is around the blocks.
+pub(crate) const AROUND: &[Rule] = &[
     Rename("embed_tokens.weight", "tokens.weight"),
-    Under("layers.{}.", "blocks.{}.", BLOCK),
     Rename("norm.weight", "norm.weight"),
     Ignore("rotary_emb.inv_freq"),
 ];
+const TRUNK: &[Rule] = &[Under("", "", AROUND), Under("layers.{}.", "blocks.{}.", BLOCK)];
 
 /// Keys of `LlamaForCausalLM` with a head of its own. Those of `LlamaModel` have nothing before them.
 pub const KEYS: KeyMap =

@@ -81,6 +81,8 @@ pub enum Shape {
     AutoencoderKl(volary_vision::autoencoder::AutoencoderKlConfig),
     /// [`crate::vqmodel`]
     Vq(volary_vision::vq::VqConfig),
+    /// [`crate::mixtral`]
+    Mixtral(crate::mixtral::MixtralConfig),
 }
 
 /// Where weights are.
@@ -173,6 +175,7 @@ impl Shape {
             Shape::UNet(config) => parameters(&config.init(&device)),
             Shape::AutoencoderKl(config) => parameters(&config.init(&device)),
             Shape::Vq(config) => parameters(&config.init(&device)),
+            Shape::Mixtral(config) => parameters(&config.init(&device)),
         }
     }
 }

@@ -15,9 +15,9 @@ use crate::tensors::{Inputs, Outputs};
 use crate::two_tower::TwoTower;
 use crate::{
     align, alm, altclip, aquila, autoencoder, base_moe, beit, bert, brivl, chinese_clip, clip, consert, cpm,
-    cpm2, efficientnet, ernie, ernie3, eva, eva_clip, fastmoe, glm, glm130b, gpt2, llama, m6, mae, painter,
-    pangu, plato, plug, roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi, token_drawing, unet,
-    vit, vqmodel, yuan,
+    cpm2, efficientnet, ernie, ernie3, eva, eva_clip, fastmoe, glm, glm130b, gpt2, llama, m6, mae, mixtral,
+    painter, pangu, plato, plug, roberta_series, scheduler, seggpt, stable_diffusion, t5, taiyi,
+    token_drawing, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
@@ -94,6 +94,7 @@ pub const SYSTEMS: &[System] = &[
     seggpt::SYSTEM,
     llama::SYSTEM,
     aquila::SYSTEM,
+    mixtral::SYSTEM,
     glm::SYSTEM,
     alm::SYSTEM,
     glm130b::SYSTEM,
