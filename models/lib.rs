@@ -60,6 +60,7 @@ pub mod scheduler;
 pub mod seggpt;
 pub mod sentence;
 pub mod stable_diffusion;
+pub mod switch_transformers;
 pub mod t5;
 pub mod taiyi;
 pub mod tensors;

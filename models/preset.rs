@@ -83,6 +83,8 @@ pub enum Shape {
     Vq(volary_vision::vq::VqConfig),
     /// [`crate::mixtral`]
     Mixtral(crate::mixtral::MixtralConfig),
+    /// [`crate::switch_transformers`]
+    Switch(crate::switch_transformers::SwitchConfig),
 }
 
 /// Where weights are.
@@ -176,6 +178,7 @@ impl Shape {
             Shape::AutoencoderKl(config) => parameters(&config.init(&device)),
             Shape::Vq(config) => parameters(&config.init(&device)),
             Shape::Mixtral(config) => parameters(&config.init(&device)),
+            Shape::Switch(config) => parameters(&config.init(&device)),
         }
     }
 }

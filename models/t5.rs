@@ -201,8 +201,8 @@ pub struct T5Output {
 /// What a block of the decoder sees of the encoder: keys and values of its states, `[batch, n_heads, seq, d_head]`.
 #[derive(Clone, Debug)]
 pub struct Memory {
-    key: Tensor<4>,
-    value: Tensor<4>,
+    pub(crate) key: Tensor<4>,
+    pub(crate) value: Tensor<4>,
 }
 
 impl T5Config {
@@ -245,15 +245,15 @@ impl T5Config {
         }
     }
 
-    fn norm(&self, device: &Device) -> RmsNorm {
+    pub(crate) fn norm(&self, device: &Device) -> RmsNorm {
         RmsNorm::new(self.d_model, self.rms_norm_eps, device)
     }
 
-    fn bias(&self, reach: Reach, device: &Device) -> RelativeBias {
+    pub(crate) fn bias(&self, reach: Reach, device: &Device) -> RelativeBias {
         RelativeBias::new(self.n_buckets, self.max_distance, self.n_heads, reach, device)
     }
 
-    fn attention(&self, device: &Device) -> Attention {
+    pub(crate) fn attention(&self, device: &Device) -> Attention {
         AttentionConfig::new(self.d_model, self.n_heads)
             .with_d_head(Some(self.d_head))
             .with_bias(false)
@@ -608,7 +608,8 @@ pub(crate) fn buckets(config: &Config) -> Result<(usize, usize), ConfigError> {
     Ok((n_buckets, max_distance))
 }
 
-const ATTENTION: &[Rule] = &[
+/// The projections of an attention.
+pub(crate) const ATTENTION: &[Rule] = &[
     Rename("q.weight", "query.weight"),
     Rename("k.weight", "key.weight"),
     Rename("v.weight", "value.weight"),
