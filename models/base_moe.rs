@@ -12,6 +12,7 @@
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
+use volary_kernels::layers::{Attention, RmsNorm};
 use volary_kernels::moe::gate::BaseGate;
 use volary_kernels::moe::{Choices, ExpertMlpConfig, GatedExpertMlp, Routing, auction, best_assignment, mix};
 use volary_kernels::ops::Activation;
@@ -21,10 +22,13 @@ use volary_weights::{KeyMap, Ones, Rule};
 use Rule::{Rename, Stack, StackTranspose};
 
 use crate::config::{Config, ConfigError};
+use crate::cpm2::ZH_EN;
 use crate::error::Error;
 use crate::fastmoe::experts;
 use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
+use crate::t5::{T5, T5Config};
 use crate::tensors::{Inputs, Outputs, output};
 
 /// Shape of a layer.
@@ -107,6 +111,69 @@ impl BaseMoe {
     }
 }
 
+/// Shape of CPM-2-MoE: T5 1.1 whose MLPs are all [`BaseMoe`]s.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cpm2MoeConfig {
+    /// All but the experts; `d_ff` is the width of one.
+    pub t5: T5Config,
+    /// Number of experts of a block.
+    pub n_experts: usize,
+}
+
+/// CPM-2-MoE, to be counted. It does not run: by which expert's norm a token's affinities are found depends on the rank
+/// that the token is on.
+#[derive(Module, Debug)]
+pub struct Cpm2Moe {
+    /// Tokens, biases of distances, last norms and head. It has no blocks of its own.
+    pub around: T5,
+    /// The encoder's blocks.
+    pub encoder: Vec<Cpm2MoeBlock>,
+    /// The decoder's, with attention to what the encoder has read.
+    pub decoder: Vec<Cpm2MoeBlock>,
+}
+
+/// A pre-norm block.
+#[derive(Module, Debug)]
+pub struct Cpm2MoeBlock {
+    /// The norm before each attention.
+    pub norms: Vec<RmsNorm>,
+    /// Self-attention, and in the decoder cross-attention.
+    pub attentions: Vec<Attention>,
+    /// Experts with norms of their own.
+    pub experts: BaseMoe,
+}
+
+impl Cpm2MoeConfig {
+    /// An untrained model. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> Cpm2Moe {
+        let T5Config { d_model, d_ff, rms_norm_eps, n_layers, n_decoder_layers, .. } = self.t5;
+        let experts = BaseMoeConfig { d_model, d_ff, n_experts: self.n_experts, rms_norm_eps };
+        let block = |attentions: usize| Cpm2MoeBlock {
+            norms: (0..attentions).map(|_| self.t5.norm(device)).collect(),
+            attentions: (0..attentions).map(|_| self.t5.attention(device)).collect(),
+            experts: experts.init(device),
+        };
+        Cpm2Moe {
+            around: T5Config { n_layers: 0, n_decoder_layers: 0, ..self.t5.clone() }.init(device),
+            encoder: (0..n_layers).map(|_| block(1)).collect(),
+            decoder: (0..n_decoder_layers).map(|_| block(2)).collect(),
+        }
+    }
+}
+
+/// The file `300000.tar`.
+const CPM2_MOE: Cpm2MoeConfig = Cpm2MoeConfig { t5: T5Config { vocab_size: 52736, ..ZH_EN }, n_experts: 32 };
+
+/// Published sizes, to be counted.
+pub const PRESETS: &[Preset] = &[Preset {
+    name: "cpm-2-moe-300000",
+    shape: Shape::Cpm2Moe(CPM2_MOE),
+    weights: Weights::Application,
+    license: "by application to BAAI",
+    parameters: 198_550_269_952,
+    source: "counted here of the released code's sizes; 198 B by its authors",
+}];
+
 /// Rows over the root of their mean square.
 fn rms<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
     x.clone() / (x.square().mean_dim(D - 1) + eps).sqrt()
@@ -132,7 +199,7 @@ pub const SYSTEM: System = System {
     file: "models/base_moe.rs",
     tasks: &["forward"],
     proved: &["base_moe"],
-    presets: &[],
+    presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("base_moe")),
     checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),

@@ -54,7 +54,7 @@ const ZH: T5Config = T5Config {
 };
 
 /// The vocabulary of Chinese and English.
-const ZH_EN: T5Config = T5Config { vocab_size: 51968, ..ZH };
+pub(crate) const ZH_EN: T5Config = T5Config { vocab_size: 51968, ..ZH };
 
 const fn preset(name: &'static str, config: T5Config, parameters: usize) -> Preset {
     let source = "transformers, T5ForConditionalGeneration of this shape; the authors say 11 billion";

@@ -2,16 +2,20 @@
 //! goes to the best expert of each of k prototypes, groups of experts with a router of their own, and what they give is
 //! summed. A folder holds one layer.
 //!
-//! Neither weights nor code were released: the reference is the paper's formula, and names are ours.
+//! Neither weights nor code were released: the reference is the paper's formula, and names are ours. The presets are
+//! architectures alone, counted and never loaded: M6-T's and M6-10T's own tables, and, in the same shape, models of the
+//! sizes that BaGuaLu (<https://doi.org/10.1145/3503221.3508417>) and WuDao 2.0 were announced with, constructed by us.
 //!
 //! ```sh
 //! volary forward path/to/layer --input in.safetensors --output out.safetensors
 //! ```
 
-use burn::tensor::Device;
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+use volary_kernels::layers::{Attention, AttentionConfig, LayerNorm};
 use volary_kernels::moe::gate::{Capacity, KTop1Gate};
-use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase};
-use volary_kernels::ops::Activation;
+use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase, Routing};
+use volary_kernels::ops::{Activation, Mask};
 use volary_weights::{KeyMap, Rule};
 
 use Rule::Rename;
@@ -20,6 +24,7 @@ use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::fastmoe::experts;
 use crate::folder::Folder;
+use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
 
@@ -76,6 +81,114 @@ impl M6MoeConfig {
     }
 }
 
+/// Shape of the blocks of a whole model. What is before and after them was not published.
+#[derive(Clone, Debug, PartialEq)]
+pub struct M6Config {
+    /// Number of blocks.
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub d_model: usize,
+    /// Number of attention heads.
+    pub n_heads: usize,
+    /// Width between an expert's projections, which have no biases.
+    pub d_ff: usize,
+    /// Number of experts of a block.
+    pub n_experts: usize,
+    /// Number of prototypes, which divides that of experts.
+    pub n_prototypes: usize,
+}
+
+/// The blocks of a model.
+#[derive(Module, Debug)]
+pub struct M6 {
+    /// One after the other.
+    pub blocks: Vec<M6Block>,
+}
+
+/// A pre-norm transformer block.
+#[derive(Module, Debug)]
+pub struct M6Block {
+    /// Before the attention.
+    pub norm1: LayerNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Before the experts.
+    pub norm2: LayerNorm,
+    /// In the place of an MLP.
+    pub moe: Moe,
+}
+
+impl M6Config {
+    /// Untrained blocks. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> M6 {
+        let Self { n_layers, d_model, n_heads, d_ff, n_experts, n_prototypes } = *self;
+        let norm = || LayerNorm::new(d_model, 1e-5, device);
+        let block = |_| {
+            let gate = KTop1Gate::new(d_model, n_experts, n_prototypes, Capacity::Factor(1.25), device);
+            let experts = MoeConfig::new(n_experts, d_model, d_ff).with_bias(false);
+            M6Block {
+                norm1: norm(),
+                attention: AttentionConfig::new(d_model, n_heads).init(device),
+                norm2: norm(),
+                moe: experts.init(Gate::KTop1(gate), Activation::Gelu, device),
+            }
+        };
+        M6 { blocks: (0..n_layers).map(block).collect() }
+    }
+}
+
+impl M6 {
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`, and where each block sent the tokens. A token that finds no room
+    /// passes a block's experts by.
+    ///
+    /// # Panics
+    /// If the mask does not fit.
+    pub fn forward(&self, x: Tensor<3>, mask: &Mask, phase: Phase) -> (Tensor<3>, Vec<Routing>) {
+        let (mut x, mut routings) = (x, Vec::with_capacity(self.blocks.len()));
+        for block in &self.blocks {
+            x = x.clone() + block.attention.forward(block.norm1.forward(x), mask);
+            // the gate draws nothing
+            let (y, routing) =
+                block.moe.forward(block.norm2.forward(x.clone()), phase, &mut Noise::Seeded(0));
+            x = x + y;
+            routings.push(routing);
+        }
+        (x, routings)
+    }
+}
+
+/// Yang et al. 2021, table 1: "base".
+const BASE: M6Config =
+    M6Config { n_layers: 5, d_model: 1024, n_heads: 16, d_ff: 4096, n_experts: 32, n_prototypes: 1 };
+const T_10B: M6Config = M6Config { n_layers: 10, n_experts: 128, ..BASE };
+const T_100B: M6Config = M6Config { n_layers: 24, n_experts: 512, ..BASE };
+const T_1T: M6Config = M6Config { n_layers: 24, n_experts: 960, d_ff: 21248, ..BASE };
+/// Lin et al. 2021, <https://arxiv.org/abs/2110.03888>.
+const T_10T: M6Config = M6Config { n_layers: 48, n_experts: 10240, d_ff: 9984, n_prototypes: 80, ..BASE };
+/// Constructed by us: as M6-10T, with as many experts as make its size.
+const BAGUALU: M6Config = M6Config { n_experts: 14800, ..T_10T };
+/// Constructed by us, in the same way.
+const WUDAO_2: M6Config = M6Config { n_experts: 1780, n_prototypes: 2, ..T_10T };
+
+const TABLE: &str = "counted here of the paper's table, blocks alone";
+const OURS: &str = "constructed by us to the announced size, blocks alone: no table was published";
+
+const fn preset(name: &'static str, config: M6Config, source: &'static str, parameters: usize) -> Preset {
+    let (shape, weights) = (Shape::M6(config), Weights::Unreleased);
+    Preset { name, shape, weights, license: "none stated", parameters, source }
+}
+
+/// Published sizes, architectures alone.
+pub const PRESETS: &[Preset] = &[
+    preset("M6-T-base", BASE, TABLE, 1_363_353_600),
+    preset("M6-T-10B", T_10B, TABLE, 10_780_753_920),
+    preset("M6-T-100B", T_100B, TABLE, 103_192_657_920),
+    preset("M6-T-1T", T_1T, TABLE, 1_002_730_881_024),
+    preset("M6-10T", T_10T, TABLE, 10_050_928_508_928),
+    preset("BaGuaLu-14.5T", BAGUALU, OURS, 14_526_642_782_208),
+    preset("WuDao-2.0", WUDAO_2, OURS, 1_747_300_712_448),
+];
+
 /// Keys of the layer.
 pub const KEYS: KeyMap = KeyMap::new(&[
     Rename("router.{}.weight", "gate.KTop1.routers.{}.weight"),
@@ -96,7 +209,7 @@ pub const SYSTEM: System = System {
     file: "models/m6.rs",
     tasks: &["forward"],
     proved: &["m6_moe"],
-    presets: &[],
+    presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("m6_moe")),
     checkpoint: Folder::checkpoint,
     describe: |folder| describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),
@@ -151,9 +264,30 @@ impl Forward for Runner {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::{Distribution, Tolerance};
     use volary_weights::parameters;
 
     use super::*;
+
+    /// Blocks in a row are those of their parts, and what has no room passes.
+    #[test]
+    fn a_token_without_room_passes_the_experts_by() {
+        let device = Device::flex();
+        let config = M6Config { n_layers: 1, d_model: 8, n_heads: 2, d_ff: 6, n_experts: 4, n_prototypes: 2 };
+        let mut model = config.init(&device);
+        let x = Tensor::<3>::random([2, 5, 8], Distribution::Normal(0.0, 1.0), &device);
+        let block = &model.blocks[0];
+        let attended = x.clone() + block.attention.forward(block.norm1.forward(x.clone()), &Mask::Full);
+        let (y, routings) = model.forward(x.clone(), &Mask::Full, Phase::Train);
+        assert_eq!(routings[0].load.iter().sum::<usize>() + routings[0].dropped, 20);
+        let mixed = (y - attended.clone()).abs().sum().into_scalar::<f32>();
+        assert!(mixed > 1e-3, "{mixed}");
+        if let Gate::KTop1(gate) = &mut model.blocks[0].moe.gate {
+            gate.capacity = Capacity::Tokens(0);
+        }
+        let (y, _) = model.forward(x, &Mask::Full, Phase::Train);
+        y.into_data().assert_approx_eq::<f32>(&attended.into_data(), Tolerance::default());
+    }
 
     #[test]
     fn every_parameter_has_one_key_and_every_key_one_parameter() {

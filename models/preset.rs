@@ -85,6 +85,10 @@ pub enum Shape {
     Mixtral(crate::mixtral::MixtralConfig),
     /// [`crate::switch_transformers`]
     Switch(crate::switch_transformers::SwitchConfig),
+    /// [`crate::m6`]
+    M6(crate::m6::M6Config),
+    /// [`crate::base_moe`]
+    Cpm2Moe(crate::base_moe::Cpm2MoeConfig),
 }
 
 /// Where weights are.
@@ -179,6 +183,8 @@ impl Shape {
             Shape::Vq(config) => parameters(&config.init(&device)),
             Shape::Mixtral(config) => parameters(&config.init(&device)),
             Shape::Switch(config) => parameters(&config.init(&device)),
+            Shape::M6(config) => parameters(&config.init(&device)),
+            Shape::Cpm2Moe(config) => parameters(&config.init(&device)),
         }
     }
 }

@@ -2,6 +2,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// Where random numbers come from.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one for a pass")]
 pub enum Noise {
     /// A sequence that this number starts. It moves on with every draw.
     Seeded(u64),
