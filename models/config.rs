@@ -230,19 +230,6 @@ impl Config {
         list.iter().map(|value| value.as_u64().map(|size| size as usize)).collect()
     }
 
-    /// A list of numbers, if there is one.
-    ///
-    /// # Errors
-    /// If something else is there.
-    pub fn numbers(&self, field: &str) -> Result<Option<Vec<f64>>, ConfigError> {
-        if !self.has(field) {
-            return Ok(None);
-        }
-        let list = self.value.get(field).and_then(Value::as_array);
-        let numbers = list.and_then(|list| list.iter().map(Value::as_f64).collect());
-        numbers.map(Some).ok_or_else(|| self.error(field, "a list of numbers"))
-    }
-
     /// A list of lists of whole numbers, if there is one.
     pub fn size_lists(&self, field: &str) -> Option<Vec<Vec<usize>>> {
         let whole = |value: &Value| value.as_u64().map(|size| size as usize);

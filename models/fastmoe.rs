@@ -89,6 +89,9 @@ impl GateKind {
     }
 }
 
+/// The library's own capacities.
+const RATES: [f64; 2] = [1.2, 2.4];
+
 /// So many experts are one layer's at most; M6-10T has 10,240.
 const MOST_EXPERTS: usize = 65_536;
 
@@ -134,13 +137,11 @@ impl FastMoeConfig {
         if top_k > n_experts {
             return Err(config.error("top_k", &format!("at most {n_experts}, the number of experts")));
         }
-        let rates = match config.numbers("capacity")? {
-            None => [1.2, 2.4],
-            Some(rates) if rates.is_empty() => [1.2, 2.4],
-            Some(rates) => match rates[..] {
-                [train, eval] if train >= 0.0 && eval >= 0.0 => [train, eval],
-                _ => return Err(config.error("capacity", "two numbers, none below 0")),
-            },
+        let rates = match config.numbers("capacity").as_deref() {
+            None if !config.has("capacity") => RATES,
+            Some([]) => RATES,
+            Some(&[train, eval]) if train >= 0.0 && eval >= 0.0 => [train, eval],
+            _ => return Err(config.error("capacity", "two numbers, none below 0")),
         };
         Ok(Self {
             gate,

@@ -16,8 +16,8 @@ use crate::two_tower::TwoTower;
 use crate::{
     align, alm, altclip, aquila, autoencoder, base_moe, beit, bert, brivl, chinese_clip, clip, consert, cpm,
     cpm2, efficientnet, ernie, ernie3, eva, eva_clip, fastmoe, glm, glm130b, gpt2, llama, m6, mae, mixtral,
-    painter, pangu, plato, plug, roberta_series, scheduler, seggpt, stable_diffusion, switch_transformers, t5,
-    taiyi, token_drawing, unet, vit, vqmodel, yuan,
+    painter, pangu, plato, plug, roberta_series, scheduler, seggpt, stable_diffusion, switch_transformers,
+    t5, taiyi, token_drawing, unet, vit, vqmodel, yuan,
 };
 
 /// What the zoo says of one system.
