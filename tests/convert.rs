@@ -83,6 +83,9 @@ fn floats(outputs: BTreeMap<String, TensorData>) -> impl Iterator<Item = (String
 
 fn cosine(a: &TensorData, b: &TensorData) -> f64 {
     let (a, b): (Vec<f64>, Vec<f64>) = (a.iter().collect(), b.iter().collect());
+    if a == b {
+        return 1.0; // zeros too
+    }
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     dot(&a, &b) / (dot(&a, &a) * dot(&b, &b)).sqrt()
 }
@@ -97,7 +100,9 @@ fn every_fixture_comes_through_as_it_was() {
         done("convert", &source, &sharded, &["--max-shard-size", "20KB"]);
         done("convert", &sharded, &back, &[]);
         let (expected, reference) = (tensors(&source), outputs(&source, &source));
-        assert!(names(&sharded).iter().any(|file| file.ends_with(".safetensors.index.json")), "{name}");
+        let is_large = expected.values().map(|(_, _, bytes)| bytes.len()).sum::<usize>() > 20_000;
+        let has_index = names(&sharded).iter().any(|file| file.ends_with(".safetensors.index.json"));
+        assert_eq!(has_index, is_large, "{name}");
         for folder in [&whole, &sharded, &back] {
             assert_eq!(tensors(folder), expected, "{name}");
             assert_eq!(outputs(folder, &source), reference, "{name}");
@@ -171,7 +176,10 @@ fn narrow_weights_are_rounded_and_the_configuration_says_so() {
             let before = fs::read_to_string(source.join("config.json")).unwrap_or_default();
             let after = fs::read_to_string(out.join("config.json")).unwrap_or_default();
             let expected = ["float32", "float16", "bfloat16"].iter().fold(before, |text, old| {
-                text.replace(&format!("dtype\": \"{old}\""), &format!("dtype\": \"{named}\""))
+                // not that of a router, which is one to compute in
+                ["\"dtype", "torch_dtype"].iter().fold(text, |text, field| {
+                    text.replace(&format!("{field}\": \"{old}\""), &format!("{field}\": \"{named}\""))
+                })
             });
             assert_eq!(after, expected, "{name}");
             let reference = outputs(&source, &source);
@@ -423,16 +431,20 @@ fn sizes_that_are_none_are_wrong_use() {
 /// 0.99 in 8 bits; in 4 bits 0.8, for the six logits of a tiny CLIP lie close to zero, and T5 does not divide its scores.
 #[test]
 fn every_fixture_runs_quantized() {
-    // a matrix with fewer columns than a block stays as it is, and the toys of convolutions have no others
+    // a matrix with fewer columns than a block stays as it is, and the toys of convolutions and single layers have no others
     let has_a_block = |(_, source): &(&str, PathBuf)| {
         tensors(source).values().any(|(_, shape, _)| matches!(shape[..], [_, cols] if cols >= 32))
     };
     let left_out: Vec<&str> =
         families().filter(|family| !has_a_block(family)).map(|(name, _)| name).collect();
-    assert_eq!(left_out, ["vae_kl", "vae_kl_legacy", "vqmodel"]);
+    let is_layer = |name: &&str| name.starts_with("fastmoe_") || name.ends_with("_moe");
+    let (layers, models): (Vec<&str>, Vec<&str>) = left_out.into_iter().partition(is_layer);
+    assert_eq!((layers.len(), models), (8, vec!["vae_kl", "vae_kl_legacy", "vqmodel"]));
     for (name, source) in families().filter(has_a_block) {
         let reference = outputs(&source, &source);
-        for (bits, block, least) in [("8", "32", 0.99), ("4", "32", 0.8)] {
+        // a router may choose another expert
+        let in_four = if name == "switch_transformers" { 0.75 } else { 0.8 };
+        for (bits, block, least) in [("8", "32", 0.99), ("4", "32", in_four)] {
             let scratch = tempfile::tempdir().unwrap();
             let out = scratch.path().join("out");
             let report = done("quantize", &source, &out, &["--bits", bits, "--block", block]);
