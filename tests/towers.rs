@@ -17,6 +17,7 @@ use volary::eva_clip::EvaClipConfig;
 use volary::folder::Folder;
 use volary::registry::{System, forward};
 use volary::taiyi::{self, TaiyiConfig};
+use volary_kernels::random::seeded;
 use volary_text::tokenizer::{BatchOptions, PadTo};
 use volary_vision::image::{ReadOptions, read};
 use volary_weights::{LoadOptions, save};
@@ -53,17 +54,19 @@ fn shell(shape: &str, file: &str, texts: &str, tokenizer: &str) -> (TempDir, Fol
 fn folders() -> [TempDir; 4] {
     let device = Device::flex();
     let (alt, disk) = shell("altclip", "config.json", "/text_config", "tok_xlmr");
-    let model = AltClipConfig::of(&disk).unwrap().init(&device);
+    let config = AltClipConfig::of(&disk).unwrap();
+    let model = seeded(1, &device, |device| config.init(device));
     save(&model, &altclip::KEYS, None, &alt.path().join("model.safetensors"), None).unwrap();
     let (chinese, disk) = shell("chinese_clip", "config.json", "/text_config", "tok_bert");
     let (config, _) = ChineseClipConfig::of(&disk).unwrap();
-    let model = config.init(&device);
+    let model = seeded(1, &device, |device| config.init(device));
     save(&model, &chinese_clip::KEYS, None, &chinese.path().join("model.safetensors"), None).unwrap();
     let file = "open_clip_config.json";
     let (eva, disk) = shell("open_clip_eva02", file, "/model_cfg/text_cfg", "tok_clip");
     let (config, layout) = EvaClipConfig::of(&disk).unwrap();
     let weights = eva.path().join("open_clip_model.safetensors");
-    save(&config.init(&device), config.keys(layout), None, &weights, None).unwrap();
+    save(&seeded(1, &device, |device| config.init(device)), config.keys(layout), None, &weights, None)
+        .unwrap();
     let (brivl, disk) = shell("brivl", "config.json", "/bert", "tok_bert");
     let mut described = crate::support::json(&brivl.path().join("config.json"));
     described["IMG_SIZE"] = json!(16);
@@ -73,7 +76,7 @@ fn folders() -> [TempDir; 4] {
     let bert = BertConfig { vocab_size, ..config.bert.clone() };
     let config = BrivlConfig { image_size: 16, bert, ..config };
     let weights = brivl.path().join("model.safetensors");
-    save(&config.init(&device), config.keys(), None, &weights, None).unwrap();
+    save(&seeded(1, &device, |device| config.init(device)), config.keys(), None, &weights, None).unwrap();
     [alt, chinese, eva, brivl]
 }
 
@@ -199,7 +202,8 @@ fn another_tower_for_texts_takes_the_place_of_the_models() {
             "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 12,
         });
         fs::write(texts.path().join("config.json"), config.to_string()).unwrap();
-        let model = TaiyiConfig::of(&disk).unwrap().init(&device);
+        let config = TaiyiConfig::of(&disk).unwrap();
+        let model = seeded(1, &device, |device| config.init(device));
         save(&model, &taiyi::KEYS, None, &texts.path().join("model.safetensors"), None).unwrap();
     };
     write(20);

@@ -21,7 +21,9 @@ use volary::recipe::run::TrainError;
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
 use volary::token_drawing::{DrawSettings, Plan, TokenDrawing};
+use volary_kernels::layers::Embedding;
 use volary_kernels::ops::Activation;
+use volary_kernels::random::seeded;
 use volary_text::generate::Sampling;
 use volary_vision::autoencoder::CodecConfig;
 use volary_vision::resnet::ResNetConfig;
@@ -447,4 +449,22 @@ fn a_drawer_s_folder_is_read_again() {
     std::fs::remove_dir_all(folder.path().join("vqvae")).unwrap();
     let missing = TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device);
     assert!(missing.err().unwrap().to_string().contains("vqvae"));
+}
+
+/// Runs that begin side by side do not take each other's numbers.
+#[test]
+fn a_seed_s_weights_are_its_own() {
+    let weights = |seed: u64| {
+        let model = seeded(seed, &Device::flex(), |device| Embedding::new(40, 30, 1.0, device));
+        model.weight.val().into_data().iter::<f32>().collect::<Vec<_>>()
+    };
+    let alone = [weights(1), weights(2)];
+    assert_ne!(alone[0], alone[1]);
+    std::thread::scope(|scope| {
+        let drawn = |seed: u64| (0..20).map(|_| weights(seed)).collect::<Vec<_>>();
+        let both = [1, 2].map(|seed| scope.spawn(move || drawn(seed)));
+        for (drawn, alone) in both.into_iter().zip(&alone) {
+            assert!(drawn.join().unwrap().iter().all(|drawn| drawn == alone));
+        }
+    });
 }

@@ -17,6 +17,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use fastrand::Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use volary_kernels::random::seeded;
 use volary_multimodal::contrastive::{CachedInfoNce, bank_cross_entropy, info_nce};
 use volary_text::tokenizer::{Tokenizer, TokenizerError};
 use volary_vision::masking::{Kept, PatchDropout};
@@ -331,10 +332,9 @@ impl Bank {
 impl Run {
     fn begin(job: &Job, bank: &Bank, device: &Device) -> Result<Self, TrainError> {
         let &Job { recipe, folder, .. } = job;
-        device.seed(recipe.seed);
         let model = match job.init {
             Some(weights) => weights.clone().fork(device).train(),
-            None => job.config.init(device),
+            None => seeded(recipe.seed, device, |device| job.config.init(device)),
         };
         let decayed =
             AdamWConfig::new().with_beta_2(0.98).with_epsilon(1e-6).with_weight_decay(recipe.weight_decay);

@@ -17,6 +17,7 @@ use fastrand::Rng;
 use ndarray::Array2;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use volary_kernels::random::seeded;
 use volary_multimodal::retrieval::{Recall, recall};
 use volary_text::generate::LeftPadded;
 use volary_text::tokenizer::Tokenizer;
@@ -223,10 +224,10 @@ pub fn train_codes(
     const REVIVED_EVERY: usize = 50;
     const COMMITMENT: f64 = 0.25;
     let device = &device.clone().autodiff();
-    device.seed(recipe.seed);
     let optimizer = AdamWConfig::new().with_beta_2(0.98).with_weight_decay(recipe.weight_decay).init();
     let store = Store { folder, title: "loss of the codes by step" };
-    let fresh = State { model: config.init(device), optimizer, losses: Vec::new() };
+    let model = seeded(recipe.seed, device, |device| config.init(device));
+    let fresh = State { model, optimizer, losses: Vec::new() };
     let (mut state, _) = store.resume(fresh, |saved| recipe.is_same(saved))?;
     let bar = progress(recipe.steps);
     bar.set_position(state.losses.len() as u64);
@@ -332,10 +333,10 @@ pub fn train_decoder(
 ) -> Result<Llama, TrainError> {
     let plain = device;
     let device = &device.clone().autodiff();
-    device.seed(recipe.seed);
     let optimizer = AdamWConfig::new().with_beta_2(0.98).with_weight_decay(recipe.weight_decay).init();
     let store = Store { folder, title: "cross-entropy of codes by step" };
-    let fresh = State { model: config.init(device), optimizer, losses: Vec::new() };
+    let model = seeded(recipe.seed, device, |device| config.init(device));
+    let fresh = State { model, optimizer, losses: Vec::new() };
     let (mut state, _) = store.resume(fresh, |saved| recipe.is_same(saved))?;
     let mut known = HashMap::new();
     let bar = progress(recipe.steps);

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Bool, Device, FloatDType, Tensor, TensorData};
 use fastrand::Rng;
+use volary_kernels::random::seeded;
 use volary_vision::image::Rgb8;
 use volary_vision::masking::BlockMasking;
 use volary_vision::preprocess::{Preprocessor, Resize};
@@ -56,8 +57,8 @@ pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome
     let config = config()?;
     let views = Views::load(device)?;
     let device = device.clone().autodiff();
-    device.seed(recipe.seed);
-    let (model, losses) = recipe.run(config.init(&device), folder, &device, |model, rows| {
+    let model = seeded(recipe.seed, &device, |device| config.init(device));
+    let (model, losses) = recipe.run(model, folder, &device, |model, rows| {
         let questions = Question::draw(Part::Learned, recipe.seed, rows.iter().copied())?;
         let Batch { pixels, masked, targets } = views.batch(&questions)?;
         let (pixels, targets) = (Tensor::from_inner(pixels), Tensor::from_inner(targets));

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use burn::module::Module;
 use burn::tensor::{Device, FloatDType, Tensor};
 use fastrand::Rng;
+use volary_kernels::random::seeded;
 use volary_vision::image::Rgb8;
 use volary_vision::preprocess::Preprocessor;
 use volary_vision::resample::Filter;
@@ -46,8 +47,8 @@ pub fn train(recipe: &Descent, folder: &Path, device: &Device) -> Result<Outcome
     let (config, preprocessor) = shape()?;
     let easel = Easel { preprocessor, filter: Filter::Nearest };
     let device = device.clone().autodiff();
-    device.seed(recipe.seed);
-    let (model, losses) = recipe.run(config.init(&device), folder, &device, |model, rows| {
+    let model = seeded(recipe.seed, &device, |device| config.init(device));
+    let (model, losses) = recipe.run(model, folder, &device, |model, rows| {
         Ok(Batch::draw(recipe.seed, &easel, rows, &device)?.loss(&config, model))
     })?;
     let exported = folder.join("export");
