@@ -30,7 +30,7 @@ fn names(folder: &Path) -> Vec<String> {
 #[test]
 fn whatever_the_size_of_a_shard_the_tensors_are_the_same() {
     let source = checkpoint(&tiny());
-    for (limit, files) in [(None, 1), (Some(1), 16 + 1), (Some(200), 4 + 1), (Some(u64::MAX), 1)] {
+    for (limit, files) in [(None, 1), (Some(1), 20 + 1), (Some(200), 5 + 1), (Some(u64::MAX), 1)] {
         let folder = tempfile::tempdir().unwrap();
         let options = ConvertOptions { max_shard_size: limit, ..ConvertOptions::default() };
         let written = convert(&source, folder.path(), "model", &options, SILENT).unwrap();
