@@ -257,7 +257,12 @@ impl Llama {
 
     /// An empty cache for texts of at most `capacity` tokens.
     pub fn cache(&self, capacity: usize) -> LlamaCache {
-        let blocks = self.blocks.iter().map(|_| KvCache::new(capacity)).collect();
+        self.cache_of(self.blocks.len(), capacity)
+    }
+
+    /// The same of so many blocks, which need not be its own.
+    pub(crate) fn cache_of(&self, n_blocks: usize, capacity: usize) -> LlamaCache {
+        let blocks = (0..n_blocks).map(|_| KvCache::new(capacity)).collect();
         LlamaCache { rope: self.rope(capacity, &self.tokens.weight.device()), blocks }
     }
 
@@ -266,9 +271,7 @@ impl Llama {
     /// # Panics
     /// If there is no prompt, one is empty, or an id is outside the vocabulary.
     pub fn session(&self, prompts: &[impl AsRef<[u32]>], max_new: usize) -> LlamaSession<'_> {
-        let prompts = LeftPadded::new(prompts, &self.tokens.weight.device());
-        let cache = self.cache(prompts.longest() + max_new);
-        LlamaSession { model: self, prompts, cache }
+        LlamaSession::new(self, prompts, max_new)
     }
 
     /// A table that reaches the last of the positions of these tokens.
@@ -281,19 +284,64 @@ impl Llama {
         self.rope(end, &ids.device())
     }
 
-    pub(crate) fn rope(&self, positions: usize, device: &Device) -> Rope {
+    fn rope(&self, positions: usize, device: &Device) -> Rope {
         RopeConfig { positions, ..self.rope.clone() }.init(device)
     }
 }
 
+/// A decoder whose tokens, head and caches are LLaMA's, whatever its blocks are.
+pub trait Continue {
+    /// [`Llama::decode`]
+    fn decode(&self, input: LlamaInput, cache: &mut LlamaCache) -> Tensor<3>;
+
+    /// [`Llama::logits`]
+    fn logits(&self, states: Tensor<3>) -> Tensor<3>;
+
+    /// [`Llama::cache`]
+    fn cache(&self, capacity: usize) -> LlamaCache;
+
+    /// Where its weights are.
+    fn device(&self) -> Device;
+}
+
+impl Continue for Llama {
+    fn decode(&self, input: LlamaInput, cache: &mut LlamaCache) -> Tensor<3> {
+        self.decode(input, cache)
+    }
+
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
+        self.logits(states)
+    }
+
+    fn cache(&self, capacity: usize) -> LlamaCache {
+        self.cache(capacity)
+    }
+
+    fn device(&self) -> Device {
+        self.tokens.weight.device()
+    }
+}
+
 /// Texts that a decoder is continuing.
-pub struct LlamaSession<'a> {
-    model: &'a Llama,
+pub struct LlamaSession<'a, M = Llama> {
+    model: &'a M,
     prompts: LeftPadded,
     cache: LlamaCache,
 }
 
-impl Appending for LlamaSession<'_> {
+impl<'a, M: Continue> LlamaSession<'a, M> {
+    /// Texts that go on after these prompts, each by at most `max_new` tokens.
+    ///
+    /// # Panics
+    /// If there is no prompt, one is empty, or an id is outside the vocabulary.
+    pub fn new(model: &'a M, prompts: &[impl AsRef<[u32]>], max_new: usize) -> Self {
+        let prompts = LeftPadded::new(prompts, &model.device());
+        let cache = model.cache(prompts.longest() + max_new);
+        Self { model, prompts, cache }
+    }
+}
+
+impl<M: Continue> Appending for LlamaSession<'_, M> {
     fn prompts(&self) -> &LeftPadded {
         &self.prompts
     }
@@ -312,7 +360,7 @@ impl Appending for LlamaSession<'_> {
 
     fn keep(&mut self, rows: &[usize]) {
         self.prompts.select(rows);
-        let rows = indices(rows, &self.model.tokens.weight.device());
+        let rows = indices(rows, &self.model.device());
         self.cache.blocks.iter_mut().for_each(|cache| cache.select(&rows));
     }
 }

@@ -8,12 +8,12 @@
 //! ```
 
 use burn::module::Module;
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{Attention, KvCache, LinearConfig, RmsNorm};
 use volary_kernels::moe::gate::NaiveGate;
 use volary_kernels::moe::{ExpertMlpConfig, GatedExpertMlp, mix};
 use volary_kernels::ops::{Activation, Mask, Pairing, Positions, RopeScaling};
-use volary_text::generate::{Appending, LeftPadded, Session, indices};
+use volary_text::generate::Session;
 use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
 
 use Rule::{Ignore, Rename, StackTranspose, Under};
@@ -24,7 +24,9 @@ use crate::error::Error;
 use crate::fastmoe::experts;
 use crate::folder::Folder;
 use crate::generator::{Generator, check_prompts};
-use crate::llama::{AROUND, ATTENTION, Llama, LlamaCache, LlamaConfig, LlamaInput, Place, attend};
+use crate::llama::{
+    AROUND, ATTENTION, Continue, Llama, LlamaCache, LlamaConfig, LlamaInput, LlamaSession, Place, attend,
+};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
@@ -138,12 +140,17 @@ impl Mixtral {
         MixtralOutput { states: self.around.norm.forward(x), router_logits }
     }
 
-    /// The states of tokens that follow those in `cache`, which grows by them: `[batch, new, d_model]`. The mask is of
-    /// all keys, those in the cache too.
+    /// Texts that go on after these prompts, each by at most `max_new` tokens.
     ///
     /// # Panics
-    /// If an id is outside the vocabulary, the cache is full, or shapes differ.
-    pub fn decode(&self, input: LlamaInput, cache: &mut LlamaCache) -> Tensor<3> {
+    /// If there is no prompt, one is empty, or an id is outside the vocabulary.
+    pub fn session(&self, prompts: &[impl AsRef<[u32]>], max_new: usize) -> LlamaSession<'_, Self> {
+        LlamaSession::new(self, prompts, max_new)
+    }
+}
+
+impl Continue for Mixtral {
+    fn decode(&self, input: LlamaInput, cache: &mut LlamaCache) -> Tensor<3> {
         let LlamaInput { ids, positions, mask } = input;
         let LlamaCache { rope, blocks: caches } = cache;
         let mask = Mask::All(vec![Mask::Causal, mask]);
@@ -154,56 +161,16 @@ impl Mixtral {
         self.around.norm.forward(x)
     }
 
-    /// Scores of the next token: `[batch, seq, d_model] -> [batch, seq, vocab_size]`.
-    pub fn logits(&self, states: Tensor<3>) -> Tensor<3> {
+    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
         self.around.logits(states)
     }
 
-    /// An empty cache for texts of at most `capacity` tokens.
-    pub fn cache(&self, capacity: usize) -> LlamaCache {
-        let blocks = self.blocks.iter().map(|_| KvCache::new(capacity)).collect();
-        LlamaCache { rope: self.around.rope(capacity, &self.around.tokens.weight.device()), blocks }
+    fn cache(&self, capacity: usize) -> LlamaCache {
+        self.around.cache_of(self.blocks.len(), capacity)
     }
 
-    /// Texts that go on after these prompts, each by at most `max_new` tokens.
-    ///
-    /// # Panics
-    /// If there is no prompt, one is empty, or an id is outside the vocabulary.
-    pub fn session(&self, prompts: &[impl AsRef<[u32]>], max_new: usize) -> MixtralSession<'_> {
-        let prompts = LeftPadded::new(prompts, &self.around.tokens.weight.device());
-        let cache = self.cache(prompts.longest() + max_new);
-        MixtralSession { model: self, prompts, cache }
-    }
-}
-
-/// Texts that a decoder is continuing.
-pub struct MixtralSession<'a> {
-    model: &'a Mixtral,
-    prompts: LeftPadded,
-    cache: LlamaCache,
-}
-
-impl Appending for MixtralSession<'_> {
-    fn prompts(&self) -> &LeftPadded {
-        &self.prompts
-    }
-
-    fn append(&mut self, ids: Tensor<2, Int>) -> Tensor<3> {
-        let [_, new] = ids.dims();
-        let held = self.cache.len();
-        let positions = self.prompts.positions(held, new);
-        let input = LlamaInput { ids, positions, mask: self.prompts.mask(held + new) };
-        self.model.decode(input, &mut self.cache)
-    }
-
-    fn logits(&self, states: Tensor<3>) -> Tensor<3> {
-        self.model.logits(states)
-    }
-
-    fn keep(&mut self, rows: &[usize]) {
-        self.prompts.select(rows);
-        let rows = indices(rows, &self.model.around.tokens.weight.device());
-        self.cache.blocks.iter_mut().for_each(|cache| cache.select(&rows));
+    fn device(&self) -> Device {
+        self.around.tokens.weight.device()
     }
 }
 
@@ -406,7 +373,7 @@ pub const PRESETS: &[Preset] = &[
 mod tests {
     use std::path::Path;
 
-    use burn::tensor::{TensorData, Tolerance};
+    use burn::tensor::{Int, TensorData, Tolerance};
     use volary_text::generate::greedy;
     use volary_weights::parameters;
 
