@@ -523,14 +523,19 @@ fn pixels(picture: &Rgb8, device: &Device) -> Tensor<4> {
     Tensor::<4>::from_data(data, device).permute([0, 3, 1, 2])
 }
 
-/// The first picture of `[batch, 3, height, width]`, -1 to 1. What is no number is black.
-pub(crate) fn picture(pixels: Tensor<4>) -> Rgb8 {
+/// Pictures of `[batch, 3, height, width]`, -1 to 1. What is no number is black.
+pub(crate) fn pictures(pixels: Tensor<4>) -> Vec<Rgb8> {
     let [_, _, height, width] = pixels.dims();
-    let first = pixels.narrow(0, 0, 1).permute([0, 2, 3, 1]);
-    let values = first.into_data().convert::<f32>();
+    let values = pixels.permute([0, 2, 3, 1]).into_data().convert::<f32>();
     let byte = |value: f32| ((value / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round() as u8;
-    let bytes = values.iter::<f32>().map(byte).collect();
-    Rgb8::new(width, height, bytes).expect("three samples a pixel")
+    let bytes: Vec<u8> = values.iter::<f32>().map(byte).collect();
+    let each = bytes.chunks_exact(3 * height * width);
+    each.map(|bytes| Rgb8::new(width, height, bytes.to_vec()).expect("three samples a pixel")).collect()
+}
+
+/// The only picture of `[1, 3, height, width]`.
+pub(crate) fn picture(pixels: Tensor<4>) -> Rgb8 {
+    pictures(pixels).swap_remove(0)
 }
 
 #[cfg(test)]

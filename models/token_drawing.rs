@@ -18,6 +18,7 @@ use volary_weights::LoadOptions;
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
+use crate::imagine::pictures;
 use crate::llama::{Llama, LlamaConfig};
 use crate::registry::{Description, Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
@@ -309,8 +310,7 @@ impl TokenDrawing {
         watch: &mut dyn FnMut(Piece) -> ControlFlow<()>,
     ) -> Result<Vec<Vec<Rgb8>>, Error> {
         let codes = self.codes(captions, negative, settings, watch)?;
-        let pictures = |codes: Vec<Vec<u32>>| pictures(self.paint(&codes));
-        codes.into_iter().map(pictures).collect()
+        Ok(codes.into_iter().map(|codes| pictures(self.paint(&codes))).collect())
     }
 
     /// What codes look like, `[pictures, 3, height, width]`, values from -1 to 1. Codes that are missing are code 0.
@@ -324,16 +324,6 @@ impl TokenDrawing {
         let codes = Tensor::<3, Int>::from_data(data, &self.transformer.tokens.weight.device());
         self.plan.unfold(self.vq.decode(self.vq.look_up(codes)))
     }
-}
-
-/// `[pictures, 3, height, width]`, values from -1 to 1.
-fn pictures(pixels: Tensor<4>) -> Result<Vec<Rgb8>, Error> {
-    let [_, _, height, width] = pixels.dims();
-    let rows = (pixels.permute([0, 2, 3, 1]).clamp(-1.0, 1.0) + 1.0) * 127.5;
-    let data = rows.round().into_data().convert::<f32>();
-    let bytes: Vec<u8> = data.iter::<f32>().map(|value| value as u8).collect();
-    let each = bytes.chunks_exact(height * width * 3);
-    Ok(each.map(|picture| Rgb8::new(width, height, picture.to_vec())).collect::<Result<_, _>>()?)
 }
 
 /// Captions, and after them codes alone: tokens of this session are codes. With guidance every row is read twice, after its
