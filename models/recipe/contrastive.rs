@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::mpsc;
 
 use burn::module::{Module, ParamGroup};
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams};
+use burn::optim::AdamWConfig;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use fastrand::Rng;
 use rayon::prelude::*;
@@ -26,7 +26,10 @@ use volary_vision::preprocess::Preprocessor;
 use super::augment::augment;
 use super::data::{Dataset, Gallery, Language};
 use super::evaluate::{evaluate, table};
-use super::run::{State, Store, TrainError, file_error, learning_rate, mean_of_last, mix, progress};
+use super::run::{
+    Computed, State, Store, TrainError, check, file_error, floats, gradients, learning_rate, mean_of_last,
+    mix, on_threads, progress,
+};
 use crate::clip::{ClipConfig, ClipModel, Layout, Loaded, VisionTower, normalise};
 use crate::pretrained::Clip;
 
@@ -230,10 +233,8 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
         });
         for step in first..until {
             let batch = receive.recv().expect("the loader sends one batch per step")?;
-            let loss = run.step(recipe, &bank, step, batch, &device);
-            if !loss.is_finite() {
-                return Err(TrainError::Diverged { step, loss });
-            }
+            let loss = run.step(recipe, &bank, step, batch, &device)?;
+            check(step, loss)?;
             run.state.losses.push(loss);
             bar.inc(1);
             bar.set_message(format!("loss {:.3}", mean_of_last(&run.state.losses, 50)));
@@ -250,7 +251,7 @@ pub fn train(job: &Job) -> Result<Outcome, TrainError> {
                 }
             }
         }
-        Ok(())
+        Ok::<(), TrainError>(())
     })?;
     bar.finish();
     let model = run.state.model.valid();
@@ -288,7 +289,7 @@ impl Banks {
     fn see(&mut self, seen: Vec<(i64, Vec<f32>)>) {
         let device = self.pictures.device();
         let [concepts, d_embed] = self.pictures.dims();
-        let mut rows = floats(self.pictures.clone().into_data());
+        let mut rows = floats(self.pictures.clone());
         for (concept, picture) in seen {
             let row = &mut rows[concept as usize * d_embed..][..d_embed];
             let is_new = row.iter().all(|value| *value == 0.0);
@@ -372,25 +373,26 @@ impl Run {
         Ok(Self { state, banks })
     }
 
-    fn step(&mut self, recipe: &Recipe, bank: &Bank, step: usize, batch: Vec<Part>, device: &Device) -> f32 {
+    fn step(
+        &mut self,
+        recipe: &Recipe,
+        bank: &Bank,
+        step: usize,
+        batch: Vec<Part>,
+        device: &Device,
+    ) -> Result<f32, TrainError> {
         self.refresh(recipe, bank, step, device);
         let whole = recipe.chunk.map(|_| whole(recipe, &self.state.model, &batch, device));
         let (model, banks) = (&self.state.model, &self.banks);
-        let computed = on_threads(recipe.accumulate, model, device, &batch, |model, first, part| {
-            let (loss, seen) = part_loss(recipe, model, banks, whole.as_ref(), first, part, device);
-            let value = loss.clone().into_scalar::<f32>();
-            (value, seen, GradientsParams::from_grads(loss.backward(), model))
-        });
-        let mut accumulator = GradientsAccumulator::new();
-        let mut total = 0.0;
-        for (loss, seen, gradients) in computed {
-            total += loss;
-            self.banks.see(seen);
-            accumulator.accumulate(&self.state.model, gradients);
-        }
+        let (total, seen, gradients) =
+            gradients(recipe.accumulate, model, device, placed(&batch), |model, (first, part)| {
+                let (loss, seen) = part_loss(recipe, model, banks, whole.as_ref(), first, part, device);
+                Ok(Computed { loss, seen })
+            })?;
+        seen.into_iter().for_each(|seen| self.banks.see(seen));
         let rate = recipe.learning_rate_at(step);
-        self.state.model = self.state.optimizer.step(rate, self.state.model.clone(), accumulator.grads());
-        total
+        self.state.model = self.state.optimizer.step(rate, self.state.model.clone(), gradients);
+        Ok(total)
     }
 
     /// Encodes the next share of the names anew, in both languages.
@@ -414,9 +416,8 @@ impl Run {
 
     fn save(&self, recipe: &Recipe, folder: &Path) -> Result<(), TrainError> {
         let Banks { names: [english, chinese], pictures } = &self.banks;
-        let rows = [english, chinese, pictures].map(|bank| -> Vec<u32> {
-            floats(bank.clone().into_data()).into_iter().map(f32::to_bits).collect()
-        });
+        let rows = [english, chinese, pictures]
+            .map(|bank| -> Vec<u32> { floats(bank.clone()).into_iter().map(f32::to_bits).collect() });
         let saved = SavedBank { d_embed: pictures.dims()[1], rows };
         let banks = serde_json::to_vec(&saved).expect("numbers serialise");
         store(folder).save(&self.state, recipe, &[(BANKS, &banks)])
@@ -426,40 +427,20 @@ impl Run {
 /// The concept and the embedding of each picture of a part.
 type Seen = Vec<(i64, Vec<f32>)>;
 
-/// Computes parts, so many beside each other and each on a thread of its own: the CPU backend runs most operations on one
-/// core. What is computed is told which of the batch's pairs is the part's first.
-fn on_threads<T: Send>(
-    at_once: usize,
-    model: &ClipModel,
-    device: &Device,
-    parts: &[Part],
-    compute: impl Fn(&ClipModel, usize, &Part) -> T + Sync,
-) -> Vec<T> {
-    let mut first = 0;
-    let mut computed = Vec::with_capacity(parts.len());
-    for parts in parts.chunks(at_once.max(1)) {
-        std::thread::scope(|scope| {
-            let running: Vec<_> = parts
-                .iter()
-                .map(|part| {
-                    // A graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff.
-                    let (model, place) = (model.clone().fork(device), first);
-                    first += part.len();
-                    let compute = &compute;
-                    scope.spawn(move || compute(&model, place, part))
-                })
-                .collect();
-            let join = |part: std::thread::ScopedJoinHandle<_>| part.join().expect("a part does not panic");
-            computed.extend(running.into_iter().map(join));
-        });
-    }
-    computed
+/// Each part of a batch, and which of the batch's pairs is its first.
+fn placed(batch: &[Part]) -> Vec<(usize, &Part)> {
+    let firsts = batch.iter().scan(0, |next, part| {
+        let first = *next;
+        *next += part.len();
+        Some(first)
+    });
+    firsts.zip(batch).collect()
 }
 
 /// What the pairs of a whole batch cost each other, per language.
 fn whole(recipe: &Recipe, model: &ClipModel, batch: &[Part], device: &Device) -> [CachedInfoNce; 2] {
     // as in training: batch norms take a chunk's statistics both times
-    let embedded = on_threads(recipe.accumulate, model, device, batch, |model, _, part| {
+    let embedded = on_threads(recipe.accumulate, model, device, batch.iter().collect(), |model, part| {
         let Embedded { images, texts } = part.encode(model, device);
         Embedded { images: images.inner(), texts: texts.map(Tensor::inner) }
     });
@@ -506,7 +487,7 @@ fn part_loss(
     };
     let loss = (of_language(0) + of_language(1)) * 0.5;
     let d_embed = images.dims()[1];
-    let embedded = floats(images.detach().into_data());
+    let embedded = floats(images.detach());
     let shown = part.concepts.iter::<i64>();
     let seen = shown.zip(embedded.chunks_exact(d_embed).map(<[f32]>::to_vec)).collect();
     (loss, seen)
@@ -628,8 +609,4 @@ fn pad(rows: &[&[i64]], pad: i64) -> TensorData {
         .flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(pad, longest - row.len())))
         .collect();
     TensorData::new(padded, [rows.len(), longest])
-}
-
-fn floats(data: TensorData) -> Vec<f32> {
-    data.convert::<f32>().try_into_vec().expect("converted to f32")
 }

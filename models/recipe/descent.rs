@@ -44,8 +44,8 @@ impl Descent {
         for step in 0..self.steps {
             let first = (step * self.batch) as u64;
             let rows: Vec<u64> = (first..first + self.batch as u64).collect();
-            let parts = rows.chunks(self.batch.div_ceil(self.parts.max(1)).max(1)).collect();
-            let (value, _, gradients) = gradients(&model, parts, device, |model, rows: &[u64]| {
+            let parts: Vec<&[u64]> = rows.chunks(self.batch.div_ceil(self.parts.max(1)).max(1)).collect();
+            let (value, _, gradients) = gradients(parts.len(), &model, device, parts, |model, rows| {
                 let share = rows.len() as f64 / self.batch as f64;
                 Ok(Computed { loss: loss(model, rows)? * share, seen: () })
             })?;

@@ -14,7 +14,6 @@ use burn::optim::AdamWConfig;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use fastrand::Rng;
-use ndarray::Array2;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use volary_kernels::random::seeded;
@@ -27,8 +26,9 @@ use volary_weights::save;
 
 use super::colour::{COLOURS, Colour, is_held_out, is_paintable};
 use super::data::{Concept, Dataset, Freedom, Gallery, Language};
+use super::evaluate::{percent, rows};
 use super::run::{
-    Computed, State, Store, TrainError, check, gradients, learning_rate, mean_of_last, mix, progress,
+    Computed, State, Store, TrainError, check, floats, gradients, learning_rate, mean_of_last, mix, progress,
 };
 use crate::config::Config;
 use crate::error::Error;
@@ -239,19 +239,20 @@ pub fn train_codes(
             .chunks(recipe.batch.div_ceil(recipe.parts))
             .map(|part| TensorData::new(part.concat(), [part.len(), 3, data.size, data.size]))
             .collect();
-        let (loss, seen, gradients) = gradients(&state.model, parts, device, |model: &VqModel, pixels| {
-            let share = pixels.shape()[0] as f64 / recipe.batch as f64;
-            let pixels = plan.fold(Tensor::from_data(pixels, device));
-            let encoded = model.encode(pixels.clone());
-            let quantized = model.quantize(encoded.clone());
-            let off = model.decode(quantized.latents) - pixels;
-            let loss = off.clone().square().mean()
-                + off.abs().mean() * 0.3
-                + quantized.codebook_loss
-                + quantized.commitment_loss * COMMITMENT;
-            let codes: Vec<i64> = quantized.indices.into_data().convert::<i64>().iter::<i64>().collect();
-            Ok(Computed { loss: loss * share, seen: (codes, encoded.detach()) })
-        })?;
+        let (loss, seen, gradients) =
+            gradients(recipe.parts, &state.model, device, parts, |model, pixels| {
+                let share = pixels.shape()[0] as f64 / recipe.batch as f64;
+                let pixels = plan.fold(Tensor::from_data(pixels, device));
+                let encoded = model.encode(pixels.clone());
+                let quantized = model.quantize(encoded.clone());
+                let off = model.decode(quantized.latents) - pixels;
+                let loss = off.clone().square().mean()
+                    + off.abs().mean() * 0.3
+                    + quantized.codebook_loss
+                    + quantized.commitment_loss * COMMITMENT;
+                let codes: Vec<i64> = quantized.indices.into_data().convert::<i64>().iter::<i64>().collect();
+                Ok(Computed { loss: loss * share, seen: (codes, encoded.detach()) })
+            })?;
         check(step, loss)?;
         state.model = state.optimizer.step(recipe.learning_rate_at(step), state.model, gradients);
         state.losses.push(loss);
@@ -287,10 +288,6 @@ fn revive(model: &mut VqModel, uses: &[u32], encoded: Tensor<4>, seed: u64) {
         }
         Tensor::<2>::from_data(TensorData::new(values, [uses.len(), width]), &device).require_grad()
     });
-}
-
-fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().convert::<f32>().iter::<f32>().collect()
 }
 
 /// A caption's tokens and the codes that follow it.
@@ -344,7 +341,7 @@ pub fn train_decoder(
     for step in state.losses.len()..recipe.steps {
         let rows = drawn.rows(recipe, step, &mut known, plain)?;
         let parts: Vec<&[Line]> = rows.chunks(recipe.batch.div_ceil(recipe.parts)).collect();
-        let (loss, _, gradients) = gradients(&state.model, parts, device, |model: &Llama, rows| {
+        let (loss, _, gradients) = gradients(recipe.parts, &state.model, device, parts, |model, rows| {
             let share = rows.len() as f64 / recipe.batch as f64;
             let lines = Lines::new(rows, drawn.plan, device);
             Ok(Computed { loss: lines.loss(model, drawn.plan) * share, seen: () })
@@ -558,34 +555,23 @@ fn new_colours(development: &Gallery, language: Language, stride: usize) -> Exam
     exam
 }
 
-fn rows(array: &Array2<f32>) -> &[f32] {
-    array.as_slice().expect("rows lie one after the other")
-}
-
-/// Pictures of one size, in rows of 20.
+/// Pictures of one size, in rows of 20; the rest of the last row is white.
 ///
 /// # Errors
 /// If there is none.
 pub fn sheet(pictures: &[Rgb8]) -> Result<Rgb8, Error> {
     const COLUMNS: usize = 20;
-    let [width, height] = pictures.first().map_or([0; 2], |first| [first.width(), first.height()]);
-    let blank = vec![255; 3 * width];
-    let mut pixels = Vec::new();
-    for row in pictures.chunks(COLUMNS) {
-        for y in 0..height {
-            let line = |picture: &Rgb8| picture.pixels()[3 * width * y..][..3 * width].to_vec();
-            pixels.extend(row.iter().flat_map(line));
-            (row.len()..COLUMNS).for_each(|_| pixels.extend_from_slice(&blank));
-        }
+    let mut pictures = pictures.to_vec();
+    if let Some(first) = pictures.first() {
+        let (width, height) = (first.width(), first.height());
+        let blank = Rgb8::new(width, height, vec![255; 3 * width * height])?;
+        pictures.resize(pictures.len().next_multiple_of(COLUMNS), blank);
     }
-    Ok(Rgb8::new(COLUMNS * width, pictures.len().div_ceil(COLUMNS) * height, pixels)?)
+    Ok(Rgb8::sheet(&pictures, COLUMNS)?)
 }
 
 /// The scores as lines of text.
 pub fn table(scores: &[Score]) -> String {
-    let percent = |recall: &Recall| {
-        format!("{:5.1} /{:5.1} /{:5.1}", 100.0 * recall.at_1, 100.0 * recall.at_5, 100.0 * recall.at_10)
-    };
     let head = ["what", "language", "drawings", "candidates", "drawn R@1/5/10", "real R@1/5/10"];
     let [what, language, drawings, candidates, drawn, real] = head;
     let mut lines = format!("{what:<12} {language:<8} {drawings:>8} {candidates:>10}  {drawn:<21} {real}\n");

@@ -79,7 +79,8 @@ pub fn evaluate(clip: &Clip, gallery: &Gallery) -> Result<Vec<Score>, Error> {
     scores.into_iter().collect()
 }
 
-fn rows(array: &Array2<f32>) -> &[f32] {
+/// Of vectors that were encoded together, one after the other.
+pub(super) fn rows(array: &Array2<f32>) -> &[f32] {
     array.as_slice().expect("rows lie one after the other")
 }
 
@@ -107,11 +108,13 @@ fn five_way(images: &Array2<f32>, texts: &Array2<f32>, gallery: &Gallery) -> f64
     right.count() as f64 / gallery.targets.len().max(1) as f64
 }
 
+/// Among the first, five and ten, in percent.
+pub(super) fn percent(recall: &Recall) -> String {
+    format!("{:5.1} /{:5.1} /{:5.1}", 100.0 * recall.at_1, 100.0 * recall.at_5, 100.0 * recall.at_10)
+}
+
 /// The scores as lines of text.
 pub fn table(scores: &[Score]) -> String {
-    let percent = |recall: &Recall| {
-        format!("{:5.1} /{:5.1} /{:5.1}", 100.0 * recall.at_1, 100.0 * recall.at_5, 100.0 * recall.at_10)
-    };
     let mut lines = format!(
         "{:<16} {:>8}  {:<8} {:<21} {:<21} {}\n",
         "gallery", "pictures", "language", "image->text R@1/5/10", "text->image R@1/5/10", "five-way"

@@ -69,30 +69,47 @@ pub struct Computed<T> {
     pub seen: T,
 }
 
-/// The loss of a batch, what was seen, and the gradients; each part is computed on a thread of its own, since the CPU
-/// backend runs most operations on one core.
+/// Computes parts of a batch, so many beside each other and each on a thread of its own: the CPU backend runs most operations
+/// on one core.
+pub fn on_threads<M: Module + Sync, P: Send, T: Send>(
+    at_once: usize,
+    model: &M,
+    device: &Device,
+    parts: Vec<P>,
+    compute: impl Fn(&M, P) -> T + Sync,
+) -> Vec<T> {
+    let mut computed = Vec::with_capacity(parts.len());
+    let mut parts = parts.into_iter().peekable();
+    while parts.peek().is_some() {
+        std::thread::scope(|scope| {
+            let compute = &compute;
+            let of_part = |part: P| {
+                // a graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff
+                let model = model.clone().fork(device);
+                scope.spawn(move || compute(&model, part))
+            };
+            let running: Vec<_> = parts.by_ref().take(at_once.max(1)).map(of_part).collect();
+            computed.extend(running.into_iter().map(|part| part.join().expect("a part does not panic")));
+        });
+    }
+    computed
+}
+
+/// The loss of a batch, what was seen, and the gradients, by [`on_threads`].
 ///
 /// # Errors
 /// Those of `compute`.
 pub fn gradients<M: Module + Sync, P: Send, T: Send>(
+    at_once: usize,
     model: &M,
-    parts: Vec<P>,
     device: &Device,
+    parts: Vec<P>,
     compute: impl Fn(&M, P) -> Result<Computed<T>, TrainError> + Sync,
 ) -> Result<(f32, Vec<T>, GradientsParams), TrainError> {
-    let computed: Vec<Result<(f32, T, GradientsParams), TrainError>> = std::thread::scope(|scope| {
-        let compute = &compute;
-        let of_part = |part: P| {
-            // a graph of its own: threads that share leaves deadlock in Burn 0.22.1's autodiff
-            let model = model.clone().fork(device);
-            scope.spawn(move || {
-                let Computed { loss, seen } = compute(&model, part)?;
-                let value = loss.clone().into_scalar::<f32>();
-                Ok((value, seen, GradientsParams::from_grads(loss.backward(), &model)))
-            })
-        };
-        let running: Vec<_> = parts.into_iter().map(of_part).collect();
-        running.into_iter().map(|part| part.join().expect("a part does not panic")).collect()
+    let computed = on_threads(at_once, model, device, parts, |model, part| {
+        let Computed { loss, seen } = compute(model, part)?;
+        let value = loss.clone().into_scalar::<f32>();
+        Ok::<_, TrainError>((value, seen, GradientsParams::from_grads(loss.backward(), model)))
     });
     let mut accumulator = GradientsAccumulator::new();
     let (mut total, mut all) = (0.0, Vec::new());
@@ -103,6 +120,11 @@ pub fn gradients<M: Module + Sync, P: Send, T: Send>(
         accumulator.accumulate(model, gradients);
     }
     Ok((total, all, accumulator.grads()))
+}
+
+/// The values of a tensor, row by row.
+pub fn floats<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().try_into_vec().expect("converted to f32")
 }
 
 /// Everything of a run that changes from step to step.
