@@ -10,9 +10,8 @@
 //! threads wait for each other they spin, so that its walls with two threads are noisy: one thread is measured as well, and
 //! the CPU time of the whole process.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +21,11 @@ use volary::eva_clip::{self, EvaClipConfig};
 use volary::preset::Shape;
 use volary::registry::SYSTEMS;
 use volary_weights::{LoadOptions, load, open, read_tensors, save, save_tensors};
+
+#[path = "peers/program.rs"]
+mod program;
+
+use program::{Program, Work, in_turns, told};
 
 /// What the table calls it, our preset, and open_clip's name.
 const TOWERS: [(&str, &str, &str); 2] = [
@@ -71,9 +75,11 @@ fn compare(rounds: usize, largest: usize) -> Result<()> {
             agree(&mut programs, folder.path())?;
             for batch in BATCHES.into_iter().filter(|&batch| batch <= largest) {
                 let rounds = if batch >= LARGE { rounds.min(3) } else { rounds };
-                let figures = measure(&mut programs, batch, rounds)?;
-                let [ours, theirs] = &figures;
-                let ratio = ours.wall[rounds / 2] / theirs.wall[rounds / 2];
+                let times = (PICTURES / batch).max(1);
+                let work = |program| Work { program, question: format!("time {batch} {times}"), times };
+                let figures = in_turns(&mut programs, &[work(0), work(1)], rounds)?;
+                let [ours, theirs] = [&figures[0], &figures[1]];
+                let ratio = ours.median() / theirs.median();
                 let [wall, peer] = [ours, theirs].map(|figures| told(&figures.wall));
                 let [cpu, peer_cpu] = [ours, theirs].map(|figures| told(&figures.cpu));
                 println!(
@@ -116,63 +122,6 @@ fn shape(name: &str) -> Result<Wanted> {
     }
 }
 
-/// A program that encodes pictures when it is asked to.
-struct Program {
-    process: Child,
-    asks: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
-
-impl Program {
-    /// Starts it, and tells with how many threads it computes.
-    fn start(command: &mut Command) -> Result<Self> {
-        let told = format!("{command:?}");
-        let mut process = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("{told} does not start"))?;
-        let (asks, answers) = (process.stdin.take(), process.stdout.take());
-        let asks = asks.context("it is piped")?;
-        let answers = BufReader::new(answers.context("it is piped")?);
-        let mut program = Self { process, asks, answers };
-        eprintln!("{}", program.answer()?);
-        Ok(program)
-    }
-
-    fn ask(&mut self, question: &str) -> Result<String> {
-        writeln!(self.asks, "{question}")?;
-        self.answer()
-    }
-
-    fn answer(&mut self) -> Result<String> {
-        let mut line = String::new();
-        self.answers.read_line(&mut line)?;
-        ensure!(
-            line.ends_with('\n'),
-            "the program ended, see above (the peer needs torch, open_clip and timm)"
-        );
-        Ok(line.trim().to_owned())
-    }
-
-    /// What Linux counts of it so far, of all its threads, in hundredths of a second.
-    fn cpu_seconds(&self) -> Result<f64> {
-        let file = format!("/proc/{}/stat", self.process.id());
-        let status = std::fs::read_to_string(file).context("/proc is read for CPU time")?;
-        let (_, fields) = status.rsplit_once(')').context("no name in its stat")?;
-        // after the state, which is no number, come ten others
-        let ticks: Vec<f64> = fields.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-        Ok(ticks.get(10..12).context("no times in its stat")?.iter().sum::<f64>() / 100.0)
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.process.kill(); // it may have ended
-        let _ = self.process.wait();
-    }
-}
-
 /// That both make the same of two pictures.
 fn agree(programs: &mut [Program; 2], folder: &Path) -> Result<()> {
     let mut found = Vec::new();
@@ -182,48 +131,9 @@ fn agree(programs: &mut [Program; 2], folder: &Path) -> Result<()> {
         let features = read_tensors(&file)?.remove("features").context("no tensor `features`")?;
         found.push(features);
     }
-    let [ours, theirs] = [0, 1].map(|at| found[at].iter::<f32>().collect::<Vec<_>>());
     ensure!(found[0].shape() == found[1].shape(), "{:?} and {:?}", found[0].shape(), found[1].shape());
-    let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-    let apart = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs());
-    let worst = apart.max_by(f32::total_cmp).context("there are no features")? / scale; // NaN is worst
-    eprintln!("greatest difference of {} numbers: {worst:.1e} of the greatest", ours.len());
-    ensure!(worst <= TOLERANCE, "the programs differ by {worst:e}, {TOLERANCE:e} is allowed");
-    Ok(())
-}
-
-/// Seconds a batch, sorted.
-struct Figures {
-    wall: Vec<f64>,
-    cpu: Vec<f64>,
-}
-
-/// Both programs in turns, after a batch each that does not count.
-fn measure(programs: &mut [Program; 2], batch: usize, rounds: usize) -> Result<[Figures; 2]> {
-    let times = (PICTURES / batch).max(1);
-    let mut figures = [(); 2].map(|()| Figures { wall: Vec::new(), cpu: Vec::new() });
-    for program in programs.iter_mut() {
-        program.ask(&format!("time {batch} 1"))?;
-    }
-    for _ in 0..rounds {
-        for (program, figures) in programs.iter_mut().zip(&mut figures) {
-            let before = program.cpu_seconds()?;
-            let wall: f64 = program.ask(&format!("time {batch} {times}"))?.parse()?;
-            figures.wall.push(wall / times as f64);
-            figures.cpu.push((program.cpu_seconds()? - before) / times as f64);
-        }
-    }
-    for Figures { wall, cpu } in &mut figures {
-        wall.sort_by(f64::total_cmp);
-        cpu.sort_by(f64::total_cmp);
-    }
-    Ok(figures)
-}
-
-/// The median, the least and the greatest.
-fn told(sorted: &[f64]) -> String {
-    let (median, least, greatest) = (sorted[sorted.len() / 2], sorted[0], sorted[sorted.len() - 1]);
-    format!("{median:.3} ({least:.3}-{greatest:.3})")
+    let [ours, theirs] = [0, 1].map(|at| found[at].iter::<f32>().collect::<Vec<_>>());
+    program::agree(&ours, &theirs, TOLERANCE)
 }
 
 /// `[batch, 3, 224, 224] -> [batch, 512]`, not normalised.

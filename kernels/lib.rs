@@ -10,5 +10,7 @@ pub mod moe;
 pub mod ops;
 pub mod random;
 
+pub use cpu::Instructions;
+
 #[cfg(test)]
 mod testing;

@@ -1,18 +1,145 @@
-//! A mixture of experts beside its twins: an MLP of as many products, and every token through its experts alone; and as
-//! experts get more while tokens stay as many.
+//! A mixture of experts of 2,048 tokens, 512 wide, 8 experts 2,048 wide of which each token goes to two, f32: beside
+//! PyTorch, one expert after the other; beside candle, the same; beside an MLP of as many products; and beside every token
+//! through the layer alone. And as experts get more while tokens stay as many.
+//!
+//! ```sh
+//! VOLARY_PYTHON=python3 cargo bench -p volary-kernels --bench moe -- [rounds] [threads]
+//! ```
+//!
+//! `VOLARY_CANDLE` names the program of `benches/peers/candle`, where it was built. All have the same random weights and
+//! tokens, and must agree before anything is timed.
 
-use burn::tensor::{Device, Distribution, Tensor};
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use std::hint::black_box;
-use volary_kernels::layers::MlpConfig;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use burn::module::Param;
+use burn::tensor::{Device, Distribution, Tensor, TensorData};
+use volary_kernels::layers::{Linear, Mlp};
 use volary_kernels::moe::gate::NaiveGate;
-use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase};
+use volary_kernels::moe::{ExpertLinear, ExpertMlp, Experts, Gate, Moe, MoeConfig, Noise, Phase};
 use volary_kernels::ops::Activation;
+
+#[path = "../../benches/peers/program.rs"]
+mod program;
+
+use program::{Program, Work, agree, in_turns, told};
 
 const TOKENS: usize = 2048;
 const D_MODEL: usize = 512;
 const D_FF: usize = 2048;
+const EXPERTS: usize = 8;
 const TOP_K: usize = 2;
+const MORE_EXPERTS: [usize; 6] = [8, 16, 32, 64, 128, 256];
+const TOLERANCE: f32 = 1e-5;
+const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/peers/moe.py");
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["child", values] => child(Path::new(values)),
+        [] => compare(5, &[1, 2]),
+        [rounds] => compare(rounds.parse()?, &[1, 2]),
+        [rounds, threads] => compare(rounds.parse()?, &[threads.parse()?]),
+        _ => bail!("expected at most: ROUNDS THREADS"),
+    }
+}
+
+/// Prints the tables.
+fn compare(rounds: usize, threads: &[usize]) -> Result<()> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let values = folder.join("moe.f32");
+    write(&values, &random())?;
+    for threads in threads {
+        println!(
+            "\n{threads} threads\n\n| what | program | seconds | CPU seconds | of volary's layer |\n| --- | --- | --- | --- | --- |"
+        );
+        let mut programs =
+            vec![start(Command::new(std::env::current_exe()?).arg("child"), &values, *threads)?];
+        let mut names = vec!["volary"];
+        let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+        programs.push(start(Command::new(python).arg(PEER), &values, *threads)?);
+        names.push("PyTorch");
+        if let Some(candle) = std::env::var_os("VOLARY_CANDLE") {
+            programs.push(start(&mut Command::new(candle), &values, *threads)?);
+            names.push("candle");
+        }
+        for what in ["layer", "dense"] {
+            let found = programs.iter_mut().map(|program| {
+                let file = folder.join("moe.out");
+                program.ask(&format!("write {what} {}", file.display()))?;
+                read(&file)
+            });
+            let found: Vec<Vec<f32>> = found.collect::<Result<_>>()?;
+            found[1..].iter().try_for_each(|theirs| agree(&found[0], theirs, TOLERANCE))?;
+        }
+        let mut works = Vec::new();
+        for what in ["layer", "dense"] {
+            works.extend((0..programs.len()).map(|program| (program, what.to_owned(), 1)));
+        }
+        works.extend([0, 1].map(|program| (program, "tokens".to_owned(), 1)));
+        works.extend(MORE_EXPERTS.map(|experts| (0, format!("experts-{experts}"), 1)));
+        let asked = works.iter().map(|(program, what, times)| Work {
+            program: *program,
+            question: format!("time {what} {times}"),
+            times: *times,
+        });
+        let figures = in_turns(&mut programs, &asked.collect::<Vec<_>>(), rounds)?;
+        for ((program, what, _), found) in works.iter().zip(&figures) {
+            let ratio = found.median() / figures[0].median();
+            let (wall, cpu) = (told(&found.wall), told(&found.cpu));
+            println!("| {what} | {} | {wall} | {cpu} | {ratio:.2} |", names[*program]);
+        }
+    }
+    Ok(())
+}
+
+fn start(command: &mut Command, values: &Path, threads: usize) -> Result<Program> {
+    let threads = threads.to_string();
+    Program::start(command.arg(values).env("RAYON_NUM_THREADS", &threads).env("OMP_NUM_THREADS", &threads))
+}
+
+/// The shapes of tokens, router, experts and the MLP, in the order of the file.
+fn shapes() -> [Vec<usize>; 10] {
+    let wide = TOP_K * D_FF;
+    [
+        vec![TOKENS, D_MODEL],
+        vec![EXPERTS, D_MODEL],
+        vec![EXPERTS, D_MODEL, D_FF],
+        vec![EXPERTS, D_FF],
+        vec![EXPERTS, D_FF, D_MODEL],
+        vec![EXPERTS, D_MODEL],
+        vec![wide, D_MODEL],
+        vec![wide],
+        vec![D_MODEL, wide],
+        vec![D_MODEL],
+    ]
+}
+
+/// Normal tokens; weights uniform in `±1/√d_in`, about.
+fn random() -> Vec<f32> {
+    let device = Device::flex();
+    device.seed(1);
+    let values = |shape: Vec<usize>| {
+        let count: usize = shape.iter().product();
+        let (tokens, bound) = (shape[0] == TOKENS, 1.0 / (D_MODEL as f64).sqrt());
+        let uniform = Distribution::Uniform(-bound, bound);
+        let distribution = if tokens { Distribution::Normal(0.0, 1.0) } else { uniform };
+        Tensor::<1>::random([count], distribution, &device).into_data().iter::<f32>().collect::<Vec<_>>()
+    };
+    shapes().into_iter().flat_map(values).collect()
+}
+
+fn write(file: &Path, values: &[f32]) -> Result<()> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    std::fs::write(file, bytes).with_context(|| format!("{} is not written", file.display()))
+}
+
+fn read(file: &Path) -> Result<Vec<f32>> {
+    let bytes = std::fs::read(file).with_context(|| format!("{} is not read", file.display()))?;
+    Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+}
 
 fn layer(n_experts: usize, device: &Device) -> Moe {
     let gate = Gate::Naive(NaiveGate::new(D_MODEL, n_experts, TOP_K, device));
@@ -23,30 +150,72 @@ fn forward(layer: &Moe, x: Tensor<2>) -> Tensor<2> {
     layer.forward(x, Phase::Eval, &mut Noise::Seeded(0)).0
 }
 
-fn layers(criterion: &mut Criterion) {
+/// Answers `write WHAT FILE` and `time WHAT TIMES`, line by line, until there is no more.
+fn child(values: &Path) -> Result<()> {
     let device = Device::flex();
-    let x = Tensor::<2>::random([TOKENS, D_MODEL], Distribution::Normal(0.0, 1.0), &device);
-    let mut group = criterion.benchmark_group(format!("{TOKENS} tokens, {D_MODEL} -> {D_FF}, top {TOP_K}"));
-    group.sample_size(10);
-    let dense = MlpConfig::new(D_MODEL, TOP_K * D_FF).init(&device);
-    group.bench_function("dense", |bencher| {
-        bencher.iter(|| black_box(dense.forward(x.clone(), Activation::Gelu)))
+    let values = read(values)?;
+    let mut left = &values[..];
+    let mut parts = shapes().into_iter().map(|shape| {
+        let (part, rest) = left.split_at(shape.iter().product());
+        left = rest;
+        TensorData::new(part.to_vec(), shape)
     });
-    let eight = layer(8, &device);
-    group.bench_function("token by token", |bencher| {
-        bencher.iter(|| {
-            for token in 0..TOKENS {
-                black_box(forward(&eight, x.clone().narrow(0, token, 1)));
+    let mut next = || parts.next().context("the file is too short");
+    let two = |data| Param::from_tensor(Tensor::<2>::from_data(data, &device));
+    let three = |data| Param::from_tensor(Tensor::<3>::from_data(data, &device));
+    let one = |data| Some(Param::from_tensor(Tensor::<1>::from_data(data, &device)));
+    let x = Tensor::<2>::from_data(next()?, &device);
+    let gate = NaiveGate { gate: Linear { weight: two(next()?), bias: None }, top_k: TOP_K };
+    let up = ExpertLinear { weight: three(next()?), bias: Some(two(next()?)) };
+    let down = ExpertLinear { weight: three(next()?), bias: Some(two(next()?)) };
+    let mut eight = layer(EXPERTS, &device);
+    eight.gate = Gate::Naive(gate);
+    eight.experts = Experts::Plain(ExpertMlp { up, down });
+    let dense = Mlp {
+        up: Linear { weight: two(next()?), bias: one(next()?) },
+        down: Linear { weight: two(next()?), bias: one(next()?) },
+    };
+    let mut more: Option<(usize, Moe)> = None;
+    println!("volary, {} threads", rayon::current_num_threads());
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let [what, work, rest] = line.split_whitespace().collect::<Vec<_>>()[..] else {
+            bail!("`{line}` is not three words")
+        };
+        let run: Box<dyn Fn() -> Tensor<2>> = match work.strip_prefix("experts-") {
+            Some(experts) => {
+                let experts = experts.parse()?;
+                if more.as_ref().is_none_or(|(held, _)| *held != experts) {
+                    drop(more.take());
+                    let layer = layer(experts, &device);
+                    forward(&layer, x.clone()); // weights are drawn when they are first used
+                    more = Some((experts, layer));
+                }
+                let layer = &more.as_ref().context("it was just made")?.1;
+                Box::new(|| forward(layer, x.clone()))
             }
-        })
-    });
-    for n_experts in [8, 16, 64, 256] {
-        let layer = layer(n_experts, &device);
-        group.bench_function(BenchmarkId::new("experts", n_experts), |bencher| {
-            bencher.iter(|| black_box(forward(&layer, x.clone())))
-        });
+            None if work == "layer" => Box::new(|| forward(&eight, x.clone())),
+            None if work == "dense" => Box::new(|| dense.forward(x.clone(), Activation::Gelu)),
+            None if work == "tokens" => Box::new(|| {
+                let each = (0..TOKENS).map(|token| forward(&eight, x.clone().narrow(0, token, 1)));
+                each.fold(x.clone(), |_, y| y)
+            }),
+            None => bail!("`{work}` is no work"),
+        };
+        match what {
+            "write" => {
+                write(Path::new(rest), &run().into_data().iter::<f32>().collect::<Vec<_>>())?;
+                println!("written");
+            }
+            "time" => {
+                let start = Instant::now();
+                for _ in 0..rest.parse()? {
+                    std::hint::black_box(run());
+                }
+                println!("{}", start.elapsed().as_secs_f64());
+            }
+            _ => bail!("`{what}` is neither `write` nor `time`"),
+        }
     }
+    Ok(())
 }
-
-criterion_group!(benches, layers);
-criterion_main!(benches);

@@ -1,6 +1,11 @@
 //! Bodies for the CPU behind [`crate::ops`].
 
+pub mod host;
+mod instructions;
 pub mod moe;
 pub mod norm;
+pub mod pointwise;
 pub mod products;
 pub mod quantized;
+
+pub use instructions::Instructions;

@@ -1,22 +1,96 @@
-//! Weighted sums of rows that lie apart.
+//! Rows of experts: through their projections, and summed up.
 
-use rayon::prelude::*;
+use super::host::Values;
+use super::instructions::{Body, Instructions};
+use super::pointwise::Finish;
+use crate::ops::Activation;
+
+/// A projection of one expert.
+pub struct Projection {
+    /// `[d_in, d_out]`.
+    pub weight: Values,
+    /// `[d_out]`.
+    pub bias: Option<Values>,
+    pub d_in: usize,
+    pub d_out: usize,
+}
+
+impl Projection {
+    /// `act(x W + b) * factors`: `x` `[rows, d_in]`, `out` and `factors` `[rows, d_out]`. On the calling thread alone.
+    pub fn forward(
+        &self,
+        x: &[f32],
+        activation: Option<Activation>,
+        factors: Option<&[f32]>,
+        out: &mut [f32],
+    ) {
+        self.product(x, out);
+        let bias = self.bias.as_deref();
+        Instructions::in_use().run(Finish { values: out, bias, activation, factors });
+    }
+
+    fn product(&self, x: &[f32], out: &mut [f32]) {
+        let Self { d_in, d_out, .. } = *self;
+        let rows = out.len() / d_out;
+        assert_eq!(
+            [x.len(), out.len(), self.weight.len()],
+            [rows * d_in, rows * d_out, d_in * d_out],
+            "values of rows, of products and of the weight (left) in a product [{rows}, {d_in}, {d_out}]"
+        );
+        let [x_stride, stride] = [d_in, d_out].map(|stride| stride as isize);
+        // SAFETY: three matrices row after row, of as many values as was just asserted; `out` is nobody else's.
+        unsafe {
+            gemm::gemm(
+                rows,
+                d_out,
+                d_in,
+                out.as_mut_ptr(),
+                1,
+                stride,
+                false,
+                x.as_ptr(),
+                1,
+                x_stride,
+                self.weight.as_ptr(),
+                1,
+                stride,
+                0.0,
+                1.0,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
+    }
+}
 
 /// `out[token]` becomes the sum of `weights[token][choice] * rows[places[token][choice]]` over the choices that have a
 /// place. `rows` and `out` are `width` wide; `weights` and `places` are `[tokens, top_k]`.
-pub fn combine(rows: &[f32], weights: &[f32], places: &[Option<usize>], width: usize, out: &mut [f32]) {
-    if out.is_empty() {
-        return;
-    }
-    let top_k = places.len() / (out.len() / width);
-    let tokens = weights.par_chunks(top_k).zip(places.par_chunks(top_k));
-    out.par_chunks_mut(width).zip(tokens).for_each(|(out, (weights, places))| {
-        out.fill(0.0);
-        for (weight, place) in weights.iter().zip(places) {
-            let Some(place) = place else { continue };
-            for (out, value) in out.iter_mut().zip(&rows[place * width..(place + 1) * width]) {
-                *out += weight * value;
+pub struct Combine<'a> {
+    pub rows: &'a [f32],
+    pub weights: &'a [f32],
+    pub places: &'a [Option<usize>],
+    pub width: usize,
+    pub out: &'a mut [f32],
+}
+
+impl Body for Combine<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { rows, weights, places, width, out } = self;
+        let top_k = places.len() * width / out.len();
+        let tokens = weights.chunks(top_k).zip(places.chunks(top_k));
+        for (out, (weights, places)) in out.chunks_mut(width).zip(tokens) {
+            out.fill(0.0);
+            for (weight, place) in weights.iter().zip(places) {
+                let Some(place) = place else { continue };
+                for (out, value) in out.iter_mut().zip(&rows[place * width..(place + 1) * width]) {
+                    *out += weight * value;
+                }
             }
         }
-    });
+    }
 }

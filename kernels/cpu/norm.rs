@@ -1,44 +1,60 @@
 //! Group normalisation in place, one group after the other.
 
-use rayon::prelude::*;
+use super::instructions::Body;
+use super::pointwise::activate;
+use crate::ops::Activation;
 
 /// Values whose sum is kept in f32 before it goes on in f64.
 const BLOCK: usize = 1024;
 /// Sums that are kept side by side.
 const LANES: usize = 16;
 
-/// `x`, `[batch, channels, places]`, is normalised by groups of channels, scaled, moved, and `finish`ed value by value.
-pub fn group_norm(
-    x: &mut [f32],
-    [weight, bias]: [&[f32]; 2],
-    n_groups: usize,
-    places: usize,
-    eps: f64,
-    finish: impl Fn(f32) -> f32 + Sync,
-) {
-    if x.is_empty() {
-        return;
-    }
-    let width = weight.len() / n_groups; // channels of a group
-    x.par_chunks_mut(width * places).enumerate().for_each(|(at, group)| {
-        let count = group.len() as f64;
-        let mean = sum(group, |value| value) / count;
-        let mean = mean as f32;
-        let variance = sum(group, |value| (value - mean) * (value - mean)) / count;
-        let inverse = (1.0 / (variance + eps).sqrt()) as f32;
-        let first = at % n_groups * width;
-        for (channel, values) in (first..).zip(group.chunks_mut(places)) {
-            let (scale, shift) = (inverse * weight[channel], bias[channel]);
-            for value in values {
-                *value = finish((*value - mean) * scale + shift);
+/// Groups of channels are normalised, each channel is scaled and moved, and goes through the activation.
+pub struct GroupNorm<'a> {
+    /// Whole groups; each of their channels has so many `places`.
+    pub values: &'a mut [f32],
+    pub places: usize,
+    /// The number of the first of them among the groups of all pictures.
+    pub first: usize,
+    pub n_groups: usize,
+    /// Scale and shift, `[channels]`.
+    pub factors: [&'a [f32]; 2],
+    pub eps: f64,
+    pub activation: Option<Activation>,
+}
+
+impl Body for GroupNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let [weight, bias] = self.factors;
+        let width = weight.len() / self.n_groups; // channels of a group
+        for (at, group) in (self.first..).zip(self.values.chunks_mut(width * self.places)) {
+            let count = group.len() as f64;
+            let mean = sum(group, |value| value) / count;
+            let mean = mean as f32;
+            let variance = sum(group, |value| (value - mean) * (value - mean)) / count;
+            let inverse = (1.0 / (variance + self.eps).sqrt()) as f32;
+            let first = at % self.n_groups * width;
+            for (channel, values) in (first..).zip(group.chunks_mut(self.places)) {
+                let (scale, shift) = (inverse * weight[channel], bias[channel]);
+                for value in &mut *values {
+                    *value = (*value - mean) * scale + shift;
+                }
+                if let Some(activation) = self.activation {
+                    activate::<FMA>(values, activation);
+                }
             }
         }
-    });
+    }
 }
 
 /// The sum of `f` of all values.
+#[inline(always)]
 fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
-    let block = |block: &[f32]| {
+    let mut total = 0.0;
+    for block in values.chunks(BLOCK) {
         let (chunks, rest) = block.as_chunks::<LANES>();
         let mut lanes = [0.0_f32; LANES];
         for chunk in chunks {
@@ -46,7 +62,7 @@ fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f64 {
                 *lane += f(value);
             }
         }
-        f64::from(lanes.iter().sum::<f32>() + rest.iter().map(|&value| f(value)).sum::<f32>())
-    };
-    values.chunks(BLOCK).map(block).sum()
+        total += f64::from(lanes.iter().sum::<f32>() + rest.iter().map(|&value| f(value)).sum::<f32>());
+    }
+    total
 }

@@ -2,42 +2,11 @@
 
 use half::f16;
 
-/// Which instructions to use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Body {
-    /// Those of the compiler's choice.
-    Plain,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
+use super::instructions::Instructions;
 
-impl Body {
-    /// The fastest that runs here.
-    pub fn of_this_machine() -> Self {
-        *Self::all().last().unwrap_or(&Self::Plain)
-    }
-
-    /// Those that run here, the fastest last.
-    fn all() -> Vec<Self> {
-        #[allow(unused_mut)]
-        let mut all = vec![Self::Plain];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
-            if has_avx2 && is_x86_feature_detected!("f16c") {
-                all.push(Self::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f") {
-                all.push(Self::Avx512);
-            }
-        }
-        all
-    }
-
+impl Instructions {
     /// `out[i]` becomes the product of row `i` with `x`. Rows are as wide as `x`; empty ones give 0.
-    pub fn products(self, rows: &[f16], x: &[f32], out: &mut [f32]) {
+    pub(crate) fn products(self, rows: &[f16], x: &[f32], out: &mut [f32]) {
         if x.is_empty() {
             return out.fill(0.0);
         }
@@ -114,7 +83,7 @@ mod tests {
     #[test]
     fn literals() {
         let rows = [1.0, 2.0, -3.0, 0.5, 0.0, 4.0].map(f16::from_f32);
-        for body in Body::all() {
+        for body in Instructions::all() {
             let mut out = [f32::NAN; 2];
             body.products(&rows, &[10.0, 100.0, 1000.0], &mut out);
             assert_eq!(out, [10.0 + 200.0 - 3000.0, 5.0 + 4000.0], "{body:?}");
@@ -132,8 +101,8 @@ mod tests {
             let rows: Vec<f16> = (0..3 * width).map(|_| f16::from_f32(value())).collect();
             let x: Vec<f32> = (0..width).map(|_| value()).collect();
             let mut expected = [0.0; 3];
-            Body::Plain.products(&rows, &x, &mut expected);
-            for body in Body::all() {
+            Instructions::Plain.products(&rows, &x, &mut expected);
+            for body in Instructions::all() {
                 let mut found = [f32::NAN; 3];
                 body.products(&rows, &x, &mut found);
                 for (found, expected) in found.iter().zip(expected) {

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use super::instructions::Instructions;
 use crate::ops::{Bits, PackedMatrix, Quantization};
 
 /// Columns of a chunk.
@@ -24,7 +25,7 @@ pub fn products(weight: &PackedMatrix, x: &[f32], y: &mut [f32]) {
     let bits = weight.quantization().bits;
     let laid_out: Vec<f32> = x.chunks(cols).flat_map(|x| lay_out(x, bits)).collect();
     let x = Activations { x: &laid_out, width: cols.next_multiple_of(CHUNK) };
-    let body = Body::of_this_machine();
+    let body = Instructions::in_use();
     if many == 1 {
         return by_rows(weight, x, y, body);
     }
@@ -60,7 +61,7 @@ fn lay_out(x: &[f32], bits: Bits) -> Vec<f32> {
 }
 
 /// `y` is `[rows, many]`.
-fn by_rows(weight: &PackedMatrix, x: Activations, y: &mut [f32], body: Body) {
+fn by_rows(weight: &PackedMatrix, x: Activations, y: &mut [f32], body: Instructions) {
     let [rows, _] = weight.shape();
     let many = y.len() / rows;
     y.par_chunks_mut(TASK * many).enumerate().for_each_init(Scratch::default, |scratch, (task, y)| {
@@ -93,7 +94,7 @@ fn some_rows<const R: usize>(
     first: usize,
     x: Activations,
     y: &mut [f32],
-    body: Body,
+    body: Instructions,
     Scratch { scales, mins, row }: &mut Scratch,
 ) {
     let Quantization { bits, block } = weight.quantization();
@@ -159,37 +160,7 @@ impl Rows<'_> {
     }
 }
 
-/// The same loop for different instructions.
-#[derive(Clone, Copy, Debug)]
-enum Body {
-    Plain,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-}
-
-impl Body {
-    fn of_this_machine() -> Self {
-        *Self::all().last().unwrap_or(&Self::Plain)
-    }
-
-    /// Those that run here, the fastest last.
-    fn all() -> Vec<Self> {
-        #[allow(unused_mut)]
-        let mut all = vec![Self::Plain];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                all.push(Self::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f") {
-                all.push(Self::Avx512);
-            }
-        }
-        all
-    }
-
+impl Instructions {
     /// The products of `R` rows with one row of activations.
     #[inline]
     fn sums<const R: usize, const BITS: usize>(self, rows: &Rows, x: &[f32]) -> [f32; R] {

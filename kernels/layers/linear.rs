@@ -3,7 +3,8 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor, module::linear};
 
 use super::Packed;
-use crate::ops::quantized_linear;
+use crate::cpu::host::is_host;
+use crate::ops::{Activation, add_bias, quantized_linear};
 
 /// Configuration of a [`Linear`] layer.
 #[derive(Config, Debug)]
@@ -44,8 +45,19 @@ impl LinearConfig {
 impl Linear {
     /// `[..., d_in] -> [..., d_out]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let bias = self.bias.as_ref().map(|bias| bias.val());
-        project(x, &self.weight, bias)
+        project(x, &self.weight, self.bias())
+    }
+
+    /// `act(x Wᵀ + b)`.
+    pub fn activated<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
+        match is_host(&x) {
+            true => activation.biased(project(x, &self.weight, None), self.bias()),
+            false => activation.forward(self.forward(x)),
+        }
+    }
+
+    fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
     }
 }
 
@@ -55,10 +67,14 @@ pub(super) fn project<const D: usize>(
     weight: &Param<Tensor<2>>,
     bias: Option<Tensor<1>>,
 ) -> Tensor<D> {
-    match (Packed::of(weight), bias) {
-        (None, bias) => linear(x, weight.val().transpose(), bias),
-        (Some(packed), None) => quantized_linear(x, packed),
-        (Some(packed), Some(bias)) => quantized_linear(x, packed) + bias.unsqueeze(),
+    let y = match Packed::of(weight) {
+        None if !is_host(&x) => return linear(x, weight.val().transpose(), bias),
+        None => linear(x, weight.val().transpose(), None),
+        Some(packed) => quantized_linear(x, packed),
+    };
+    match bias {
+        None => y,
+        Some(bias) => add_bias(y, bias),
     }
 }
 

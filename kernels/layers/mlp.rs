@@ -37,7 +37,7 @@ impl MlpConfig {
 impl Mlp {
     /// `[..., d_model] -> [..., d_model]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        self.down.forward(activation.forward(self.up.forward(x)))
+        self.down.forward(self.up.activated(x, activation))
     }
 }
 
@@ -79,8 +79,8 @@ impl GatedMlpConfig {
 impl GatedMlp {
     /// `[..., d_model] -> [..., d_model]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        let gate = activation.forward(self.gate.forward(x.clone()));
-        self.down.forward(gate * self.up.forward(x))
+        let gate = self.gate.forward(x.clone());
+        self.down.forward(activation.gated(gate, self.up.forward(x)))
     }
 }
 

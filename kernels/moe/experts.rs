@@ -3,7 +3,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use crate::ops::Activation;
-use crate::ops::moe::{Dispatch, grouped_matmul, of_each_row};
+use crate::ops::moe::{Dispatch, Projection, grouped_linear, grouped_mlp};
 
 /// A projection of each expert.
 #[derive(Module, Debug)]
@@ -93,11 +93,11 @@ impl ExpertLinear {
     /// # Panics
     /// If there are not as many rows or experts as in `dispatch`.
     pub fn forward(&self, rows: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
-        let y = grouped_matmul(rows, self.weight.val(), dispatch);
-        match &self.bias {
-            Some(bias) if dispatch.rows() > 0 => y + of_each_row(bias.val(), dispatch),
-            _ => y,
-        }
+        grouped_linear(rows, &self.projection(), dispatch)
+    }
+
+    fn projection(&self) -> Projection {
+        Projection { weight: self.weight.val(), bias: self.bias.as_ref().map(|bias| bias.val()) }
     }
 }
 
@@ -107,7 +107,7 @@ impl ExpertMlp {
     /// # Panics
     /// If there are not as many rows or experts as in `dispatch`.
     pub fn forward(&self, rows: Tensor<2>, activation: Activation, dispatch: &Dispatch) -> Tensor<2> {
-        self.down.forward(activation.forward(self.up.forward(rows, dispatch)), dispatch)
+        grouped_mlp(rows, None, &self.up.projection(), &self.down.projection(), activation, dispatch)
     }
 }
 
@@ -117,8 +117,8 @@ impl GatedExpertMlp {
     /// # Panics
     /// If there are not as many rows or experts as in `dispatch`.
     pub fn forward(&self, rows: Tensor<2>, activation: Activation, dispatch: &Dispatch) -> Tensor<2> {
-        let gate = activation.forward(self.gate.forward(rows.clone(), dispatch));
-        self.down.forward(gate * self.up.forward(rows, dispatch), dispatch)
+        let [gate, up, down] = [&self.gate, &self.up, &self.down].map(ExpertLinear::projection);
+        grouped_mlp(rows, Some(&gate), &up, &down, activation, dispatch)
     }
 }
 

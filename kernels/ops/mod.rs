@@ -8,8 +8,9 @@ mod norm;
 mod products;
 mod quantized;
 mod rope;
+mod softmax;
 
-pub use activation::Activation;
+pub use activation::{Activation, add_bias};
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
 pub use norm::group_norm;
@@ -19,3 +20,4 @@ pub use rope::{
     DynamicScaling, GridRopeConfig, Llama3Scaling, Pairing, Positions, Rope, RopeConfig, RopeScaling,
     YarnScaling,
 };
+pub use softmax::softmax;

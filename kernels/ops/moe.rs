@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::cpu;
+use super::Activation;
+use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::{self, Instructions};
 
 /// Choices sorted by expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,10 +99,21 @@ fn indices(values: impl Iterator<Item = usize>, device: &Device) -> Tensor<1, In
 /// # Panics
 /// If there are not as many tokens as were dispatched.
 pub fn permute(x: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
-    let [tokens, _] = x.dims();
+    let [tokens, width] = x.dims();
     assert_eq!(tokens, dispatch.tokens(), "tokens (left) and those that were dispatched");
-    let tokens = indices(dispatch.order.iter().map(|choice| choice / dispatch.top_k), &x.device());
-    x.select(0, tokens)
+    let tokens = dispatch.order.iter().map(|choice| choice / dispatch.top_k);
+    if !is_host(&x) || width == 0 {
+        let tokens = indices(tokens, &x.device());
+        return x.select(0, tokens);
+    }
+    let (dtype, x, tokens) = (x.dtype(), Values::of(x), tokens.collect::<Vec<_>>());
+    let mut rows = vec![0.0; tokens.len() * width];
+    host::by_rows(&mut rows, width, |first, rows| {
+        for (row, token) in rows.chunks_mut(width).zip(&tokens[first..]) {
+            row.copy_from_slice(&x[token * width..(token + 1) * width]);
+        }
+    });
+    host::tensor(rows, [tokens.len(), width]).cast(dtype)
 }
 
 /// What each row's expert has: `[n_experts, width] -> [rows, width]`, as biases.
@@ -119,38 +132,156 @@ pub fn of_each_row(values: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
 ///
 /// - `weight`: `[n_experts, d_in, d_out]`
 ///
-/// On the CPU each segment is one product with a part of `weight`, several segments at a time; half precision is
-/// multiplied in f32 and rounded at the end. Where gradients are wanted, and on other devices, segments of similar length
-/// are padded to one batched product: at most half of its rows are padding.
+/// On the CPU each segment is multiplied with its part of `weight` where it lies, several segments, and parts of long
+/// ones, at a time; half precision is multiplied in f32 and rounded at the end. Where gradients are wanted, and on other
+/// devices, segments of similar length are padded to one batched product: at most half of its rows are padding.
 ///
 /// # Panics
 /// If there are not as many rows or experts as in `dispatch`, or the widths differ.
 pub fn grouped_matmul(x: Tensor<2>, weight: Tensor<3>, dispatch: &Dispatch) -> Tensor<2> {
-    let ([rows, width], [n_experts, d_in, d_out]) = (x.dims(), weight.dims());
-    assert_eq!(
-        [rows, n_experts, width],
-        [dispatch.rows(), dispatch.n_experts(), d_in],
-        "rows, experts and width (left) and those expected"
-    );
-    let device = x.device();
-    if rows == 0 {
-        return Tensor::zeros([0, d_out], (&device, x.dtype()));
+    grouped_linear(x, &Projection { weight, bias: None }, dispatch)
+}
+
+/// A projection of each expert.
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// `[n_experts, d_in, d_out]`.
+    pub weight: Tensor<3>,
+    /// `[n_experts, d_out]`.
+    pub bias: Option<Tensor<2>>,
+}
+
+impl Projection {
+    /// The width of what comes out, for rows of `width`.
+    fn d_out(&self, width: usize, dispatch: &Dispatch) -> usize {
+        let [n_experts, d_in, d_out] = self.weight.dims();
+        assert_eq!(
+            [dispatch.n_experts(), width],
+            [n_experts, d_in],
+            "experts and width (left) and those of a projection"
+        );
+        if let Some(bias) = &self.bias {
+            assert_eq!(bias.dims(), [n_experts, d_out], "biases (left) of so many experts and values");
+        }
+        d_out
     }
-    match device == Device::flex() && !device.is_autodiff() {
-        true => by_segment(x, weight, dispatch),
-        false => by_tier(x, weight, dispatch),
+
+    /// Whether it lies in this machine's memory, and no gradients are wanted.
+    fn is_host(&self) -> bool {
+        is_host(&self.weight) && self.bias.as_ref().is_none_or(is_host)
+    }
+
+    /// That of one expert. f32 is not copied.
+    fn of_expert(&self, expert: usize) -> cpu::moe::Projection {
+        let [_, d_in, d_out] = self.weight.dims();
+        let weight = Values::of(self.weight.clone().narrow(0, expert, 1));
+        let bias = self.bias.clone().map(|bias| Values::of(bias.narrow(0, expert, 1)));
+        cpu::moe::Projection { weight, bias, d_in, d_out }
     }
 }
 
-/// One product per segment.
-fn by_segment(x: Tensor<2>, weight: Tensor<3>, dispatch: &Dispatch) -> Tensor<2> {
-    let dtype = x.dtype();
-    let product = |(expert, rows): (usize, Range<usize>)| {
-        let weight = weight.clone().narrow(0, expert, 1).squeeze_dim::<2>(0); // [d_in, d_out]
-        let x = x.clone().narrow(0, rows.start, rows.len());
-        x.cast(DType::F32).matmul(weight.cast(DType::F32)).cast(dtype)
-    };
-    Tensor::cat(dispatch.segments().into_par_iter().map(product).collect(), 0)
+/// Each row through the projection of its expert, `x W + b`: `[rows, d_in] -> [rows, d_out]`. As [`grouped_matmul`].
+///
+/// # Panics
+/// If there are not as many rows or experts as in `dispatch`, or the widths differ.
+pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch) -> Tensor<2> {
+    let [rows, width] = x.dims();
+    assert_eq!(rows, dispatch.rows(), "rows (left) and those that were dispatched");
+    let d_out = projection.d_out(width, dispatch);
+    if rows == 0 {
+        return Tensor::zeros([0, d_out], (&x.device(), x.dtype()));
+    }
+    if is_host(&x) && projection.is_host() {
+        let of_expert = |expert| projection.of_expert(expert);
+        return by_segment(x, d_out, dispatch, of_expert, |projection, x, out| {
+            projection.forward(x, None, None, out);
+        });
+    }
+    let y = by_tier(x, projection.weight.clone(), dispatch);
+    match &projection.bias {
+        Some(bias) => y + of_each_row(bias.clone(), dispatch),
+        None => y,
+    }
+}
+
+/// Each row through the MLP of its expert, `down(act(up(x)))` or `down(act(gate(x)) * up(x))`:
+/// `[rows, d_model] -> [rows, d_model]`.
+///
+/// On the CPU a part of a segment goes through all of it at once, in f32, so that what is between the projections stays in
+/// the caches. Where gradients are wanted, and on other devices, it is composed of [`grouped_linear`]s.
+///
+/// # Panics
+/// If there are not as many rows or experts as in `dispatch`, or the widths differ.
+pub fn grouped_mlp(
+    x: Tensor<2>,
+    gate: Option<&Projection>,
+    up: &Projection,
+    down: &Projection,
+    activation: Activation,
+    dispatch: &Dispatch,
+) -> Tensor<2> {
+    let [rows, width] = x.dims();
+    let all_host = [gate, Some(up), Some(down)].into_iter().flatten().all(Projection::is_host);
+    if rows == 0 || !is_host(&x) || !all_host {
+        let inner = match gate {
+            None => activation.forward(grouped_linear(x, up, dispatch)),
+            Some(gate) => {
+                activation.gated(grouped_linear(x.clone(), gate, dispatch), grouped_linear(x, up, dispatch))
+            }
+        };
+        return grouped_linear(inner, down, dispatch);
+    }
+    assert_eq!(rows, dispatch.rows(), "rows (left) and those that were dispatched");
+    let d_ff = up.d_out(width, dispatch);
+    assert!(
+        gate.is_none_or(|gate| gate.d_out(width, dispatch) == d_ff),
+        "a gate is as wide as what it scales"
+    );
+    let d_out = down.d_out(d_ff, dispatch);
+    let of_expert =
+        |expert| (gate.map(|gate| gate.of_expert(expert)), up.of_expert(expert), down.of_expert(expert));
+    by_segment(x, d_out, dispatch, of_expert, |(gate, up, down), x, out| {
+        let mut inner = vec![0.0; out.len() / d_out * d_ff];
+        match gate {
+            None => up.forward(x, Some(activation), None, &mut inner),
+            Some(gate) => {
+                let mut factors = vec![0.0; inner.len()];
+                up.forward(x, None, None, &mut factors);
+                gate.forward(x, Some(activation), Some(&factors), &mut inner);
+            }
+        }
+        down.forward(&inner, None, None, out);
+    })
+}
+
+/// Rows of a segment that go to one thread at a time.
+const BLOCK: usize = 256;
+
+/// `body` of what `of_expert` gives for an expert, of its rows, and of the rows that come out, `[rows, d_out]`.
+fn by_segment<E: Sync>(
+    x: Tensor<2>,
+    d_out: usize,
+    dispatch: &Dispatch,
+    of_expert: impl Fn(usize) -> E + Sync,
+    body: impl Fn(&E, &[f32], &mut [f32]) + Sync,
+) -> Tensor<2> {
+    let ([rows, width], dtype) = (x.dims(), x.dtype());
+    let x = Values::of(x);
+    let mut out = vec![0.0; rows * d_out];
+    let (mut parts, mut left) = (Vec::new(), &mut out[..]);
+    for (expert, segment) in dispatch.segments() {
+        let (part, rest) = left.split_at_mut(segment.len() * d_out);
+        parts.push((expert, segment.start, part));
+        left = rest;
+    }
+    parts.into_par_iter().for_each(|(expert, start, part)| {
+        let expert = of_expert(expert);
+        host::by_task(part, BLOCK * d_out, |at, out| {
+            let (first, rows) = (start + at / d_out, out.len() / d_out);
+            body(&expert, &x[first * width..(first + rows) * width], out);
+        });
+    });
+    host::tensor(out, [rows, d_out]).cast(dtype)
 }
 
 /// One batched product for the segments between one power of two and the next.
@@ -199,35 +330,30 @@ pub fn combine(rows: Tensor<2>, weights: Tensor<2>, dispatch: &Dispatch) -> Tens
     let (tokens, top_k) = (dispatch.tokens(), dispatch.top_k);
     assert_eq!(count, dispatch.rows(), "rows (left) and those that were dispatched");
     assert_eq!(weights.dims(), [tokens, top_k], "weights (left) of so many tokens and choices");
-    let device = rows.device();
-    match device == Device::flex() && !device.is_autodiff() {
-        true => in_place(rows, weights, dispatch),
-        false => {
-            let padding = Tensor::zeros([1, width], (&device, rows.dtype()));
-            let rows = Tensor::cat(vec![rows, padding], 0); // the last row stands for those dropped
-            let places = dispatch.places.iter().map(|place| place.unwrap_or(count));
-            let rows = rows.select(0, indices(places, &device)).reshape([tokens, top_k, width]);
-            (rows * weights.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1)
-        }
+    if is_host(&rows) && is_host(&weights) && width > 0 {
+        let dtype = rows.dtype();
+        let (rows, weights) = (Values::of(rows), Values::of(weights));
+        let mut out = vec![0.0; tokens * width];
+        host::by_rows(&mut out, width, |first, out| {
+            let choices = first * top_k..(first + out.len() / width) * top_k;
+            let (weights, places) = (&weights[choices.clone()], &dispatch.places[choices]);
+            Instructions::in_use().run(cpu::moe::Combine { rows: &rows, weights, places, width, out });
+        });
+        return host::tensor(out, [tokens, width]).cast(dtype);
     }
-}
-
-/// On the CPU, in f32.
-fn in_place(rows: Tensor<2>, weights: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
-    let ([_, width], device, dtype) = (rows.dims(), rows.device(), rows.dtype());
-    let [rows, weights] = [rows, weights].map(|values| values.cast(DType::F32).into_data());
-    let cast = "values that were cast to f32";
-    let mut out = vec![0.0; dispatch.tokens() * width];
-    let (rows, weights) = (rows.as_slice().expect(cast), weights.as_slice().expect(cast));
-    cpu::moe::combine(rows, weights, &dispatch.places, width, &mut out);
-    let out = TensorData::new(out, [dispatch.tokens(), width]);
-    Tensor::<2>::from_data(out, (&device, DType::F32)).cast(dtype)
+    let padding = Tensor::zeros([1, width], (&rows.device(), rows.dtype()));
+    let rows = Tensor::cat(vec![rows, padding], 0); // the last row stands for those dropped
+    let places = dispatch.places.iter().map(|place| place.unwrap_or(count));
+    let places = indices(places, &rows.device());
+    let rows = rows.select(0, places).reshape([tokens, top_k, width]);
+    (rows * weights.unsqueeze_dim(2)).sum_dim(1).squeeze_dim(1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{assert_close, assert_gradient, floats, noise, random, tensor};
+    use burn::tensor::DType;
 
     /// Choices of experts, some dropped.
     fn choices(count: usize, n_experts: usize, seed: u64) -> Vec<Option<usize>> {

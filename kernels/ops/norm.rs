@@ -1,7 +1,9 @@
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Tensor};
 
 use super::Activation;
-use crate::cpu;
+use crate::cpu::Instructions;
+use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::norm::GroupNorm;
 
 /// Group normalisation (Wu & He 2018), and an activation after it: the channels of a picture are cut into `n_groups`
 /// groups of neighbours, each is normalised over its channels and all places, `(x - mean) / √(variance + eps)`, and
@@ -10,8 +12,8 @@ use crate::cpu;
 /// - `x`: `[batch, channels, ...]`
 /// - `weight`, `bias`: `[channels]`
 ///
-/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`,
-/// [`Activation::Silu`] included; where gradients are wanted, and on other devices, it is composed of tensor operations.
+/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`, the
+/// activation included; where gradients are wanted, and on other devices, it is composed of tensor operations.
 ///
 /// # Panics
 /// If `x` has fewer than two dimensions, `n_groups` does not divide the channels, or `weight` or `bias` are not theirs.
@@ -33,40 +35,27 @@ pub fn group_norm<const D: usize>(
         [[channels]; 2],
         "weight and bias (left) of {channels} channels"
     );
-    let (device, dtype) = (x.device(), x.dtype());
-    let [weight, bias] = [weight, bias].map(|factor| factor.cast(DType::F32));
-    let x = x.cast(DType::F32);
-    let (y, rest) = match (device == Device::flex() && !device.is_autodiff(), activation) {
-        (true, Some(Activation::Silu)) => {
-            (in_place(x, weight, bias, n_groups, eps, |x| x / (1.0 + (-x).exp())), None)
-        }
-        (true, rest) => (in_place(x, weight, bias, n_groups, eps, |x| x), rest),
-        (false, rest) => (composed(x, weight, bias, n_groups, eps), rest),
-    };
-    match rest {
-        Some(activation) => activation.forward(y),
-        None => y,
+    if is_host(&x) {
+        let places = x.dims()[2..].iter().product::<usize>().max(1);
+        let [weight, bias] = [weight, bias].map(Values::of);
+        let width = channels / n_groups; // channels of a group
+        return host::change(x, width * places, |first, values| {
+            let factors = [&*weight, &*bias];
+            Instructions::in_use().run(GroupNorm {
+                values,
+                first,
+                factors,
+                n_groups,
+                places,
+                eps,
+                activation,
+            });
+        });
     }
-    .cast(dtype)
-}
-
-/// On the CPU, and `finish` of every value.
-fn in_place<const D: usize>(
-    x: Tensor<D>,
-    weight: Tensor<1>,
-    bias: Tensor<1>,
-    n_groups: usize,
-    eps: f64,
-    finish: impl Fn(f32) -> f32 + Sync,
-) -> Tensor<D> {
-    let (shape, device) = (x.dims(), x.device());
-    let places = shape[2..].iter().product();
-    let (weight, bias, mut data) = (weight.into_data(), bias.into_data(), x.into_data());
-    let cast = "values that were cast to f32";
-    let factors = [weight.as_slice::<f32>().expect(cast), bias.as_slice::<f32>().expect(cast)];
-    let values = data.as_mut_slice::<f32>().expect(cast);
-    cpu::norm::group_norm(values, factors, n_groups, places, eps, finish);
-    Tensor::from_data(data, (&device, DType::F32))
+    let dtype = x.dtype();
+    let [weight, bias] = [weight, bias].map(|factor| factor.cast(DType::F32));
+    let y = composed(x.cast(DType::F32), weight, bias, n_groups, eps);
+    activation.map_or(y.clone(), |activation| activation.forward(y)).cast(dtype)
 }
 
 /// The same of tensor operations, without an activation.
@@ -92,6 +81,7 @@ fn composed<const D: usize>(
 mod tests {
     use super::*;
     use crate::testing::{assert_close, assert_gradient, floats, noise, random, tensor};
+    use burn::tensor::Device;
 
     /// Channels (1, 3) and (5, 7) are one group of mean 4 and variance 5, channels (2, 2) and (2, 2) one without any.
     #[test]

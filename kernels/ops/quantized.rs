@@ -10,6 +10,7 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::cpu;
+use crate::cpu::host::{self, Values, is_host};
 
 /// So many rows of activations go through the kernel; from more on, panels of the matrix are unpacked for the
 /// backend's own product.
@@ -411,14 +412,12 @@ pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> 
     if many == 0 || rows == 0 || cols == 0 {
         return Tensor::zeros(shape, (&device, dtype));
     }
-    let x = x.cast(DType::F32);
-    let y = if many <= FEW_ROWS && device == Device::flex() && !device.is_autodiff() {
-        let x = x.into_data();
-        let values = x.as_slice::<f32>().expect("values that were cast to f32");
+    let y = if many <= FEW_ROWS && is_host(&x) {
         let mut y = vec![0.0; many * rows];
-        cpu::quantized::products(weight, values, &mut y);
-        Tensor::from_data(TensorData::new(y, shape), (&device, DType::F32))
+        cpu::quantized::products(weight, &Values::of(x), &mut y);
+        host::tensor(y, shape)
     } else {
+        let x = x.cast(DType::F32);
         let height = (PANEL / cols).max(1);
         let panels = (0..rows).step_by(height).map(|start| {
             let panel = weight.tensor(start..rows.min(start + height), &device);

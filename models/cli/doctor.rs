@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 use volary::Clip;
+use volary_kernels::Instructions;
 
 use super::{Shared, say, say_json};
 
@@ -21,6 +22,7 @@ pub fn run(shared: &Shared) -> Result<()> {
         Check { name: "version", ok: true, found: env!("CARGO_PKG_VERSION").into() },
         Check { name: "processor", ok: true, found: processor() },
         Check { name: "features", ok: true, found: features() },
+        kernels(),
         device("cpu"),
         device("cuda"),
         embedded(shared),
@@ -53,13 +55,25 @@ fn features() -> String {
         ("avx512vnni", is_x86_feature_detected!("avx512vnni")),
     ];
     let found: Vec<&str> = known.iter().filter(|(_, found)| *found).map(|(name, _)| *name).collect();
-    let kernels = if found.contains(&"avx512f") { "AVX-512" } else { "AVX2 or older" };
-    format!("{}; matrix products use {kernels}", found.join(" "))
+    let products = if found.contains(&"avx512f") { "AVX-512" } else { "AVX2 or older" };
+    format!("{}; matrix products use {products}", found.join(" "))
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn features() -> String {
     "not looked up on this architecture".into()
+}
+
+/// The instructions of this project's own kernels, which `VOLARY_CPU` chooses among.
+fn kernels() -> Check {
+    let name = "kernels";
+    match Instructions::wanted() {
+        Ok(wanted) => {
+            let all: Vec<&str> = Instructions::all().into_iter().map(Instructions::name).collect();
+            Check { name, ok: true, found: format!("{}, of {}", wanted.name(), all.join(", ")) }
+        }
+        Err(error) => Check { name, ok: false, found: error },
+    }
 }
 
 fn device(name: &'static str) -> Check {

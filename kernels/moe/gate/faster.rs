@@ -1,11 +1,11 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::gshard::best_two;
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::Routing;
 use crate::moe::routing::{host, largest};
+use crate::ops::softmax;
 
 /// Two experts, few of them on other machines (He et al. 2022, "FasterMoE", section 5; FastMoE's `FasterGate`): where the
 /// first choices of at least `⌊0.14 tokens⌋` tokens are far away, so many of them, those of the largest logits, keep theirs
@@ -85,7 +85,7 @@ impl FasterGate {
         for &token in &travellers[..allowed] {
             experts.ids[2 * token + 1] = Some(first(token));
         }
-        let weights = softmax(experts.pick(logits), 1);
+        let weights = softmax(experts.pick(logits));
         Routing::new(experts, weights, Some(loss))
     }
 }

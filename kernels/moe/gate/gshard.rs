@@ -1,10 +1,10 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::routing::{Choices, host, largest};
 use crate::moe::{Noise, Phase, Routing, gshard_loss};
+use crate::ops::softmax;
 
 /// Two experts of limited capacity, the second by chance (Lepikhin et al. 2020, <https://arxiv.org/abs/2006.16668>), as
 /// FastMoE's `GShardGate`: weights are the softmax over the two; an expert takes `⌈rate tokens⌉ · 2 / n_experts` choices of
@@ -40,7 +40,7 @@ pub(super) fn best_two(logits: Tensor<2>, n_workers: usize) -> (Choices, Tensor<
     let values = host(&logits);
     let loss = gshard_loss(logits.clone(), &largest(&values, n_experts, 1), n_experts / n_workers);
     let experts = largest(&values, n_experts, 2);
-    let weights = softmax(experts.pick(logits), 1);
+    let weights = softmax(experts.pick(logits));
     (experts, weights, loss)
 }
 

@@ -1,10 +1,10 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::routing::{Choices, host, largest};
 use crate::moe::{Routing, switch_loss};
+use crate::ops::softmax;
 
 /// One expert in each of `k` groups (Yang et al. 2021, "M6-T", <https://arxiv.org/abs/2105.15082>): every group, called a
 /// prototype, has a router of its own, whose softmax weighs the choice. With one group it is the router of Switch
@@ -69,7 +69,7 @@ impl KTop1Gate {
         let mut ids = vec![None; tokens * k];
         let (mut weights, mut losses) = (Vec::with_capacity(k), Vec::with_capacity(k));
         for (group, logits) in logits.into_iter().enumerate() {
-            let probabilities = softmax(logits.cast(DType::F32), 1);
+            let probabilities = softmax(logits.cast(DType::F32));
             let best = largest(&host(&probabilities), size, 1);
             for (token, expert) in best.ids.iter().enumerate() {
                 ids[token * k + group] = expert.map(|expert| group * size + expert);

@@ -1,10 +1,10 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::Routing;
 use crate::moe::routing::{host, largest};
+use crate::ops::softmax;
 
 /// The `top_k` experts of the largest logits, weighed by the softmax over these alone: FastMoE's `NaiveGate`, and without
 /// a bias the router of Mixtral.
@@ -33,7 +33,7 @@ impl NaiveGate {
         let [_, n_experts] = logits.dims();
         let logits = logits.cast(DType::F32);
         let experts = largest(&host(&logits), n_experts, self.top_k);
-        let weights = softmax(experts.pick(logits), 1);
+        let weights = softmax(experts.pick(logits));
         Routing::new(experts, weights, None)
     }
 

@@ -1,9 +1,10 @@
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::activation::{softmax, softplus};
+use burn::tensor::activation::softplus;
 use burn::tensor::{DType, Device, IndexingUpdateOp, Tensor};
 
 use crate::moe::routing::{Choices, host, largest};
 use crate::moe::{Noise, Phase, Routing, cv_squared};
+use crate::ops::softmax;
 
 /// The `top_k` experts of the largest logits after normal noise of a learned width (Shazeer et al. 2017, section 2.1),
 /// weighed by the softmax over these: FastMoE's `NoisyGate`. Its loss is the squared coefficient of variation of the
@@ -56,7 +57,7 @@ impl NoisyGate {
     fn choose(&self, logits: Tensor<2>) -> Routing {
         let [_, n_experts] = logits.dims();
         let experts = largest(&host(&logits), n_experts, self.top_k);
-        let weights = softmax(experts.pick(logits), 1);
+        let weights = softmax(experts.pick(logits));
         Routing::new(experts, weights, None)
     }
 

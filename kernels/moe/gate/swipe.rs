@@ -1,10 +1,10 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::routing::{Choices, host, largest};
 use crate::moe::{Phase, Routing};
+use crate::ops::softmax;
 
 /// As [`super::NaiveGate`] at evaluation; in training tokens are moved to workers that have room, so that all work the
 /// same: FastMoE's `SwipeGate`. The logits are read anew where tokens are moved to, and the weights are their softmax.
@@ -87,7 +87,7 @@ impl SwipeGate {
 
     /// Of logits `[tokens, n_experts]` and where tokens go.
     pub fn weigh(&self, logits: Tensor<2>, experts: Choices) -> Routing {
-        let weights = softmax(experts.pick(logits), 1);
+        let weights = softmax(experts.pick(logits));
         Routing::new(experts, weights, None)
     }
 

@@ -1,11 +1,11 @@
 use burn::module::Module;
-use burn::tensor::activation::softmax;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::gshard::{RATES, of_phase};
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::routing::{host, largest};
 use crate::moe::{Noise, Phase, Routing, switch_loss};
+use crate::ops::softmax;
 
 /// One expert of limited capacity (Fedus et al. 2021, <https://arxiv.org/abs/2101.03961>) as FastMoE's `SwitchGate`: in
 /// training, numbers drawn evenly from `1 ± jitter` are added to the logits; the weight is the probability among all
@@ -50,7 +50,7 @@ impl SwitchGate {
             }
             Phase::Eval => logits,
         };
-        let probabilities = softmax(logits, 1);
+        let probabilities = softmax(logits);
         let mut experts = largest(&host(&probabilities), n_experts, 1);
         let weights = experts.pick(probabilities.clone());
         let rate = of_phase(self.rates, phase);

@@ -1,0 +1,160 @@
+//! Tensors whose values lie in this machine's memory: bodies read and write them where they lie.
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use rayon::prelude::*;
+
+/// Values of a parallel task: few enough to stay in a core's nearest cache, many enough to be worth a thread.
+const TASK: usize = 8 * 1024;
+
+/// Whether a tensor lies in this machine's memory, in f32 or in less, and no gradients are wanted.
+pub fn is_host<const D: usize>(x: &Tensor<D>) -> bool {
+    let device = x.device();
+    device == Device::flex()
+        && !device.is_autodiff()
+        && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The values of a tensor in f32, in order.
+pub struct Values(FlexTensor);
+
+impl Values {
+    /// Nothing is copied of f32 values that lie in order; others are cast, or brought into order.
+    ///
+    /// # Panics
+    /// If it is not [`is_host`].
+    pub fn of<const D: usize>(x: Tensor<D>) -> Self {
+        let x = x.cast(DType::F32).try_into_primitive::<Flex>();
+        let x = x.unwrap_or_else(|error| panic!("the tensor is not in this machine's memory: {error:?}"));
+        Self(if x.is_contiguous() { x } else { x.to_contiguous() })
+    }
+}
+
+impl std::ops::Deref for Values {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice().unwrap_or_default() // of f32 and in order, as `of` makes them
+    }
+}
+
+/// A tensor of these values.
+pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(values, shape)))
+}
+
+/// Calls `body` with rows of `width` values of `x` and the number of the first of them, until all have been changed, several
+/// calls at a time. Where nobody else holds `x` it is changed where it lies, and copied on the way otherwise.
+///
+/// Half precision is cast to f32 for it, and rounded again at the end.
+///
+/// # Panics
+/// If `x` is not [`is_host`], or `width` does not divide the values.
+pub fn change<const D: usize>(
+    x: Tensor<D>,
+    width: usize,
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) -> Tensor<D> {
+    let (shape, dtype) = (x.dims(), x.dtype());
+    let count: usize = shape.iter().product();
+    if count == 0 {
+        return x;
+    }
+    assert!(count.is_multiple_of(width), "{shape:?} in rows of {width}");
+    let Values(mut x) = Values::of(x);
+    let is_whole = x.bytes().len() == count * size_of::<f32>();
+    let changed = match x.try_storage_mut::<f32>().filter(|_| is_whole) {
+        Some(values) => {
+            by_rows(values, width, body);
+            Tensor::from_primitive::<Flex>(x)
+        }
+        None => {
+            let mut changed = vec![0.0; count];
+            let values = Values(x);
+            by_rows(&mut changed, width, |first, changed| {
+                let at = first * width;
+                changed.copy_from_slice(&values[at..at + changed.len()]);
+                body(first, changed);
+            });
+            tensor(changed, shape)
+        }
+    };
+    changed.cast(dtype)
+}
+
+/// Calls `body` with rows of `width` values and the number of the first of them, several calls at a time.
+pub fn by_rows(values: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = (TASK / width).max(1);
+    by_task(values, rows * width, |at, values| body(at / width, values));
+}
+
+/// Calls `body` with the place of each part of so many values, and the part.
+pub fn by_task(values: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+    if values.len() <= size {
+        return body(0, values);
+    }
+    values.par_chunks_mut(size).enumerate().for_each(|(task, part)| body(task * size, part));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, floats, noise};
+
+    /// Whole tensors, those that others hold, parts of others, and turned ones.
+    #[test]
+    fn every_value_is_changed_once() {
+        let device = Device::flex();
+        let large = noise([3, 40, 500], 1, &device);
+        for x in [
+            large.clone() + 0.0,
+            large.clone(),
+            large.clone().narrow(0, 1, 1),
+            large.clone().narrow(0, 0, 2),
+            large.clone().narrow(2, 3, 490),
+            large.clone().swap_dims(0, 2),
+            large.clone().narrow(1, 0, 0),
+        ] {
+            let [.., width] = x.dims();
+            let expected = floats(x.clone());
+            let expected: Vec<f64> =
+                expected.iter().enumerate().map(|(at, x)| x + (at / width) as f64).collect();
+            let changed = change(x, width, |first, rows| {
+                for (row, values) in (first..).zip(rows.chunks_mut(width)) {
+                    values.iter_mut().for_each(|value| *value += row as f32);
+                }
+            });
+            assert_close(changed, &expected, 1e-4);
+        }
+    }
+
+    #[test]
+    fn what_others_hold_stays() {
+        let x = noise([4, 9], 1, &Device::flex());
+        let before = floats(x.clone());
+        for part in [x.clone(), x.clone().narrow(0, 1, 2)] {
+            let _ = change(part, 9, |_, values| values.fill(0.0));
+        }
+        assert_close(x, &before, 0.0);
+    }
+
+    #[test]
+    fn what_nobody_else_holds_is_not_copied() {
+        let x = noise([4, 9], 1, &Device::flex());
+        let place = Values::of(x.clone()).as_ptr();
+        let y = change(x, 9, |_, values| values.fill(1.0));
+        assert_eq!(Values::of(y.clone()).as_ptr(), place);
+        assert_close(y, &[1.0; 36], 0.0);
+    }
+
+    #[test]
+    fn half_precision_is_changed_in_f32() {
+        for dtype in [DType::F16, DType::BF16] {
+            let x = Tensor::<1>::ones([3], (&Device::flex(), dtype));
+            let y = change(x, 1, |_, values| values.iter_mut().for_each(|value| *value *= 1e30));
+            assert_eq!(y.dtype(), dtype);
+            assert!(floats(y).iter().all(|&y| y.is_infinite() || y > 0.99e30));
+        }
+    }
+}
