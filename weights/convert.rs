@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ use crate::cast::{Value, float_stored, read_into, zeros};
 use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype, Entry};
 use crate::load::NotFinite;
-use crate::save::{Pending, Written, write, write_whole};
+use crate::save::{Pending, Written, index, write, write_whole};
 
 /// How a checkpoint is converted. The default copies every tensor as it is, into one file.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -65,7 +65,10 @@ pub fn convert(
     };
     shards.resize_with(names.len(), Vec::new); // a checkpoint without tensors is a file without tensors
 
-    let index = (names.len() > 1).then(|| index(&names, &shards));
+    let tensors = |shard: &Vec<Pending>| {
+        shard.iter().map(|tensor| (tensor.key.clone(), tensor.length())).collect::<Vec<_>>()
+    };
+    let index = (names.len() > 1).then(|| index(names.iter().cloned().zip(shards.iter().map(tensors))));
     let mut files = Files(Vec::new());
     for (name, shard) in names.iter().zip(shards) {
         let path = folder.join(name);
@@ -103,18 +106,6 @@ fn shards(tensors: Vec<Pending>, limit: u64) -> Vec<Vec<Pending>> {
         shards.push(shard);
     }
     shards
-}
-
-/// `model.safetensors.index.json`
-fn index(names: &[String], shards: &[Vec<Pending>]) -> String {
-    let total_size: usize = shards.iter().flatten().map(Pending::length).sum();
-    let weight_map: BTreeMap<&str, &str> = names
-        .iter()
-        .zip(shards)
-        .flat_map(|(name, shard)| shard.iter().map(|tensor| (tensor.key.as_str(), name.as_str())))
-        .collect();
-    let index = serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
-    format!("{index:#}\n")
 }
 
 /// Written files, removed unless they are taken.

@@ -1,6 +1,7 @@
 //! What can be wrong with a checkpoint: the file, the key, what was expected and what was found.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use crate::format::Dtype;
@@ -59,6 +60,15 @@ pub enum Error {
         path: PathBuf,
         /// All of it.
         problems: Vec<RankProblem>,
+    },
+    /// Experts that cannot be spread over ranks, or ranks' parts that are not one checkpoint; everything that does not fit
+    /// is listed.
+    #[error("{}: {}", path.display(), Listing("problem", "with the experts of ranks", problems))]
+    Parts {
+        /// The folder of the parts, or what stands for the model.
+        path: PathBuf,
+        /// All of it.
+        problems: Vec<PartProblem>,
     },
     /// A GGUF file that does not hold.
     #[error("{}: not a readable GGUF file: {reason}", path.display())]
@@ -199,6 +209,88 @@ pub enum Error {
         /// How many checkpoint keys the rule names.
         parts: usize,
     },
+}
+
+/// One thing that is wrong with the experts that ranks hold.
+#[derive(Debug, thiserror::Error)]
+pub enum PartProblem {
+    /// Experts that do not divide into equal shares.
+    #[error("`{parameter}`: {experts} experts cannot be spread evenly over {ranks} ranks")]
+    Uneven {
+        /// The module parameter, or the key.
+        parameter: String,
+        /// How many there are.
+        experts: usize,
+        /// Over how many they should be spread.
+        ranks: usize,
+    },
+    /// A rank that does not exist.
+    #[error("there is no rank {rank} among {ranks}")]
+    NoRank {
+        /// The rank, from 0.
+        rank: usize,
+        /// How many there are.
+        ranks: usize,
+    },
+    /// No rule stacks anything that is there.
+    #[error("there are no experts")]
+    NoExperts,
+    /// A rank whose part is not there.
+    #[error("the part of rank {rank}, {file}, is missing")]
+    Missing {
+        /// The rank, from 0.
+        rank: usize,
+        /// The file.
+        file: String,
+    },
+    /// A part that cannot be read.
+    #[error("{0}")]
+    Broken(Box<Error>),
+    /// A rank that has not the experts that should be its own.
+    #[error(
+        "`{parameter}`: rank {rank} should have experts {} to {}, and has {}",
+        expected.start, expected.end.saturating_sub(1), listed(found)
+    )]
+    Experts {
+        /// The module parameter.
+        parameter: String,
+        /// The rank, from 0.
+        rank: usize,
+        /// Those that follow the ranks before it, as many as rank 0 has.
+        expected: Range<usize>,
+        /// Those that it has.
+        found: Vec<usize>,
+    },
+    /// A tensor that is not the same kind of thing in all ranks.
+    #[error("`{key}` is {found} in rank {rank}, expected {expected} as in rank 0")]
+    Unlike {
+        /// The tensor.
+        key: String,
+        /// The rank, from 0.
+        rank: usize,
+        /// The dtype and shape in rank 0.
+        expected: String,
+        /// The dtype and shape here.
+        found: String,
+    },
+    /// A tensor that several ranks have.
+    #[error("`{key}` is in the parts of ranks {first} and {second}")]
+    Twice {
+        /// The tensor.
+        key: String,
+        /// A rank, from 0.
+        first: usize,
+        /// Another one.
+        second: usize,
+    },
+}
+
+/// Numbers as people write them.
+fn listed(numbers: &[usize]) -> String {
+    match numbers {
+        [] => "none".to_owned(),
+        numbers => numbers.iter().map(usize::to_string).collect::<Vec<_>>().join(", "),
+    }
 }
 
 /// One thing that does not fit between a checkpoint and a module.

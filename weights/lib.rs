@@ -35,6 +35,7 @@ compile_error!("checkpoints are little-endian and are handed to Burn as they are
 mod cast;
 pub mod convert;
 pub mod error;
+mod files;
 pub mod format;
 pub mod hub;
 pub mod load;
@@ -42,6 +43,7 @@ mod plan;
 pub mod quantized;
 pub mod rule;
 pub mod save;
+pub mod share;
 #[cfg(test)]
 mod testing;
 
@@ -51,4 +53,5 @@ pub use format::{Checkpoint, Dtype, Entry, open};
 pub use load::{Kind, LoadOptions, NotFinite, Packing, Parameter, check, load, parameters};
 pub use quantized::{Bits, Quantization, QuantizeOptions, quantize};
 pub use rule::{KeyMap, Ones, Rule};
-pub use save::{read_tensors, save, save_tensors};
+pub use save::{Saving, read_tensors, save, save_tensors};
+pub use share::Share;

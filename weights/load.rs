@@ -17,6 +17,7 @@ use crate::error::{Error, Problem};
 use crate::format::{Checkpoint, Dtype};
 use crate::plan::{Part, Plan, Source, Swap};
 use crate::rule::KeyMap;
+use crate::share::Share;
 
 /// How a module is loaded. The default reads into f32, keeps matrices packed that are, and wants every parameter, and
 /// numbers only.
@@ -31,6 +32,9 @@ pub struct LoadOptions {
     pub allow_missing: &'static [&'static str],
     /// What to do about NaN and infinite weights.
     pub not_finite: NotFinite,
+    /// The part of a mixture's experts that the module holds, for one that is [cut](Share::of) to it. Of the checkpoint
+    /// nothing else is read.
+    pub share: Share,
 }
 
 /// Which matrices of linear layers and embeddings are held in 8 or 4 bits; see [`Packed`]. All else is floats.
@@ -63,6 +67,7 @@ impl Default for LoadOptions {
             packing: Packing::AsStored,
             allow_missing: &[],
             not_finite: NotFinite::Refuse,
+            share: Share::WHOLE,
         }
     }
 }
@@ -119,7 +124,7 @@ pub fn check<M: Module>(
     keys: &KeyMap,
     options: &LoadOptions,
 ) -> Result<Vec<Problem>, Error> {
-    Ok(Plan::new(&parameters(module), checkpoint, keys, options.allow_missing)?.problems)
+    Ok(Plan::new(&parameters(module), checkpoint, keys, options)?.problems)
 }
 
 /// Fills `module` from `checkpoint`. Each tensor is read, cast and placed on its parameter's device before the next;
@@ -134,8 +139,7 @@ pub fn load<M: Module>(
     keys: &KeyMap,
     options: &LoadOptions,
 ) -> Result<M, Error> {
-    let Plan { sources, mut problems } =
-        Plan::new(&parameters(&module), checkpoint, keys, options.allow_missing)?;
+    let Plan { sources, mut problems } = Plan::new(&parameters(&module), checkpoint, keys, options)?;
     let mut loader =
         Loader { path: Path::default(), sources, checkpoint, options, not_finite: Vec::new(), error: None };
     let module = if problems.is_empty() {

@@ -5,8 +5,9 @@ use std::ops::Range;
 
 use crate::error::{Error, Problem, is_shown, nearest};
 use crate::format::{Checkpoint, Dtype, Entry};
-use crate::load::{Kind, Parameter};
+use crate::load::{Kind, LoadOptions, Parameter};
 use crate::rule::{KeyMap, Line, Pattern, Rule, choose_prefix, strip};
+use crate::share::Share;
 
 /// Where the values of one parameter come from.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,16 +74,16 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Pairs the parameters with the checkpoint. Parameters whose path has the form of one of `allow_missing` may
-    /// stay without a source.
+    /// Pairs the parameters with the checkpoint. Parameters whose path has the form of one that may be missing may stay
+    /// without a source.
     pub fn new(
         parameters: &[Parameter],
         checkpoint: &dyn Checkpoint,
         keys: &KeyMap,
-        allow_missing: &[&'static str],
+        options: &LoadOptions,
     ) -> Result<Self, Error> {
         let lines = keys.lines()?;
-        let may_miss = patterns(allow_missing)?;
+        let may_miss = patterns(options.allow_missing)?;
         let entries = checkpoint.entries();
         let names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
         let prefix = choose_prefix(&lines, keys.prefixes, &names);
@@ -90,6 +91,7 @@ impl Plan {
             prefix,
             names,
             lines: &lines,
+            share: options.share,
             shapes: parameters
                 .iter()
                 .map(|parameter| (parameter.path.as_str(), &parameter.shape[..]))
@@ -121,6 +123,8 @@ struct Planner<'a> {
     /// The checkpoint's keys.
     names: Vec<&'a str>,
     lines: &'a [Line],
+    /// The places that the module has of stacks.
+    share: Share,
     /// The module's parameters.
     shapes: HashMap<&'a str, &'a [usize]>,
 }
@@ -166,7 +170,7 @@ impl<'a> Planner<'a> {
         let candidates: Vec<(&Line, Vec<String>)> = self
             .lines
             .iter()
-            .filter_map(|line| Some((line, line.keys_of(path, &parameter.shape)?)))
+            .filter_map(|line| Some((line, line.keys_of(path, &parameter.shape, self.share)?)))
             .collect();
         wanted.extend(candidates.iter().flat_map(|(_, keys)| keys.clone()));
         let present = |keys: &[String]| keys.iter().filter(|key| stored.contains_key(key.as_str())).count();
@@ -303,21 +307,46 @@ impl<'a> Planner<'a> {
                 Ok(Source { parts, transpose })
             }
             Rule::Transpose(..) => {
-                let expected = swapped(wanted);
+                let (whole, taken) = self.shared(parameter);
+                let expected = swapped(&whole);
                 fit(wanted.len() >= 2 && first.shape == expected, &expected)?;
                 let [.., rows, columns] = first.shape[..] else { return Err(mismatch(first, expected)) };
                 let swap = Swap { rows, columns, taken: 0..columns };
-                Ok(Source { transpose: Some(swap), ..run(first, 0..elements(first)) })
+                Ok(Source { transpose: Some(swap), ..run(first, taken) })
             }
             Rule::Reshape(_, _, ones) => {
                 fit(squeeze(&first.shape) == squeeze(wanted), &ones.stored(wanted))?;
                 Ok(run(first, 0..elements(first)))
             }
             Rule::Rename(..) | Rule::Ignore(..) | Rule::Under(..) => {
-                fit(first.shape == *wanted, wanted)?;
-                Ok(run(first, 0..elements(first)))
+                let (whole, taken) = self.shared(parameter);
+                fit(first.shape == whole, &whole)?;
+                Ok(run(first, taken))
             }
         }
+    }
+
+    /// The shape of a parameter in a file that has it as one tensor, and which of its values the share has: all, but of
+    /// what another rule stacks.
+    fn shared(&self, parameter: &Parameter) -> (Vec<usize>, Range<usize>) {
+        let (mut whole, own) = (parameter.shape.clone(), parameter.shape.iter().product());
+        if !self.lines.iter().any(|line| line.is_stack() && line.leads_to(&parameter.path)) {
+            return (whole, 0..own);
+        }
+        if let Some(places) = whole.first_mut() {
+            *places = places.saturating_mul(self.share.ranks());
+        }
+        (whole, self.share.places(own))
+    }
+
+    /// Whether a key is that of a place that other ranks have.
+    fn is_of_others(&self, name: &str) -> bool {
+        let place = |line: &Line| {
+            let (path, place) = line.place_of(name)?;
+            let own = *self.shapes.get(path.as_str())?.first()?;
+            Some(place < own.saturating_mul(self.share.ranks()))
+        };
+        self.lines.iter().find_map(place) == Some(true)
     }
 
     /// The keys that no rule knows, and those that lead to parameters the module does not have.
@@ -337,7 +366,7 @@ impl<'a> Planner<'a> {
                 let wanted = wanted.iter().map(String::as_str).filter(|_| is_shown(problems.len()));
                 let nearest = nearest(name, wanted);
                 problems.push(Problem::Unexpected { key, parameter: None, nearest });
-            } else if stored.contains_key(name) && !used.contains(name) {
+            } else if stored.contains_key(name) && !used.contains(name) && !self.is_of_others(name) {
                 let parameter = lines.iter().find_map(|line| line.paths_of(name)?.into_iter().next());
                 let paths = self.shapes.keys().copied().filter(|_| is_shown(problems.len()));
                 let nearest = nearest(parameter.as_deref().unwrap_or_default(), paths);

@@ -4,6 +4,7 @@
 //! are put into the other in order. `{*}` ends an [`Rule::Ignore`] pattern and stands for any rest.
 
 use crate::error::Error;
+use crate::share::Share;
 
 /// One line of a key map. On the left the checkpoint's keys, on the right the module's parameter paths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +120,7 @@ impl KeyMap {
     /// # Errors
     /// [`Error::Rule`] when a rule cannot be followed.
     pub fn keys(&self, path: &str) -> Result<Vec<String>, Error> {
-        Ok(self.lines()?.iter().find_map(|line| line.keys_of(path, &[])).unwrap_or_default())
+        Ok(self.lines()?.iter().find_map(|line| line.keys_of(path, &[], Share::WHOLE)).unwrap_or_default())
     }
 
     /// The rules, checked, with those of parts spelled out.
@@ -218,8 +219,22 @@ impl Line {
     }
 
     /// Whether the last index of its key counts tensors of one parameter.
-    fn is_stack(&self) -> bool {
+    pub fn is_stack(&self) -> bool {
         matches!(self.rule, Rule::Stack(..) | Rule::StackTranspose(..))
+    }
+
+    /// Whether this line is about the module path.
+    pub fn leads_to(&self, path: &str) -> bool {
+        self.paths.iter().any(|pattern| pattern.indices_of(path).is_some())
+    }
+
+    /// The path and the place in it that `key` of a stack fills.
+    pub fn place_of(&self, key: &str) -> Option<(String, usize)> {
+        if !self.is_stack() {
+            return None;
+        }
+        let place = self.keys[0].indices_of(key)?.pop()?.parse().ok()?;
+        Some((self.paths_of(key)?.pop()?, place))
     }
 
     pub fn matches(&self, key: &str) -> bool {
@@ -233,12 +248,12 @@ impl Line {
     }
 
     /// The checkpoint keys that `path` is made from, when this line is about it. Of a stack, as many as the first dimension
-    /// of the parameter's `shape` says.
-    pub fn keys_of(&self, path: &str, shape: &[usize]) -> Option<Vec<String>> {
+    /// of the parameter's `shape` says, from the first of the share.
+    pub fn keys_of(&self, path: &str, shape: &[usize], share: Share) -> Option<Vec<String>> {
         let indices = self.paths.iter().find_map(|pattern| pattern.indices_of(path))?;
         if self.is_stack() {
             let key = |at: usize| self.keys[0].fill(&[&indices[..], &[&at.to_string()]].concat());
-            return Some((0..shape.first().copied().unwrap_or(1)).map(key).collect());
+            return Some(share.places(shape.first().copied().unwrap_or(1)).map(key).collect());
         }
         Some(self.keys.iter().map(|pattern| pattern.fill(&indices)).collect())
     }
@@ -365,8 +380,11 @@ mod tests {
         assert_eq!(keys.paths("h.7.experts.31.w").unwrap(), ["blocks.7.experts"]);
         assert_eq!(keys.keys("blocks.7.experts").unwrap(), ["h.7.experts.0.w"]);
         let lines = keys.lines().unwrap();
-        let all = lines[0].keys_of("blocks.7.experts", &[2, 5]).unwrap();
+        let all = lines[0].keys_of("blocks.7.experts", &[2, 5], Share::WHOLE).unwrap();
         assert_eq!(all, ["h.7.experts.0.w", "h.7.experts.1.w"]);
+        let third = lines[0].keys_of("blocks.7.experts", &[2, 5], Share::new(2, 4).unwrap()).unwrap();
+        assert_eq!(third, ["h.7.experts.4.w", "h.7.experts.5.w"]);
+        assert_eq!(lines[0].place_of("h.7.experts.31.w"), Some(("blocks.7.experts".into(), 31)));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! Module -> safetensors file, by the same rules as loading, and files of plain tensors.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
@@ -13,10 +12,16 @@ use half::{bf16, f16};
 
 use crate::cast::{Value, as_stored, native, stored, transposed, values};
 use crate::error::{Error, Problem};
+use crate::files::{self, Output};
 use crate::format::{Dtype, Entry, open};
 use crate::load::{self, Kind, Parameter};
 use crate::plan::swapped;
 use crate::rule::{KeyMap, Line, Rule};
+use crate::share::Share;
+
+mod ranks;
+
+pub use ranks::Saving;
 
 /// Writes `module` as a safetensors file under the checkpoint's names: the reverse of [`load()`](crate::load()).
 ///
@@ -35,7 +40,23 @@ pub fn save<M: Module>(
     path: &Path,
     metadata: Option<HashMap<String, String>>,
 ) -> Result<(), Error> {
-    let lines = keys.lines()?;
+    write_module(module, keys, dtype, path, metadata.unwrap_or_default(), None)
+}
+
+/// Writes what a module holds, or, of a module that holds a share of experts, what its rank has to write: those, each as a
+/// tensor of its own wherever a rule can name it so, and with the first rank everything else.
+fn write_module<M: Module>(
+    module: &M,
+    keys: &KeyMap,
+    dtype: Option<FloatDType>,
+    path: &Path,
+    metadata: HashMap<String, String>,
+    share: Option<Share>,
+) -> Result<(), Error> {
+    let mut lines = keys.lines()?;
+    if share.is_some() {
+        lines.sort_by_key(|line| !line.is_stack()); // stable
+    }
     let mut collector = Collector { path: load::Path::default(), held: Vec::new(), packed: None };
     module.visit(&mut collector);
     if let Some(key) = collector.packed {
@@ -47,13 +68,15 @@ pub fn save<M: Module>(
     let (mut files, mut problems) = (Vec::new(), Vec::new());
     let mut done: HashSet<String> = HashSet::new();
     for held in &shelf.held {
-        let Some((line, keys)) = lines
-            .iter()
-            .find_map(|line| Some((line, line.keys_of(&held.parameter.path, &held.parameter.shape)?)))
-        else {
-            problems.push(Problem::Unmapped { parameter: held.parameter.path.clone() });
+        let Parameter { path, shape, .. } = &held.parameter;
+        let keyed = |line: &Line| line.keys_of(path, shape, share.unwrap_or(Share::WHOLE));
+        let Some((line, keys)) = lines.iter().find_map(|line| Some((line, keyed(line)?))) else {
+            problems.push(Problem::Unmapped { parameter: path.clone() });
             continue;
         };
+        if !line.is_stack() && share.is_some_and(|share| share.rank() > 0) {
+            continue; // written by the first rank
+        }
         if matches!(line.rule, Rule::Split(..) | Rule::SplitTranspose(..)) && !done.insert(keys[0].clone()) {
             continue; // written with the first of its parameters
         }
@@ -65,7 +88,7 @@ pub fn save<M: Module>(
     if !problems.is_empty() {
         return Err(Error::Mismatch { file: path.to_owned(), problems });
     }
-    write(path, files, metadata.unwrap_or_default())
+    write(path, files, metadata)
 }
 
 /// Writes tensors as they are.
@@ -322,6 +345,9 @@ fn gather<T: Value>(
     })
 }
 
+/// What ends the name of a file that is being written.
+pub(crate) const PARTIAL: &str = ".partial";
+
 /// The bytes of one tensor: made for it, or those of a mapped file.
 pub(crate) type Written<'a> = Box<dyn Deref<Target = [u8]> + 'a>;
 
@@ -370,14 +396,27 @@ pub(crate) fn write(
     })
 }
 
+/// `model.safetensors.index.json`, of each file's name and its tensors: keys and bytes.
+pub(crate) fn index(files: impl Iterator<Item = (String, Vec<(String, usize)>)>) -> String {
+    let (mut total_size, mut weight_map) = (0, BTreeMap::new());
+    for (file, tensors) in files {
+        for (key, bytes) in tensors {
+            total_size += bytes;
+            weight_map.insert(key, file.clone());
+        }
+    }
+    let index = serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map });
+    format!("{index:#}\n")
+}
+
 /// Writes a file under another name, and gives it its own when all of it is on the disk.
 pub(crate) fn write_whole(
     path: &Path,
     content: impl FnOnce(&mut dyn Write) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let io = |source| Error::Io { path: path.to_owned(), source };
-    let partial = Partial::beside(path).map_err(io)?;
-    let mut out = BufWriter::with_capacity(1 << 20, &partial.file);
+    let mut partial = Partial::beside(path).map_err(io)?;
+    let mut out = BufWriter::with_capacity(1 << 20, &mut partial.file);
     content(&mut out)?;
     out.flush().map_err(io)?;
     drop(out);
@@ -406,7 +445,7 @@ fn header(tensors: &[Pending], metadata: HashMap<String, String>) -> Vec<u8> {
 
 /// A file that is not finished: removed unless it is published.
 struct Partial {
-    file: File,
+    file: Output,
     path: PathBuf,
 }
 
@@ -415,29 +454,23 @@ impl Partial {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let name = path.file_name().ok_or(std::io::ErrorKind::InvalidInput)?;
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = path.with_file_name(format!(
-            ".{}.{}-{count}.partial",
-            name.to_string_lossy(),
-            std::process::id()
-        ));
-        let file = OpenOptions::new().write(true).create(true).truncate(true).open(&path)?;
-        Ok(Self { file, path })
+        let name = format!(".{}.{}-{count}{PARTIAL}", name.to_string_lossy(), std::process::id());
+        let path = path.with_file_name(name);
+        Ok(Self { file: files::create(&path)?, path })
     }
 
     fn publish(self, path: &Path) -> std::io::Result<()> {
-        self.file.sync_all()?;
-        std::fs::rename(&self.path, path)?;
-        // the new name is safe once the folder is on the disk; not every system can sync one
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let _ = File::open(folder).and_then(|folder| folder.sync_all());
-        Ok(())
+        self.file.sync()?;
+        files::rename(&self.path, path)?;
+        // the new name is safe once the folder is on the disk
+        files::sync_folder(path.parent().unwrap_or(Path::new("")))
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
         // after publishing there is nothing under this name
-        let _ = std::fs::remove_file(&self.path);
+        let _ = files::remove(&self.path);
     }
 }
 

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fs;
 
 use proptest::prelude::*;

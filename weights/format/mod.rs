@@ -212,6 +212,13 @@ pub struct Entry {
     pub dtype: Dtype,
 }
 
+impl Entry {
+    /// The bytes that its values take.
+    pub fn bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
 /// What a stored value is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(missing_docs)] // the names say it
@@ -364,7 +371,7 @@ pub fn looked_for(variant: Option<&str>) -> Vec<String> {
 }
 
 /// The names in a folder.
-fn file_names(folder: &Path) -> Result<Vec<String>, Error> {
+pub(crate) fn file_names(folder: &Path) -> Result<Vec<String>, Error> {
     let io = |source| Error::Io { path: folder.to_owned(), source };
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(io)? {

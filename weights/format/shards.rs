@@ -241,6 +241,24 @@ impl Checkpoint for Sharded {
     }
 }
 
+/// The files that an index names.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Shards`] for something else under the index's name.
+pub(crate) fn named_by(index: &Path) -> Result<BTreeSet<String>, Error> {
+    let mut problems = Vec::new();
+    let listed = match read_index(map(index)?.as_ref(), &mut problems) {
+        Ok(listed) => listed,
+        Err(problem) => return Err(Error::Shards { path: index.to_owned(), problems: vec![problem] }),
+    };
+    Ok(listed.into_values().collect())
+}
+
+/// Whether this is the name of a shard that can do without an index.
+pub(crate) fn is_shard(name: &str) -> bool {
+    numbers(name, "model", "safetensors", None).is_some()
+}
+
 /// The file name for each key; what is wrong with single keys goes to `problems`.
 fn read_index(
     bytes: &[u8],
