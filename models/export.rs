@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::FloatDType;
 use serde_json::Value;
+use volary_weights::experts::worker_folder;
 use volary_weights::format::pipeline::{self, Component, Pipeline};
 use volary_weights::quantized::Loss;
 use volary_weights::{Checkpoint, ConvertOptions, QuantizeOptions, convert, quantize};
@@ -93,7 +94,7 @@ pub fn quantize_folder(
 }
 
 /// The weights of a folder as its system takes them; where there is none, as they are stored.
-fn meant(folder: &Folder) -> Result<Box<dyn Checkpoint>, Error> {
+pub(crate) fn meant(folder: &Folder) -> Result<Box<dyn Checkpoint>, Error> {
     match System::of(folder) {
         Ok(system) => (system.checkpoint)(folder),
         Err(_) => folder.checkpoint(),
@@ -115,7 +116,7 @@ type OpenWeights<'a> = &'a dyn Fn(&Folder) -> Result<Box<dyn Checkpoint>, Error>
 type WriteWeights<'a> = &'a mut dyn FnMut(&dyn Checkpoint, &Path, &str) -> Result<(), Error>;
 
 /// Writes all of a folder beside the place where it will be, and gives it its name.
-fn export(
+pub(crate) fn export(
     source: &Folder,
     out: &Path,
     existing: Existing,
@@ -191,13 +192,25 @@ fn fill(
         }
         // so that the names in it are on the disk; not every system can sync a folder
         let _ = File::open(&target).and_then(|folder| folder.sync_all());
-        for name in Folder::Disk(target.clone()).files()? {
-            let file = target.join(&name);
-            let bytes = fs::metadata(&file).map_err(Error::io(file))?.len();
-            export.files.push((inside(prefix, &name), bytes));
-        }
+        list(&target, prefix, &mut export.files)?;
     }
     Ok(export)
+}
+
+/// The files of a folder and of those inside it, and their bytes.
+fn list(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> Result<(), Error> {
+    let mut entries = fs::read_dir(folder)
+        .and_then(Iterator::collect::<io::Result<Vec<_>>>)
+        .map_err(Error::io(folder))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let (path, name) = (entry.path(), inside(prefix, &entry.file_name().to_string_lossy()));
+        match path.is_dir() {
+            true => list(&path, &name, files)?,
+            false => files.push((name, fs::metadata(&path).map_err(Error::io(path))?.len())),
+        }
+    }
+    Ok(())
 }
 
 /// The parts of a pipeline with their folders, if that is what the folder holds.
@@ -334,7 +347,8 @@ impl Staging {
             }
             let files = Folder::Disk(out.to_owned()).files()?;
             let is_empty = fs::read_dir(out).map_err(Error::io(out))?.next().is_none();
-            if !is_empty && !files.iter().any(|name| is_weights(name)) {
+            let has_workers = out.join(worker_folder(0)).is_dir();
+            if !is_empty && !has_workers && !files.iter().any(|name| is_weights(name)) {
                 return refuse("this folder has no weights in it, and only a folder of weights is replaced");
             }
             if let Folder::Disk(source) | Folder::Variant { path: source, .. } = source

@@ -3,7 +3,13 @@
 //!
 //! The numbers match `laekov/fastmoe` on one worker; a gate alone, on several. Its kernels prune by the order in which
 //! threads come; here the first tokens are served. Experts are read one by one, as the library keeps those of a class of
-//! their own, or in one tensor.
+//! their own, or in one tensor; in one file, or in those of its workers, as it saves under Megatron-LM:
+//!
+//! ```text
+//! layer/config.json                                        the whole layer's
+//! layer/mp_rank_00/model_optim_rng.pt                      the gate, and the first worker's experts
+//! layer/mp_rank_00_dp_rank_0001/model_optim_rng.pt         the second's, and so on
+//! ```
 //!
 //! ```sh
 //! volary forward path/to/layer --input in.safetensors --output out.safetensors
@@ -15,14 +21,15 @@ use volary_kernels::moe::gate::{
 };
 use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase, Routing};
 use volary_kernels::ops::Activation;
-use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
+use volary_weights::experts::open_workers;
+use volary_weights::{Checkpoint, KeyMap, LoadOptions, Ones, Rule, load};
 
 use Rule::{Rename, Stack, StackTranspose, Transpose, Under};
 
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::registry::{Description, Forward, System, describe, fill};
+use crate::registry::{Description, Forward, System, describe_with};
 use crate::tensors::{Inputs, Outputs, output};
 
 /// A layer.
@@ -223,8 +230,18 @@ const ZERO: KeyMap = KeyMap::new(EXPERTS);
 /// Of a gate alone.
 const ALONE: KeyMap = KeyMap::new(&[Under("gate.", "gate.", LINEAR)]);
 
-fn read(folder: &Folder) -> Result<FastMoeConfig, Error> {
+pub(crate) fn read(folder: &Folder) -> Result<FastMoeConfig, Error> {
     Ok(FastMoeConfig::parse(&folder.config("config.json")?)?)
+}
+
+/// The weights of a folder, those of all workers merged.
+fn checkpoint(folder: &Folder, config: &FastMoeConfig) -> Result<Box<dyn Checkpoint>, Error> {
+    if let Folder::Disk(path) = folder
+        && let Some(merged) = open_workers(path, config.keys())?
+    {
+        return Ok(merged);
+    }
+    folder.checkpoint()
 }
 
 /// FastMoE as the registry knows it.
@@ -243,12 +260,13 @@ pub const SYSTEM: System = System {
     ],
     presets: &[],
     recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("fastmoe_moe")),
-    checkpoint: Folder::checkpoint,
+    checkpoint: |folder| checkpoint(folder, &read(folder)?),
     describe: |folder| -> Result<Description, Error> {
         let (config, device) = (read(folder)?, Device::flex());
+        let checkpoint = checkpoint(folder, &config)?;
         match config.d_ff {
-            Some(d_ff) => describe(folder, &config.init(d_ff, &device), config.keys()),
-            None => describe(folder, &config.init_swipe(&device), &ALONE),
+            Some(d_ff) => describe_with(checkpoint.as_ref(), &config.init(d_ff, &device), config.keys()),
+            None => describe_with(checkpoint.as_ref(), &config.init_swipe(&device), &ALONE),
         }
     },
     open: |folder, options, device| open(folder, options, device),
@@ -257,13 +275,14 @@ pub const SYSTEM: System = System {
 
 fn open(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Box<dyn Forward>, Error> {
     let config = read(folder)?;
+    let checkpoint = checkpoint(folder, &config)?;
     Ok(match config.d_ff {
         Some(d_ff) => {
-            let layer = fill(folder, config.init(d_ff, device), config.keys(), options)?;
+            let layer = load(config.init(d_ff, device), checkpoint.as_ref(), config.keys(), options)?;
             Box::new(Runner { layer, config })
         }
         None => {
-            let gate = fill(folder, config.init_swipe(device), &ALONE, options)?;
+            let gate = load(config.init_swipe(device), checkpoint.as_ref(), &ALONE, options)?;
             Box::new(GateRunner { gate, config })
         }
     })

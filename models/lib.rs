@@ -27,6 +27,7 @@ pub mod ernie3;
 mod error;
 pub mod eva;
 pub mod eva_clip;
+pub mod experts;
 pub mod export;
 pub mod fastmoe;
 pub mod folder;

@@ -16,9 +16,9 @@ use volary_kernels::layers::{Attention, AttentionConfig, LayerNorm};
 use volary_kernels::moe::gate::{Capacity, KTop1Gate};
 use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase, Routing};
 use volary_kernels::ops::{Activation, Mask};
-use volary_weights::{KeyMap, Rule};
+use volary_weights::{KeyMap, Ones, Rule};
 
-use Rule::Rename;
+use Rule::{Rename, Stack};
 
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
@@ -196,6 +196,11 @@ pub const KEYS: KeyMap = KeyMap::new(&[
     Rename("bi", "experts.Plain.up.bias"),
     Rename("wo", "experts.Plain.down.weight"),
     Rename("bo", "experts.Plain.down.bias"),
+    // for ranks, one by one
+    Stack("experts.{}.wi", "experts.Plain.up.weight", Ones::Before(0)),
+    Stack("experts.{}.bi", "experts.Plain.up.bias", Ones::Before(0)),
+    Stack("experts.{}.wo", "experts.Plain.down.weight", Ones::Before(0)),
+    Stack("experts.{}.bo", "experts.Plain.down.bias", Ones::Before(0)),
 ]);
 
 fn read(folder: &Folder) -> Result<M6MoeConfig, Error> {

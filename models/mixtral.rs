@@ -220,7 +220,7 @@ pub const KEYS: KeyMap = KeyMap::new(&[
 pub const KEYS_WITHOUT_HEAD: KeyMap =
     KeyMap::new(&[Under("model.", "", TRUNK), Under("", "", TRUNK), Ignore("lm_head.weight")]);
 
-fn read(folder: &Folder) -> Result<MixtralConfig, Error> {
+pub(crate) fn read(folder: &Folder) -> Result<MixtralConfig, Error> {
     Ok(MixtralConfig::parse(&folder.config("config.json")?)?)
 }
 

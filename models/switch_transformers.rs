@@ -411,7 +411,7 @@ const OWN: KeyMap = KeyMap::new(&[Under("", "", BOTH), Rename("lm_head.weight", 
 /// A head in the file is a copy of the table.
 const TIED: KeyMap = KeyMap::new(&[Under("", "", BOTH), Ignore("lm_head.weight")]);
 
-fn read(folder: &Folder) -> Result<SwitchConfig, Error> {
+pub(crate) fn read(folder: &Folder) -> Result<SwitchConfig, Error> {
     Ok(SwitchConfig::parse(&folder.config("config.json")?)?)
 }
 

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Output;
 
 use assert_cmd::Command;
 use burn::tensor::{Device, TensorData};
@@ -14,27 +13,7 @@ use volary::registry::{SYSTEMS, System, forward};
 use volary_weights::format::SafetensorsFile;
 use volary_weights::{Dtype, LoadOptions, Packing, Quantization, open, read_tensors, save_tensors};
 
-use crate::support::{copy_folder, fixture, json};
-
-fn volary(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> Output {
-    Command::cargo_bin("volary").unwrap().arg(command).args([source, out]).args(arguments).output().unwrap()
-}
-
-/// The same, when it is to succeed: what it says as JSON.
-fn done(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> Value {
-    let output = volary(command, source, out, &[arguments, &["--json"]].concat());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// The same, when it is to fail: its message.
-fn refused(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> String {
-    let output = volary(command, source, out, arguments);
-    let message = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{message}");
-    assert_eq!(message.matches("error:").count(), 1, "{message}");
-    message
-}
+use crate::support::{copy_folder, done, fixture, json, names, refused, volary};
 
 /// Every tensor by its name, as it is stored.
 fn tensors(folder: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
@@ -55,15 +34,6 @@ fn outputs_as(folder: &Path, inputs: &Path, packing: Packing) -> BTreeMap<String
     let folder = Folder::Disk(folder.into());
     let options = LoadOptions { packing, ..LoadOptions::default() };
     forward(&folder, &inputs, &options, &Device::flex()).unwrap().into_iter().collect()
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let mut names: Vec<String> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 /// The fixtures that systems say they agree with; not schedulers, which have no weights, nor pipelines, whose parts are

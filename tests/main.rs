@@ -5,6 +5,7 @@ mod cli;
 mod contract;
 mod convert;
 mod corrupt;
+mod experts;
 #[cfg(unix)] // links, signals
 mod hub;
 mod imagine;

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Output;
 
+use assert_cmd::Command;
 use burn::tensor::TensorData;
 use serde_json::Value;
 
@@ -59,4 +61,35 @@ pub fn copy_folder(from: &Path, to: &Path) {
             std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
         }
     }
+}
+
+/// Runs a command that makes a folder of another.
+pub fn volary(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> Output {
+    Command::cargo_bin("volary").unwrap().arg(command).args([source, out]).args(arguments).output().unwrap()
+}
+
+/// The same, when it is to succeed: what it says as JSON.
+pub fn done(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> Value {
+    let output = volary(command, source, out, &[arguments, &["--json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The same, when it is to fail: its message.
+pub fn refused(command: &str, source: &Path, out: &Path, arguments: &[&str]) -> String {
+    let output = volary(command, source, out, arguments);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert_eq!(message.matches("error:").count(), 1, "{message}");
+    message
+}
+
+/// The names in a folder, sorted.
+pub fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
 }

@@ -13,8 +13,10 @@ use half::{bf16, f16};
 
 use crate::cast::{Value, float_stored, read_into, zeros};
 use crate::error::{Error, Problem};
+use crate::experts::{homes, one_by_one};
 use crate::format::{Checkpoint, Dtype, Entry};
 use crate::load::NotFinite;
+use crate::rule::KeyMap;
 use crate::save::{Pending, Written, index, write, write_whole};
 
 /// How a checkpoint is converted. The default copies every tensor as it is, into one file.
@@ -58,7 +60,39 @@ pub fn convert(
 ) -> Result<Vec<PathBuf>, Error> {
     let copier = Copier::new(checkpoint, options, progress);
     let tensors = checkpoint.entries().iter().map(|entry| copier.copy(entry)).collect();
-    let mut shards = shards(tensors, options.max_shard_size.unwrap_or(u64::MAX));
+    write_shards(&copier, shards(tensors, options.max_shard_size.unwrap_or(u64::MAX)), folder, stem)
+}
+
+/// As [`convert`], with a shard for each of so many ranks, whatever its size: an equal share of the experts, one by one,
+/// and in the first one all the rest. `keys` says which tensors are experts'.
+///
+/// # Errors
+/// As [`convert`]; [`Error::Parts`] if there are no experts, or they cannot be spread evenly; [`Error::Rule`].
+pub fn spread(
+    checkpoint: &dyn Checkpoint,
+    folder: &Path,
+    stem: &str,
+    (keys, ranks): (&KeyMap, usize),
+    options: &ConvertOptions,
+    progress: &dyn Fn(u64),
+) -> Result<Vec<PathBuf>, Error> {
+    let checkpoint = one_by_one(checkpoint, keys)?;
+    let homes = homes(&checkpoint, keys, ranks)?;
+    let copier = Copier::new(&checkpoint, options, progress);
+    let mut shards: Vec<Vec<Pending>> = (0..ranks).map(|_| Vec::new()).collect();
+    for (entry, home) in checkpoint.entries().iter().zip(homes) {
+        shards[home].push(copier.copy(entry));
+    }
+    write_shards(&copier, shards, folder, stem)
+}
+
+/// Writes the shards, and then what names them.
+fn write_shards(
+    copier: &Copier,
+    mut shards: Vec<Vec<Pending>>,
+    folder: &Path,
+    stem: &str,
+) -> Result<Vec<PathBuf>, Error> {
     let names: Vec<String> = match shards.len() {
         0 | 1 => vec![format!("{stem}.safetensors")],
         n => (1..=n).map(|i| format!("{stem}-{i:05}-of-{n:05}.safetensors")).collect(),

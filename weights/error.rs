@@ -235,6 +235,16 @@ pub enum PartProblem {
     /// No rule stacks anything that is there.
     #[error("there are no experts")]
     NoExperts,
+    /// An expert whose number leaves out others.
+    #[error("`{parameter}` has expert {expert}, and only {experts} in all")]
+    Gap {
+        /// The module parameter.
+        parameter: String,
+        /// The expert.
+        expert: usize,
+        /// How many there are.
+        experts: usize,
+    },
     /// A rank whose part is not there.
     #[error("the part of rank {rank}, {file}, is missing")]
     Missing {

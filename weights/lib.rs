@@ -5,6 +5,7 @@
 //! - [`rule`]: the key map between a checkpoint and a module, as data, read in both directions;
 //! - [`load()`]: fills every parameter of a module or lists everything that does not fit;
 //! - [`save()`]: the same rules the other way round, written so that a half-written file never has its final name;
+//!   [`Saving`]: the same by several processes, which hold [shares](Share) of a mixture's experts;
 //! - [`convert()`] and [`quantize()`]: checkpoint -> files, without a module.
 //!
 //! ```
@@ -35,6 +36,7 @@ compile_error!("checkpoints are little-endian and are handed to Burn as they are
 mod cast;
 pub mod convert;
 pub mod error;
+pub mod experts;
 mod files;
 pub mod format;
 pub mod hub;
@@ -47,7 +49,7 @@ pub mod share;
 #[cfg(test)]
 mod testing;
 
-pub use convert::{ConvertOptions, Overflow, convert};
+pub use convert::{ConvertOptions, Overflow, convert, spread};
 pub use error::{Error, Problem};
 pub use format::{Checkpoint, Dtype, Entry, open};
 pub use load::{Kind, LoadOptions, NotFinite, Packing, Parameter, check, load, parameters};

@@ -237,6 +237,12 @@ impl Line {
         Some((self.paths_of(key)?.pop()?, place))
     }
 
+    /// The key of a place in `path`, when this line stacks it: what [`Line::place_of`] undoes.
+    pub fn key_at(&self, path: &str, place: usize) -> Option<String> {
+        let indices = self.paths.iter().filter(|_| self.is_stack()).find_map(|line| line.indices_of(path))?;
+        Some(self.keys[0].fill(&[&indices[..], &[&place.to_string()]].concat()))
+    }
+
     pub fn matches(&self, key: &str) -> bool {
         self.keys.iter().any(|pattern| pattern.indices_of(key).is_some())
     }
@@ -252,8 +258,8 @@ impl Line {
     pub fn keys_of(&self, path: &str, shape: &[usize], share: Share) -> Option<Vec<String>> {
         let indices = self.paths.iter().find_map(|pattern| pattern.indices_of(path))?;
         if self.is_stack() {
-            let key = |at: usize| self.keys[0].fill(&[&indices[..], &[&at.to_string()]].concat());
-            return Some(share.places(shape.first().copied().unwrap_or(1)).map(key).collect());
+            let places = share.places(shape.first().copied().unwrap_or(1));
+            return places.map(|place| self.key_at(path, place)).collect();
         }
         Some(self.keys.iter().map(|pattern| pattern.fill(&indices)).collect())
     }

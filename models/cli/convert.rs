@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+use volary::experts::{Numbers, spread_folder};
 use volary::export::{Existing, Export, Progress, convert_folder};
 use volary_weights::{ConvertOptions, NotFinite, Overflow};
 
@@ -25,6 +26,14 @@ pub struct Arguments {
     /// The format of the weights.
     #[arg(long, value_enum, default_value = "safetensors")]
     to: To,
+    /// Spread the experts of a mixture evenly over so many files, one for each rank that loads them; without it they come
+    /// together again.
+    #[arg(long, value_name = "RANKS", conflicts_with = "max_shard_size", value_parser = ranks)]
+    expert_ranks: Option<usize>,
+    /// How experts are numbered in these files: as in the whole model, which any reader of shards loads, or from 0 in each,
+    /// as FastMoE's workers do.
+    #[arg(long, value_enum, default_value = "global", requires = "expert_ranks")]
+    expert_numbers: ExpertNumbers,
     /// Replace the folder if it is there and has weights in it.
     #[arg(long)]
     force: bool,
@@ -41,6 +50,12 @@ enum To {
     Safetensors,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum ExpertNumbers {
+    Global,
+    Local,
+}
+
 /// Runs the command. Without `--dtype` floats stay as they are stored.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let Arguments { source, out, max_shard_size, to: To::Safetensors, force, .. } = arguments;
@@ -51,7 +66,17 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         overflow: if arguments.allow_overflow { Overflow::Allow } else { Overflow::Refuse },
     };
     let bar = Bar::default();
-    let export = convert_folder(&shared.folder(&source)?, &out, existing(force), &options, &bar)?;
+    let (source, existing) = (shared.folder(&source)?, existing(force));
+    let export = match arguments.expert_ranks {
+        Some(ranks) => {
+            let numbers = match arguments.expert_numbers {
+                ExpertNumbers::Global => Numbers::Global,
+                ExpertNumbers::Local => Numbers::Local,
+            };
+            spread_folder(&source, &out, existing, (ranks, numbers), &options, &bar)?
+        }
+        None => convert_folder(&source, &out, existing, &options, &bar)?,
+    };
     drop(bar);
     let written = Written::new(&export);
     if shared.json {
@@ -134,6 +159,14 @@ impl Progress for Bar {
 
     fn done(&self, bytes: u64) {
         self.0.inc(bytes);
+    }
+}
+
+/// A number of ranks: Megatron's folders have four digits for them.
+fn ranks(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(ranks @ 1..=9999) => Ok(ranks),
+        _ => Err(format!("`{text}` is no number of ranks: expected 1 to 9999")),
     }
 }
 

@@ -111,6 +111,12 @@ pub enum RankProblem {
         /// The name.
         found: String,
     },
+    /// Experts are spread over files as well.
+    #[error("{found} has experts of its own, which only a system with experts merges")]
+    Workers {
+        /// The name.
+        found: String,
+    },
     /// The same rank in two files.
     #[error("rank {rank} is there twice, as {}", files.join(" and "))]
     Twice {
@@ -458,7 +464,7 @@ fn runs(
 }
 
 /// The ranks of a folder in order.
-type Files = BTreeMap<usize, PathBuf>;
+pub(crate) type Files = BTreeMap<usize, PathBuf>;
 
 /// The ranks of a folder as a checkpoint; `None` when there are none.
 pub(super) fn open(
@@ -467,6 +473,10 @@ pub(super) fn open(
     scaled: Option<Bits>,
 ) -> Result<Option<Box<dyn Checkpoint>>, Error> {
     let Some((path, files)) = find(folder, DEPTH)? else { return Ok(None) };
+    if let Some(worker) = workers_in(&path)?.into_keys().next() {
+        let problems = vec![RankProblem::Workers { found: worker_folder(worker) }];
+        return Err(Error::Ranks { path, problems });
+    }
     match (options, files.first_key_value()) {
         (Some(options), _) => Ok(Some(Box::new(Ranks::merge(path, files, options, scaled)?))),
         (None, Some((0, file))) if files.len() == 1 => {
@@ -554,12 +564,10 @@ fn ranks_in(folder: &Path) -> Result<Files, Error> {
         let Some(rest) = of_meta.or(name.strip_prefix("mp_rank_")) else { continue };
         let (number, path) = match of_meta.or(rest.strip_suffix("_model_states.pt")) {
             Some(number) => (number, folder.join(&name)),
-            None => {
-                let inside = ["model_optim_rng.pt", "model_rng.pt"];
-                let paths = inside.map(|file| folder.join(&name).join(file));
-                let Some(path) = paths.into_iter().find(|path| path.is_file()) else { continue };
-                (rest, path)
-            }
+            None => match inside(&folder.join(&name)) {
+                Some(path) => (rest, path),
+                None => continue,
+            },
         };
         let is_number = |text: &str| matches!(text.len(), 2..=3) && text.bytes().all(|b| b.is_ascii_digit());
         match number.parse::<usize>() {
@@ -576,6 +584,46 @@ fn ranks_in(folder: &Path) -> Result<Files, Error> {
         }
     }
     Ok(files)
+}
+
+/// The file of a rank in its folder.
+fn inside(folder: &Path) -> Option<PathBuf> {
+    let names = ["model_optim_rng.pt", "model_rng.pt", "model_optim_rng.safetensors"];
+    names.map(|file| folder.join(file)).into_iter().find(|path| path.is_file())
+}
+
+/// The folder of a worker of FastMoE's, from 0, beside those of the others.
+pub fn worker_folder(rank: usize) -> String {
+    match rank {
+        0 => "mp_rank_00".to_owned(),
+        rank => format!("mp_rank_00_dp_rank_{rank:04}"),
+    }
+}
+
+/// The workers of FastMoE's in a folder, but for the first.
+fn workers_in(folder: &Path) -> Result<Files, Error> {
+    let file = |name: &String| {
+        let rank = name.strip_prefix("mp_rank_00_dp_rank_")?.parse().ok()?;
+        Some((rank, inside(&folder.join(name)).filter(|_| *name == worker_folder(rank))?))
+    };
+    Ok(file_names(folder)?.iter().filter_map(file).collect())
+}
+
+/// The files of FastMoE's workers, and the folder that they are in; none where there is but one.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Ranks`] if the workers are tensor-parallel too, or the folder cannot be told.
+pub(crate) fn worker_files(folder: &Path) -> Result<Option<(PathBuf, Files)>, Error> {
+    let Some((path, ranks)) = find(folder, DEPTH)? else { return Ok(None) };
+    let mut workers = workers_in(&path)?;
+    match (workers.len(), ranks.len()) {
+        (0, _) => Ok(None),
+        (_, 1) => {
+            workers.extend(ranks);
+            Ok(Some((path, workers)))
+        }
+        (_, ranks) => Err(Error::Ranks { path, problems: vec![RankProblem::NoLayout { ranks }] }),
+    }
 }
 
 #[cfg(test)]

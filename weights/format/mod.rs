@@ -4,6 +4,7 @@
 //! - [`shards`] reads a checkpoint in several files as one;
 //! - [`megatron`] merges the files of tensor-parallel ranks;
 //! - [`row_scaled`] reads weight-only quantized ones as if they were not;
+//! - [`rearranged`] gives the tensors of others new names;
 //! - [`pipeline`] lists the parts of a diffusers folder.
 //!
 //! All readers are lazy: opening reads the names, a tensor's bytes are touched when they are asked for. Files are
@@ -17,6 +18,7 @@ pub mod low_rank;
 pub mod megatron;
 mod pickle;
 pub mod pipeline;
+pub mod rearranged;
 pub mod row_scaled;
 pub mod safetensors;
 pub mod shards;
@@ -41,6 +43,7 @@ use crate::quantized::{Bits, Quantization, unpacked};
 pub use gguf::GgufFile;
 pub use megatron::{MegatronLayout, Merge, RankOptions, Ranks};
 pub use pipeline::Pipeline;
+pub use rearranged::{Origin, Rearranged};
 pub use row_scaled::RowScaled;
 pub use safetensors::{Memory, SafetensorsFile};
 pub use shards::Sharded;
@@ -113,6 +116,36 @@ pub trait Checkpoint: Send + Sync {
 
     /// Says that a tensor has been read: what of its file is kept in memory may go. Reading it again still works.
     fn release(&self, _name: &str) {}
+}
+
+impl<C: Checkpoint + ?Sized> Checkpoint for &C {
+    fn path(&self) -> &Path {
+        (**self).path()
+    }
+
+    fn entries(&self) -> &[Entry] {
+        (**self).entries()
+    }
+
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
+        (**self).bytes(name)
+    }
+
+    fn shared(&self, name: &str) -> Option<Bytes> {
+        (**self).shared(name)
+    }
+
+    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
+        (**self).packed(name)
+    }
+
+    fn quantization(&self) -> Option<Quantization> {
+        (**self).quantization()
+    }
+
+    fn release(&self, name: &str) {
+        (**self).release(name);
+    }
 }
 
 impl<C: Checkpoint + ?Sized> Checkpoint for Box<C> {
@@ -394,7 +427,7 @@ fn open_named(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
 }
 
 /// Opens one file, which is a checkpoint by itself.
-fn open_file(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
+pub(crate) fn open_file(path: &Path) -> Result<Box<dyn Checkpoint>, Error> {
     open_mapped(path, map(path)?)
 }
 

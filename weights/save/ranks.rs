@@ -9,7 +9,7 @@
 //! them; the index is replaced at once, by a renaming. Whatever ends a process on the way, what was there before is whole,
 //! and the next save removes what the unfinished one has left. Optimizers and schedules are saved by recipes, not here.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
@@ -17,10 +17,11 @@ use burn::tensor::FloatDType;
 
 use super::{PARTIAL, index, write_module, write_whole};
 use crate::error::{Error, PartProblem};
+use crate::experts::disagreements;
 use crate::files;
 use crate::format::shards::{is_shard, named_by};
 use crate::format::{Checkpoint, Entry, SafetensorsFile, file_names};
-use crate::rule::{KeyMap, Line};
+use crate::rule::KeyMap;
 use crate::share::Share;
 
 /// The file that says where every tensor is.
@@ -132,7 +133,8 @@ impl Saving {
     /// about the number of experts, shapes or dtypes; [`Error::Io`]. Whichever checkpoint is there then is whole.
     pub fn commit(&self, keys: &KeyMap) -> Result<Vec<PathBuf>, Error> {
         let parts = self.parts()?;
-        let problems = disagreements(&parts, &keys.lines()?);
+        let entries: Vec<Vec<&Entry>> = parts.iter().map(|part| part.entries().iter().collect()).collect();
+        let problems = disagreements(&entries, &keys.lines()?);
         if !problems.is_empty() {
             return Err(self.wrong(problems));
         }
@@ -211,47 +213,6 @@ fn generation_of(name: &str) -> Option<u64> {
         None => name,
     };
     name.strip_prefix("model-g")?.split_once('-')?.0.parse().ok()
-}
-
-/// What the parts of all ranks do not agree about.
-fn disagreements(parts: &[SafetensorsFile], lines: &[Line]) -> Vec<PartProblem> {
-    let mut problems = Vec::new();
-    let mut owners: HashMap<&str, usize> = HashMap::new();
-    // of every stacked parameter, the experts of each rank and one of their tensors
-    type OfRank<'a> = (Vec<usize>, &'a Entry);
-    let mut stacks: BTreeMap<String, BTreeMap<usize, OfRank>> = BTreeMap::new();
-    for (rank, part) in parts.iter().enumerate() {
-        for entry in part.entries() {
-            if let Some(first) = owners.insert(&entry.name, rank) {
-                problems.push(PartProblem::Twice { key: entry.name.clone(), first, second: rank });
-            }
-            if let Some((path, place)) = lines.iter().find_map(|line| line.place_of(&entry.name)) {
-                let ranks = stacks.entry(path).or_default();
-                ranks.entry(rank).or_insert((Vec::new(), entry)).0.push(place);
-            }
-        }
-    }
-    for (parameter, ranks) in stacks {
-        let own = ranks.get(&0).map_or(0, |(places, _)| places.len());
-        let first = ranks.values().next().map(|(_, entry)| *entry);
-        for rank in 0..parts.len() {
-            let expected = rank * own..(rank + 1) * own;
-            let mut found = ranks.get(&rank).map_or(Vec::new(), |(found, _)| found.clone());
-            found.sort_unstable();
-            if !found.iter().copied().eq(expected.clone()) {
-                let parameter = parameter.clone();
-                problems.push(PartProblem::Experts { parameter, rank, expected, found });
-            }
-            if let (Some(first), Some((_, entry))) = (first, ranks.get(&rank))
-                && (first.dtype, &first.shape) != (entry.dtype, &entry.shape)
-            {
-                let say = |entry: &Entry| format!("{} {:?}", entry.dtype, entry.shape);
-                let (expected, found) = (say(first), say(entry));
-                problems.push(PartProblem::Unlike { key: entry.name.clone(), rank, expected, found });
-            }
-        }
-    }
-    problems
 }
 
 #[cfg(test)]
