@@ -1,6 +1,8 @@
 //! The mixture of experts of CPM-2-MoE (Zhang et al. 2021, <https://arxiv.org/abs/2106.10715>): a BASE layer (Lewis et al.
 //! 2021, <https://arxiv.org/abs/2103.16716>), in which every rank holds one expert, a whole feed-forward block with its
-//! norm and residual. A folder holds one layer, with the experts of all ranks.
+//! norm and residual. A folder holds one layer, with the experts of all ranks, or a whole model, CPM-2 ([`crate::cpm2`])
+//! with such layers for its feed-forward blocks: `volary convert --upcycle base` makes one of a dense CPM-2, as the authors
+//! did.
 //!
 //! The formula is that of `TsinghuaAI/CPM-2`, branch `moe`: a rank normalises its tokens with its own expert's norm, and
 //! their products with the experts' fixed centroids are the affinities by which tokens are assigned. Nothing is weighed by
@@ -14,21 +16,23 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use volary_kernels::layers::{Attention, RmsNorm};
 use volary_kernels::moe::gate::BaseGate;
-use volary_kernels::moe::{Choices, ExpertMlpConfig, GatedExpertMlp, Routing, auction, best_assignment, mix};
-use volary_kernels::ops::Activation;
+use volary_kernels::moe::{
+    Choices, ExpertMlpConfig, GatedExpertMlp, Phase, Routing, auction, best_assignment, mix,
+};
+use volary_kernels::ops::{Activation, Mask};
 use volary_kernels::ops::moe::of_each_row;
 use volary_weights::{KeyMap, Ones, Rule};
 
-use Rule::{Rename, Stack, StackTranspose};
+use Rule::{Ignore, Rename, Stack, StackTranspose, Under};
 
 use crate::config::{Config, ConfigError};
-use crate::cpm2::ZH_EN;
+use crate::cpm2::{self, CROSS_ATTENTION, Given, SELF_ATTENTION, ZH_EN};
 use crate::error::Error;
 use crate::fastmoe::experts;
 use crate::folder::Folder;
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Forward, System, describe, fill};
-use crate::t5::{T5, T5Config};
+use crate::t5::{T5, T5Config, T5Input, T5Output};
 use crate::tensors::{Inputs, Outputs, output};
 
 /// Shape of a layer.
@@ -95,6 +99,19 @@ impl BaseMoe {
         affinity.reshape([ranks as i64, tokens as i64, -1])
     }
 
+    /// Each token through the expert that it likes best, by the norm of the rank that all of them are on:
+    /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
+    ///
+    /// # Panics
+    /// If there is no such rank.
+    pub fn best(&self, x: Tensor<3>, rank: usize) -> Tensor<3> {
+        let [batch, seq, d_model] = x.dims();
+        let x = x.reshape([batch * seq, d_model]);
+        let features = rms(x.clone(), self.eps) * self.norms.val().narrow(0, rank, 1);
+        let experts = self.gate.route(features, Phase::Eval).experts.ids;
+        self.forward(x, experts.into_iter().flatten().collect()).reshape([batch, seq, d_model])
+    }
+
     /// Each token through its expert: `[tokens, d_model] -> [tokens, d_model]`.
     ///
     /// # Panics
@@ -111,7 +128,7 @@ impl BaseMoe {
     }
 }
 
-/// Shape of CPM-2-MoE: T5 1.1 whose MLPs are all [`BaseMoe`]s.
+/// Shape of CPM-2-MoE: CPM-2 whose MLPs are all [`BaseMoe`]s.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cpm2MoeConfig {
     /// All but the experts; `d_ff` is the width of one.
@@ -120,44 +137,109 @@ pub struct Cpm2MoeConfig {
     pub n_experts: usize,
 }
 
-/// CPM-2-MoE, to be counted. It does not run: by which expert's norm a token's affinities are found depends on the rank
-/// that the token is on.
+/// CPM-2-MoE.
 #[derive(Module, Debug)]
 pub struct Cpm2Moe {
     /// Tokens, biases of distances, last norms and head. It has no blocks of its own.
     pub around: T5,
     /// The encoder's blocks.
-    pub encoder: Vec<Cpm2MoeBlock>,
-    /// The decoder's, with attention to what the encoder has read.
-    pub decoder: Vec<Cpm2MoeBlock>,
+    pub encoder: Vec<Cpm2MoeEncoderBlock>,
+    /// The decoder's.
+    pub decoder: Vec<Cpm2MoeDecoderBlock>,
 }
 
-/// A pre-norm block.
+/// A pre-norm block of the encoder.
 #[derive(Module, Debug)]
-pub struct Cpm2MoeBlock {
-    /// The norm before each attention.
-    pub norms: Vec<RmsNorm>,
-    /// Self-attention, and in the decoder cross-attention.
-    pub attentions: Vec<Attention>,
+pub struct Cpm2MoeEncoderBlock {
+    /// Before the attention.
+    pub norm1: RmsNorm,
+    /// Self-attention.
+    pub attention: Attention,
+    /// Experts with norms of their own.
+    pub experts: BaseMoe,
+}
+
+/// A pre-norm block of the decoder.
+#[derive(Module, Debug)]
+pub struct Cpm2MoeDecoderBlock {
+    /// Before the self-attention.
+    pub norm1: RmsNorm,
+    /// Causal self-attention.
+    pub attention: Attention,
+    /// Before the cross-attention.
+    pub norm2: RmsNorm,
+    /// Attention to the encoder's states, without a bias of distances.
+    pub cross: Attention,
     /// Experts with norms of their own.
     pub experts: BaseMoe,
 }
 
 impl Cpm2MoeConfig {
+    /// `config.json`: CPM-2's, and `num_experts`.
+    ///
+    /// # Errors
+    /// If it is malformed, or asks for what is not built.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        let t5 = cpm2::parse(config, config.size_or("vocab_size", CPM2_MOE.t5.vocab_size)?)?;
+        Ok(Self { t5, n_experts: experts(config, "num_experts")? })
+    }
+
     /// An untrained model. Nothing is allocated before first use.
     pub fn init(&self, device: &Device) -> Cpm2Moe {
-        let T5Config { d_model, d_ff, rms_norm_eps, n_layers, n_decoder_layers, .. } = self.t5;
+        let t5 = &self.t5;
+        let T5Config { d_model, d_ff, rms_norm_eps, n_layers, n_decoder_layers, .. } = *t5;
         let experts = BaseMoeConfig { d_model, d_ff, n_experts: self.n_experts, rms_norm_eps };
-        let block = |attentions: usize| Cpm2MoeBlock {
-            norms: (0..attentions).map(|_| self.t5.norm(device)).collect(),
-            attentions: (0..attentions).map(|_| self.t5.attention(device)).collect(),
+        let encoder = |_| Cpm2MoeEncoderBlock {
+            norm1: t5.norm(device),
+            attention: t5.attention(device),
+            experts: experts.init(device),
+        };
+        let decoder = |_| Cpm2MoeDecoderBlock {
+            norm1: t5.norm(device),
+            attention: t5.attention(device),
+            norm2: t5.norm(device),
+            cross: t5.attention(device),
             experts: experts.init(device),
         };
         Cpm2Moe {
-            around: T5Config { n_layers: 0, n_decoder_layers: 0, ..self.t5.clone() }.init(device),
-            encoder: (0..n_layers).map(|_| block(1)).collect(),
-            decoder: (0..n_decoder_layers).map(|_| block(2)).collect(),
+            around: T5Config { n_layers: 0, n_decoder_layers: 0, ..t5.clone() }.init(device),
+            encoder: (0..n_layers).map(encoder).collect(),
+            decoder: (0..n_decoder_layers).map(decoder).collect(),
         }
+    }
+}
+
+impl Cpm2Moe {
+    /// The states of a batch of texts and of what is written of them, which are all on one rank: by its expert's norm the
+    /// affinities of tokens are found.
+    ///
+    /// # Panics
+    /// If there is no such rank, an id is outside the vocabulary, or shapes differ.
+    pub fn forward(&self, input: T5Input, rank: usize) -> T5Output {
+        let T5Input { ids, mask, decoder_ids, decoder_mask, cross_mask } = input;
+        let T5 { encoder, decoder, .. } = &self.around;
+
+        let mut x = encoder.tokens.forward(ids); // [batch, seq, d_model]
+        let [_, seq, _] = x.dims();
+        let mask = Mask::All(vec![Mask::Bias(encoder.bias.forward(seq, seq)), mask]);
+        for block in &self.encoder {
+            x = x.clone() + block.attention.forward(block.norm1.forward(x), &mask);
+            x = block.experts.best(x, rank);
+        }
+        let read = encoder.norm.forward(x);
+
+        let mut x = encoder.tokens.forward(decoder_ids); // [batch, written, d_model]
+        let [_, written, _] = x.dims();
+        let bias = Mask::Bias(decoder.bias.forward(written, written));
+        let mask = Mask::All(vec![bias, Mask::Causal, decoder_mask]);
+        for block in &self.decoder {
+            x = x.clone() + block.attention.forward(block.norm1.forward(x), &mask);
+            let query = block.cross.queries(block.norm2.forward(x.clone())); // [batch, n_heads, written, d_head]
+            let (key, value) = block.cross.keys_values(read.clone());
+            x = x + block.cross.attend(query, key, value, &cross_mask);
+            x = block.experts.best(x, rank);
+        }
+        T5Output { encoder: read, decoder: decoder.norm.forward(x) }
     }
 }
 
@@ -179,14 +261,52 @@ fn rms<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
     x.clone() / (x.square().mean_dim(D - 1) + eps).sqrt()
 }
 
-/// Keys of the layer, with the experts of all ranks.
-pub const KEYS: KeyMap = KeyMap::new(&[
+const LAYER: &[Rule] = &[
     Rename("expert_centroids", "gate.centroids"),
     Stack("expert_network.{}.layer_norm.weight", "norms", Ones::Before(0)),
     StackTranspose("expert_network.{}.dense_relu_dense.wi_0.weight", "experts.gate.weight", Ones::Before(0)),
     StackTranspose("expert_network.{}.dense_relu_dense.wi_1.weight", "experts.up.weight", Ones::Before(0)),
     StackTranspose("expert_network.{}.dense_relu_dense.wo.weight", "experts.down.weight", Ones::Before(0)),
+];
+/// Keys of the layer, with the experts of all ranks.
+pub const KEYS: KeyMap = KeyMap::new(LAYER);
+/// Keys of a model: CPM-2's, and the layer's in the place of its feed-forward blocks'.
+pub const MODEL_KEYS: KeyMap = KeyMap::new(&[
+    Rename("word_embeds.weight", "around.encoder.tokens.weight"),
+    Ignore("encoder.word_embeds.weight"), // copies
+    Ignore("decoder.word_embeds.weight"),
+    Rename(
+        "encoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight",
+        "around.encoder.bias.weight",
+    ),
+    Under("encoder.blocks.{}.self_attn.", "encoder.{}.", SELF_ATTENTION),
+    Under("encoder.blocks.{}.ff.", "encoder.{}.experts.", LAYER),
+    Rename("encoder.final_layernorm.weight", "around.encoder.norm.weight"),
+    Rename(
+        "decoder.blocks.0.self_attn.self_attn.relative_attention_bias.weight",
+        "around.decoder.bias.weight",
+    ),
+    Under("decoder.blocks.{}.self_attn.", "decoder.{}.", SELF_ATTENTION),
+    Under("decoder.blocks.{}.cross_attn.", "decoder.{}.", CROSS_ATTENTION),
+    Under("decoder.blocks.{}.ff.", "decoder.{}.experts.", LAYER),
+    Rename("decoder.final_layernorm.weight", "around.decoder.norm.weight"),
+    Rename("lm_head.weight", "around.head.weight"),
 ]);
+
+/// The `model_type` of a whole model's folder.
+pub(crate) const WHOLE: &str = "cpm2_moe";
+
+/// The configuration of a whole model, if the folder holds one.
+fn whole(folder: &Folder) -> Result<Option<Cpm2MoeConfig>, Error> {
+    let config = folder.config("config.json")?;
+    let is_whole = config.text("model_type") == Some(WHOLE);
+    Ok(is_whole.then(|| Cpm2MoeConfig::parse(&config)).transpose()?)
+}
+
+/// The key map of a folder.
+pub(crate) fn keys(folder: &Folder) -> Result<&'static KeyMap, Error> {
+    Ok(if whole(folder)?.is_some() { &MODEL_KEYS } else { &KEYS })
+}
 
 fn read(folder: &Folder) -> Result<BaseMoeConfig, Error> {
     Ok(BaseMoeConfig::parse(&folder.config("config.json")?)?)
@@ -195,15 +315,24 @@ fn read(folder: &Folder) -> Result<BaseMoeConfig, Error> {
 /// The layer as the registry knows it.
 pub const SYSTEM: System = System {
     name: "base_moe",
-    about: "layers of CPM-2-MoE: experts with an equal share of the tokens each",
+    about: "CPM-2-MoE and its layers: experts with an equal share of the tokens each",
     file: "models/base_moe.rs",
     tasks: &["forward"],
     proved: &["base_moe"],
     presets: PRESETS,
-    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("base_moe")),
+    recognises: |_, config| {
+        config.and_then(|config| config.text("model_type")).is_some_and(|family| ["base_moe", WHOLE].contains(&family))
+    },
     checkpoint: Folder::checkpoint,
-    describe: |folder| describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),
+    describe: |folder| match whole(folder)? {
+        Some(config) => describe(folder, &config.init(&Device::flex()), &MODEL_KEYS),
+        None => describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),
+    },
     open: |folder, options, device| {
+        if let Some(config) = whole(folder)? {
+            let model = fill(folder, config.init(device), &MODEL_KEYS, options)?;
+            return Ok(Box::new(ModelRunner { model, config }));
+        }
         let config = read(folder)?;
         let layer = fill(folder, config.init(device), &KEYS, options)?;
         Ok(Box::new(Runner { layer, config }))
@@ -254,6 +383,24 @@ impl Forward for Runner {
     }
 }
 
+/// A model behind the forward contract.
+struct ModelRunner {
+    model: Cpm2Moe,
+    config: Cpm2MoeConfig,
+}
+
+impl Forward for ModelRunner {
+    /// As [`crate::cpm2`]'s. Everything is on the first rank.
+    ///
+    /// Gives `lm_logits` and `encoder_last_hidden_state`.
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error> {
+        let Some(given) = Given::of(inputs, &self.config.t5)? else { return Ok(Outputs::new()) };
+        let T5Output { encoder, decoder } = self.model.forward(given.input(), 0);
+        let logits = self.model.around.logits(decoder);
+        Ok(vec![output("lm_logits", logits), output("encoder_last_hidden_state", encoder)])
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use volary_weights::parameters;
@@ -266,6 +413,11 @@ mod tests {
         for parameter in parameters(&config.init(&Device::flex())) {
             let keys = KEYS.keys(&parameter.path).unwrap();
             assert_eq!(KEYS.paths(&keys[0]).unwrap(), [parameter.path]);
+        }
+        let t5 = T5Config { n_layers: 2, n_decoder_layers: 3, vocab_size: 9, ..ZH_EN };
+        for parameter in parameters(&Cpm2MoeConfig { t5, n_experts: 2 }.init(&Device::flex())) {
+            let keys = MODEL_KEYS.keys(&parameter.path).unwrap();
+            assert!(MODEL_KEYS.paths(&keys[0]).unwrap().contains(&parameter.path), "{}", parameter.path);
         }
     }
 }

@@ -112,7 +112,7 @@ pub fn parse(config: &Config, vocab_size: usize) -> Result<T5Config, ConfigError
     })
 }
 
-const SELF_ATTENTION: &[Rule] = &[
+pub(crate) const SELF_ATTENTION: &[Rule] = &[
     Rename("layer_norm.weight", "norm1.weight"),
     Split(
         "self_attn.project.weight",
@@ -120,7 +120,7 @@ const SELF_ATTENTION: &[Rule] = &[
     ),
     Rename("self_attn.dense.weight", "attention.output.weight"),
 ];
-const CROSS_ATTENTION: &[Rule] = &[
+pub(crate) const CROSS_ATTENTION: &[Rule] = &[
     Rename("layer_norm.weight", "norm2.weight"),
     Rename("cross_attn.project_q.weight", "cross.query.weight"),
     Split("cross_attn.project_kv.weight", &["cross.key.weight", "cross.value.weight"]),
@@ -234,24 +234,22 @@ pub const SYSTEM: System = System {
     generator: Some(|folder, options, device| Ok(Box::new(read(folder, options, device)?))),
 };
 
-/// CPM-2 behind the forward contract.
-struct Runner(t5::Runner);
-
-fn read(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<t5::Runner, Error> {
-    let config = config_of(folder)?;
-    let checkpoint = checkpoint(folder, Some(config.vocab_size))?;
-    let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
-    Ok(t5::Runner { model, config })
+/// What the forward contract is given.
+pub(crate) struct Given {
+    ids: Tensor<2, Int>,
+    decoder_ids: Tensor<2, Int>,
+    visible: Option<Tensor<4, Bool>>,
+    decoder_visible: Option<Tensor<4, Bool>>,
+    cross_visible: Option<Tensor<4, Bool>>,
 }
 
-impl Forward for Runner {
-    /// `enc_input_ids` and `dec_input_ids`, and if wanted `enc_attention_mask`, `dec_attention_mask` and
-    /// `cross_attention_mask`, each `[batch, 1, queries, keys]` of 1 for what is seen; the future never is.
+impl Given {
+    /// Of inputs that fit a model; there are always some.
     ///
-    /// Gives `lm_logits`; `encoder_last_hidden_state`, and of each row i, as `encoder_last_hidden_state_row<i>`, those of
-    /// the tokens that see something; and the twelve `greedy.tokens` that answer the first row.
-    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
-        let T5Config { vocab_size, n_heads, .. } = self.0.config;
+    /// # Errors
+    /// If they do not.
+    pub(crate) fn of(mut inputs: Inputs, config: &T5Config) -> Result<Option<Self>, Error> {
+        let T5Config { vocab_size, n_heads, .. } = *config;
         let ids = inputs.ids::<2>("enc_input_ids", vocab_size);
         let decoder_ids = inputs.ids::<2>("dec_input_ids", vocab_size);
         let visible = inputs.visible("enc_attention_mask");
@@ -260,7 +258,7 @@ impl Forward for Runner {
         inputs.missing("enc_input_ids");
         inputs.missing("dec_input_ids");
         let (Some(ids), Some(decoder_ids)) = (ids, decoder_ids) else {
-            return inputs.finish().map(|()| Outputs::new()); // always an error
+            return inputs.finish().map(|()| None); // always an error
         };
         let ([batch, read], [rows, written]) = (ids.dims(), decoder_ids.dims());
         if rows != batch {
@@ -278,15 +276,46 @@ impl Forward for Runner {
             }
         }
         inputs.finish()?;
+        Ok(Some(Self { ids, decoder_ids, visible, decoder_visible, cross_visible }))
+    }
 
-        let mask = |visible: &Option<Tensor<4, Bool>>| visible.clone().map_or(Mask::Full, Mask::Visible);
-        let T5Output { encoder, decoder } = self.0.model.forward(T5Input {
-            ids: ids.clone(),
-            mask: mask(&visible),
-            decoder_ids,
-            decoder_mask: mask(&decoder_visible),
-            cross_mask: mask(&cross_visible),
-        });
+    /// The same as the model takes it.
+    pub(crate) fn input(&self) -> T5Input {
+        T5Input {
+            ids: self.ids.clone(),
+            mask: mask_of(&self.visible),
+            decoder_ids: self.decoder_ids.clone(),
+            decoder_mask: mask_of(&self.decoder_visible),
+            cross_mask: mask_of(&self.cross_visible),
+        }
+    }
+}
+
+fn mask_of(visible: &Option<Tensor<4, Bool>>) -> Mask {
+    visible.clone().map_or(Mask::Full, Mask::Visible)
+}
+
+/// CPM-2 behind the forward contract.
+struct Runner(t5::Runner);
+
+fn read(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<t5::Runner, Error> {
+    let config = config_of(folder)?;
+    let checkpoint = checkpoint(folder, Some(config.vocab_size))?;
+    let model = load(config.init(device), checkpoint.as_ref(), &KEYS, options)?;
+    Ok(t5::Runner { model, config })
+}
+
+impl Forward for Runner {
+    /// `enc_input_ids` and `dec_input_ids`, and if wanted `enc_attention_mask`, `dec_attention_mask` and
+    /// `cross_attention_mask`, each `[batch, 1, queries, keys]` of 1 for what is seen; the future never is.
+    ///
+    /// Gives `lm_logits`; `encoder_last_hidden_state`, and of each row i, as `encoder_last_hidden_state_row<i>`, those of
+    /// the tokens that see something; and the twelve `greedy.tokens` that answer the first row.
+    fn forward(&self, inputs: Inputs) -> Result<Outputs, Error> {
+        let Some(given) = Given::of(inputs, &self.0.config)? else { return Ok(Outputs::new()) };
+        let T5Output { encoder, decoder } = self.0.model.forward(given.input());
+        let Given { ids, visible, cross_visible, .. } = given;
+        let [batch, _] = ids.dims();
         let mut outputs = vec![
             output("lm_logits", self.0.model.logits(decoder)),
             output("encoder_last_hidden_state", encoder.clone()),
@@ -309,7 +338,7 @@ impl Forward for Runner {
             |visible: &Option<Tensor<4, Bool>>| visible.clone().map(|visible| visible.narrow(0, 0, 1));
         let x = self.0.model.encoder.tokens.forward(ids.narrow(0, 0, 1)); // [1, read, d_model]
         let seen = first(&cross_visible).map(|seen| seen.narrow(2, 0, 1)); // [1, heads or 1, 1, read]
-        let mask = mask(&first(&visible));
+        let mask = mask_of(&first(&visible));
         let session = self.0.model.session_of(x, mask, seen, self.0.config.start, causal::GREEDY);
         outputs.push(causal::greedy_tokens(session));
         Ok(outputs)

@@ -26,7 +26,7 @@ const SYSTEMS: &[(&str, Keys)] = &[
     (mixtral::SYSTEM.name, |folder| Ok(mixtral::read(folder)?.keys())),
     (switch_transformers::SYSTEM.name, |folder| Ok(switch_transformers::read(folder)?.keys())),
     (fastmoe::SYSTEM.name, |folder| Ok(fastmoe::read(folder)?.keys())),
-    (base_moe::SYSTEM.name, |_| Ok(&base_moe::KEYS)),
+    (base_moe::SYSTEM.name, base_moe::keys),
     (m6::SYSTEM.name, |_| Ok(&m6::KEYS)),
 ];
 
