@@ -19,8 +19,8 @@ use volary_kernels::moe::gate::BaseGate;
 use volary_kernels::moe::{
     Choices, ExpertMlpConfig, GatedExpertMlp, Phase, Routing, auction, best_assignment, mix,
 };
-use volary_kernels::ops::{Activation, Mask};
 use volary_kernels::ops::moe::of_each_row;
+use volary_kernels::ops::{Activation, Mask};
 use volary_weights::{KeyMap, Ones, Rule};
 
 use Rule::{Ignore, Rename, Stack, StackTranspose, Under};
@@ -321,7 +321,9 @@ pub const SYSTEM: System = System {
     proved: &["base_moe"],
     presets: PRESETS,
     recognises: |_, config| {
-        config.and_then(|config| config.text("model_type")).is_some_and(|family| ["base_moe", WHOLE].contains(&family))
+        config
+            .and_then(|config| config.text("model_type"))
+            .is_some_and(|family| ["base_moe", WHOLE].contains(&family))
     },
     checkpoint: Folder::checkpoint,
     describe: |folder| match whole(folder)? {

@@ -120,6 +120,11 @@ impl Config {
         self.value.as_object().into_iter().flat_map(|fields| fields.keys().map(String::as_str))
     }
 
+    /// The fields with their values.
+    pub fn values(&self) -> serde_json::Map<String, Value> {
+        self.value.as_object().cloned().unwrap_or_default()
+    }
+
     /// A size: a whole number from 1 to 2³¹.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use std::path::Path;
 use volary_weights::{ConvertOptions, KeyMap, convert, experts, spread};
 
 use crate::error::Error;
-use crate::export::{Existing, Export, Progress, export, meant};
+use crate::export::{Existing, Export, Progress, export, meant, said};
 use crate::folder::Folder;
 use crate::registry::System;
 use crate::{base_moe, fastmoe, m6, mixtral, switch_transformers};
@@ -27,7 +27,7 @@ const SYSTEMS: &[(&str, Keys)] = &[
     (switch_transformers::SYSTEM.name, |folder| Ok(switch_transformers::read(folder)?.keys())),
     (fastmoe::SYSTEM.name, |folder| Ok(fastmoe::read(folder)?.keys())),
     (base_moe::SYSTEM.name, base_moe::keys),
-    (m6::SYSTEM.name, |_| Ok(&m6::KEYS)),
+    (m6::SYSTEM.name, m6::keys),
 ];
 
 /// The key map of a folder's system, which says what its experts are.
@@ -64,7 +64,8 @@ pub fn spread_folder(
         return Err(Error::Task { system: system.name, task: "number experts within ranks, only fastmoe" });
     }
     let done = |bytes| progress.done(bytes);
-    export(source, out, existing, options.dtype, progress, &meant, &mut |checkpoint, folder, stem| {
+    let edit = |config: &[u8]| said(config.to_vec(), options.dtype);
+    export(source, out, existing, &edit, progress, &meant, &mut |checkpoint, folder, stem| {
         if numbers == Numbers::Global {
             return Ok(spread(checkpoint, folder, stem, (keys, ranks), options, &done).map(drop)?);
         }

@@ -65,7 +65,24 @@ pub fn convert_folder(
         Err(error) => meant(folder).map_err(|_| error),
         checkpoint => checkpoint,
     };
-    export(source, out, existing, options.dtype, progress, &open, &mut |checkpoint, folder, stem| {
+    write_folder(source, out, existing, options, progress, &open, &|config| config.to_vec())
+}
+
+/// As [`convert_folder`], of weights that `open` opens and what `edit` makes of `config.json`.
+///
+/// # Errors
+/// As [`convert_folder`].
+pub(crate) fn write_folder(
+    source: &Folder,
+    out: &Path,
+    existing: Existing,
+    options: &ConvertOptions,
+    progress: &dyn Progress,
+    open: OpenWeights,
+    edit: EditConfig,
+) -> Result<Export, Error> {
+    let edit = |config: &[u8]| said(edit(config), options.dtype);
+    export(source, out, existing, &edit, progress, open, &mut |checkpoint, folder, stem| {
         let shards = (stem != OPEN_CLIP).then_some(MAX_SHARD_SIZE);
         let options = ConvertOptions { max_shard_size: options.max_shard_size.or(shards), ..*options };
         Ok(convert(checkpoint, folder, stem, &options, &|bytes| progress.done(bytes)).map(drop)?)
@@ -85,11 +102,12 @@ pub fn quantize_folder(
     progress: &dyn Progress,
 ) -> Result<(Export, Vec<Loss>), Error> {
     let mut losses = Vec::new();
-    let export = export(source, out, existing, None, progress, &meant, &mut |checkpoint, folder, stem| {
-        let path = folder.join(format!("{stem}.safetensors"));
-        losses.extend(quantize(checkpoint, &path, options, &|bytes| progress.done(bytes))?);
-        Ok(())
-    })?;
+    let export =
+        export(source, out, existing, &<[u8]>::to_vec, progress, &meant, &mut |checkpoint, folder, stem| {
+            let path = folder.join(format!("{stem}.safetensors"));
+            losses.extend(quantize(checkpoint, &path, options, &|bytes| progress.done(bytes))?);
+            Ok(())
+        })?;
     Ok((export, losses))
 }
 
@@ -109,24 +127,27 @@ pub trait Progress {
     fn done(&self, bytes: u64);
 }
 
+/// What becomes of a `config.json`.
+pub(crate) type EditConfig<'a> = &'a dyn Fn(&[u8]) -> Vec<u8>;
+
 /// Opens the weights of a folder.
-type OpenWeights<'a> = &'a dyn Fn(&Folder) -> Result<Box<dyn Checkpoint>, Error>;
+pub(crate) type OpenWeights<'a> = &'a dyn Fn(&Folder) -> Result<Box<dyn Checkpoint>, Error>;
 
 /// Writes a checkpoint into a folder under a stem.
-type WriteWeights<'a> = &'a mut dyn FnMut(&dyn Checkpoint, &Path, &str) -> Result<(), Error>;
+pub(crate) type WriteWeights<'a> = &'a mut dyn FnMut(&dyn Checkpoint, &Path, &str) -> Result<(), Error>;
 
 /// Writes all of a folder beside the place where it will be, and gives it its name.
 pub(crate) fn export(
     source: &Folder,
     out: &Path,
     existing: Existing,
-    dtype: Option<FloatDType>,
+    edit: EditConfig,
     progress: &dyn Progress,
     open: OpenWeights,
     write: WriteWeights,
 ) -> Result<Export, Error> {
     let staging = Staging::new(source, out, existing)?;
-    let export = fill(source, &staging.path, dtype, progress, open, write)
+    let export = fill(source, &staging.path, edit, progress, open, write)
         .map_err(|error| staging.by_its_name(error))?;
     staging.publish()?;
     Ok(export)
@@ -136,7 +157,7 @@ pub(crate) fn export(
 fn fill(
     source: &Folder,
     path: &Path,
-    dtype: Option<FloatDType>,
+    edit: EditConfig,
     progress: &dyn Progress,
     open: OpenWeights,
     write: WriteWeights,
@@ -176,10 +197,8 @@ fn fill(
         for name in folder.files()? {
             if is_companion(&name) {
                 let mut content = folder.read(&name)?;
-                if let Some(dtype) = dtype
-                    && name == "config.json"
-                {
-                    content = with_dtype(&content, dtype_name(dtype)).into();
+                if name == "config.json" {
+                    content = edit(&content).into();
                 }
                 let file = target.join(&name);
                 write_file(&file, &content).map_err(Error::io(file))?;
@@ -199,9 +218,8 @@ fn fill(
 
 /// The files of a folder and of those inside it, and their bytes.
 fn list(folder: &Path, prefix: &str, files: &mut Vec<(String, u64)>) -> Result<(), Error> {
-    let mut entries = fs::read_dir(folder)
-        .and_then(Iterator::collect::<io::Result<Vec<_>>>)
-        .map_err(Error::io(folder))?;
+    let mut entries =
+        fs::read_dir(folder).and_then(Iterator::collect::<io::Result<Vec<_>>>).map_err(Error::io(folder))?;
     entries.sort_by_key(fs::DirEntry::file_name);
     for entry in entries {
         let (path, name) = (entry.path(), inside(prefix, &entry.file_name().to_string_lossy()));
@@ -264,6 +282,11 @@ fn is_companion(name: &str) -> bool {
         .iter()
         .any(|document| name.to_uppercase().starts_with(document));
     !is_weights(name) && !name.starts_with('.') && (is_document || has_ending(name, COMPANIONS))
+}
+
+/// A configuration that says the dtype that weights were given, if they were.
+pub(crate) fn said(config: Vec<u8>, dtype: Option<FloatDType>) -> Vec<u8> {
+    dtype.map_or(config.clone(), |dtype| with_dtype(&config, dtype_name(dtype)))
 }
 
 /// What `config.json` calls a dtype.

@@ -36,6 +36,7 @@ pub mod generator;
 pub mod glm;
 pub mod glm130b;
 pub mod gpt2;
+pub mod growth;
 pub mod imagine;
 pub mod index;
 pub mod ldm;

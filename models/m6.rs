@@ -1,6 +1,7 @@
 //! M6-T (Yang et al. 2021, <https://arxiv.org/abs/2105.15082>): the mixture of experts of Alibaba's M6, in which every token
 //! goes to the best expert of each of k prototypes, groups of experts with a router of their own, and what they give is
-//! summed. A folder holds one layer.
+//! summed. A folder holds one layer, or the blocks of a model; they may be one, with which M6-10T's training began, until
+//! `volary convert --delink` gives each parameters of its own.
 //!
 //! Neither weights nor code were released: the reference is the paper's formula, and names are ours. The presets are
 //! architectures alone, counted and never loaded: M6-T's and M6-10T's own tables, and, in the same shape, models of the
@@ -10,7 +11,7 @@
 //! volary forward path/to/layer --input in.safetensors --output out.safetensors
 //! ```
 
-use burn::module::Module;
+use burn::module::{Module, ModuleMapper, Param, ParamId};
 use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{Attention, AttentionConfig, LayerNorm};
 use volary_kernels::moe::gate::{Capacity, KTop1Gate};
@@ -18,7 +19,7 @@ use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase, Routing};
 use volary_kernels::ops::{Activation, Mask};
 use volary_weights::{KeyMap, Ones, Rule};
 
-use Rule::{Rename, Stack};
+use Rule::{Rename, Stack, Under};
 
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
@@ -86,6 +87,8 @@ impl M6MoeConfig {
 pub struct M6Config {
     /// Number of blocks.
     pub n_layers: usize,
+    /// Whether all blocks are one and the same, as M6-10T's were in the first part of its training.
+    pub shared: bool,
     /// Width of the residual stream.
     pub d_model: usize,
     /// Number of attention heads.
@@ -101,8 +104,10 @@ pub struct M6Config {
 /// The blocks of a model.
 #[derive(Module, Debug)]
 pub struct M6 {
-    /// One after the other.
+    /// One after the other; of a model whose blocks are the same, that one.
     pub blocks: Vec<M6Block>,
+    #[module(skip)]
+    n_layers: usize,
 }
 
 /// A pre-norm transformer block.
@@ -119,9 +124,30 @@ pub struct M6Block {
 }
 
 impl M6Config {
+    /// `config.json`, whose names are ours.
+    ///
+    /// # Errors
+    /// If it is malformed.
+    pub fn parse(config: &Config) -> Result<Self, ConfigError> {
+        let n_experts = experts(config, "num_experts")?;
+        let n_prototypes = config.size_or("num_prototypes", 1)?;
+        config.divides("num_prototypes", n_prototypes, n_experts)?;
+        let (d_model, n_heads) = (config.size("d_model")?, config.size("num_heads")?);
+        config.divides("num_heads", n_heads, d_model)?;
+        Ok(Self {
+            n_layers: config.blocks_or("num_layers", BASE.n_layers)?,
+            shared: config.flag_or(SHARED, false)?,
+            d_model,
+            n_heads,
+            d_ff: config.size("d_ff")?,
+            n_experts,
+            n_prototypes,
+        })
+    }
+
     /// Untrained blocks. Nothing is allocated before first use.
     pub fn init(&self, device: &Device) -> M6 {
-        let Self { n_layers, d_model, n_heads, d_ff, n_experts, n_prototypes } = *self;
+        let Self { n_layers, shared, d_model, n_heads, d_ff, n_experts, n_prototypes } = *self;
         let norm = || LayerNorm::new(d_model, 1e-5, device);
         let block = |_| {
             let gate = KTop1Gate::new(d_model, n_experts, n_prototypes, Capacity::Factor(1.25), device);
@@ -133,7 +159,7 @@ impl M6Config {
                 moe: experts.init(Gate::KTop1(gate), Activation::Gelu, device),
             }
         };
-        M6 { blocks: (0..n_layers).map(block).collect() }
+        M6 { blocks: (0..if shared { n_layers.min(1) } else { n_layers }).map(block).collect(), n_layers }
     }
 }
 
@@ -144,8 +170,8 @@ impl M6 {
     /// # Panics
     /// If the mask does not fit.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask, phase: Phase) -> (Tensor<3>, Vec<Routing>) {
-        let (mut x, mut routings) = (x, Vec::with_capacity(self.blocks.len()));
-        for block in &self.blocks {
+        let (mut x, mut routings) = (x, Vec::with_capacity(self.n_layers));
+        for block in self.blocks.iter().cycle().take(self.n_layers) {
             x = x.clone() + block.attention.forward(block.norm1.forward(x), mask);
             // the gate draws nothing
             let (y, routing) =
@@ -155,11 +181,37 @@ impl M6 {
         }
         (x, routings)
     }
+
+    /// The same model with blocks of their own, if they were one (Lin et al. 2021, "pseudo to real"). What they compute is the
+    /// same until they are trained.
+    pub fn delink(self) -> Self {
+        let copies =
+            self.blocks.iter().cycle().take(self.n_layers).map(|block| block.clone().map(&mut Apart));
+        Self { blocks: copies.collect(), n_layers: self.n_layers }
+    }
+}
+
+/// Makes parameters that an optimizer does not take for those that they were copied from.
+struct Apart;
+
+impl ModuleMapper for Apart {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let (_, value, mapper) = param.consume();
+        // a leaf of its own, too, whose gradient is not the sum of all copies'
+        Param::from_mapped_value(ParamId::new(), value.detach(), mapper)
+    }
 }
 
 /// Yang et al. 2021, table 1: "base".
-const BASE: M6Config =
-    M6Config { n_layers: 5, d_model: 1024, n_heads: 16, d_ff: 4096, n_experts: 32, n_prototypes: 1 };
+const BASE: M6Config = M6Config {
+    n_layers: 5,
+    shared: false,
+    d_model: 1024,
+    n_heads: 16,
+    d_ff: 4096,
+    n_experts: 32,
+    n_prototypes: 1,
+};
 const T_10B: M6Config = M6Config { n_layers: 10, n_experts: 128, ..BASE };
 const T_100B: M6Config = M6Config { n_layers: 24, n_experts: 512, ..BASE };
 const T_1T: M6Config = M6Config { n_layers: 24, n_experts: 960, d_ff: 21248, ..BASE };
@@ -189,8 +241,7 @@ pub const PRESETS: &[Preset] = &[
     preset("WuDao-2.0", WUDAO_2, OURS, 1_747_300_712_448),
 ];
 
-/// Keys of the layer.
-pub const KEYS: KeyMap = KeyMap::new(&[
+const LAYER: &[Rule] = &[
     Rename("router.{}.weight", "gate.KTop1.routers.{}.weight"),
     Rename("wi", "experts.Plain.up.weight"),
     Rename("bi", "experts.Plain.up.bias"),
@@ -201,7 +252,47 @@ pub const KEYS: KeyMap = KeyMap::new(&[
     Stack("experts.{}.bi", "experts.Plain.up.bias", Ones::Before(0)),
     Stack("experts.{}.wo", "experts.Plain.down.weight", Ones::Before(0)),
     Stack("experts.{}.bo", "experts.Plain.down.bias", Ones::Before(0)),
-]);
+];
+/// Keys of the layer.
+pub const KEYS: KeyMap = KeyMap::new(LAYER);
+
+const LINEAR: &[Rule] = &[Rename("weight", "weight"), Rename("bias", "bias")];
+const BLOCK: &[Rule] = &[
+    Under("norm1.", "norm1.", LINEAR),
+    Under("attention.query.", "attention.query.", LINEAR),
+    Under("attention.key.", "attention.key.", LINEAR),
+    Under("attention.value.", "attention.value.", LINEAR),
+    Under("attention.output.", "attention.output.", LINEAR),
+    Under("norm2.", "norm2.", LINEAR),
+    Under("moe.", "moe.", LAYER),
+];
+/// Keys of a model's blocks: of one, where it is all of them.
+pub const MODEL_KEYS: KeyMap = KeyMap::new(&[Under("blocks.{}.", "blocks.{}.", BLOCK)]);
+
+/// The `model_type` of a folder with a model's blocks.
+const MODEL: &str = "m6";
+/// The field of its configuration that says whether these are one.
+pub(crate) const SHARED: &str = "share_layers";
+
+/// The shape of a model's blocks, if the folder holds such.
+fn model(folder: &Folder) -> Result<Option<M6Config>, Error> {
+    let config = folder.config("config.json")?;
+    let is_model = config.text("model_type") == Some(MODEL);
+    Ok(is_model.then(|| M6Config::parse(&config)).transpose()?)
+}
+
+/// The same, if they are all one.
+pub(crate) fn shared(folder: &Folder) -> Result<Option<M6Config>, Error> {
+    match System::of(folder)?.name == SYSTEM.name {
+        true => Ok(model(folder)?.filter(|config| config.shared)),
+        false => Ok(None),
+    }
+}
+
+/// The key map of a folder.
+pub(crate) fn keys(folder: &Folder) -> Result<&'static KeyMap, Error> {
+    Ok(if model(folder)?.is_some() { &MODEL_KEYS } else { &KEYS })
+}
 
 fn read(folder: &Folder) -> Result<M6MoeConfig, Error> {
     Ok(M6MoeConfig::parse(&folder.config("config.json")?)?)
@@ -210,15 +301,26 @@ fn read(folder: &Folder) -> Result<M6MoeConfig, Error> {
 /// The layer as the registry knows it.
 pub const SYSTEM: System = System {
     name: "m6_moe",
-    about: "layers of M6-T: the best expert of each of several prototypes",
+    about: "blocks and layers of M6-T: the best expert of each of several prototypes",
     file: "models/m6.rs",
     tasks: &["forward"],
     proved: &["m6_moe"],
     presets: PRESETS,
-    recognises: |_, config| config.is_some_and(|config| config.text("model_type") == Some("m6_moe")),
+    recognises: |_, config| {
+        config
+            .and_then(|config| config.text("model_type"))
+            .is_some_and(|family| ["m6_moe", MODEL].contains(&family))
+    },
     checkpoint: Folder::checkpoint,
-    describe: |folder| describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),
+    describe: |folder| match model(folder)? {
+        Some(config) => describe(folder, &config.init(&Device::flex()), &MODEL_KEYS),
+        None => describe(folder, &read(folder)?.init(&Device::flex()), &KEYS),
+    },
     open: |folder, options, device| {
+        if let Some(config) = model(folder)? {
+            let model = fill(folder, config.init(device), &MODEL_KEYS, options)?;
+            return Ok(Box::new(ModelRunner { model, config }));
+        }
         let config = read(folder)?;
         let layer = fill(folder, config.init(device), &KEYS, options)?;
         Ok(Box::new(Runner { layer, config }))
@@ -267,6 +369,36 @@ impl Forward for Runner {
     }
 }
 
+/// Blocks behind the forward contract.
+struct ModelRunner {
+    model: M6,
+    config: M6Config,
+}
+
+impl Forward for ModelRunner {
+    /// `hidden_states`, `[batch, seq, d_model]`, and if wanted `attention_mask`, `[batch, seq]`.
+    ///
+    /// Gives `last_hidden_state`, and of each block `expert_index.N` (-1 is dropped), `[batch * seq, num_prototypes]`.
+    fn forward(&self, mut inputs: Inputs) -> Result<Outputs, Error> {
+        let x = inputs.float::<3>("hidden_states");
+        let real = inputs.mask("attention_mask");
+        inputs.missing("hidden_states");
+        let Some(x) = x else { return inputs.finish().map(|()| Outputs::new()) }; // always an error
+        let [batch, seq, _] = x.dims();
+        inputs.shaped("hidden_states", Some(x.dims()), [batch, seq, self.config.d_model]);
+        inputs.shaped("attention_mask", real.as_ref().map(Tensor::dims), [batch, seq]);
+        inputs.finish()?;
+
+        let mask = real.map_or(Mask::Full, Mask::Padding);
+        let (x, routings) = self.model.forward(x, &mask, Phase::Eval);
+        let mut outputs = vec![output("last_hidden_state", x)];
+        for (block, routing) in routings.into_iter().enumerate() {
+            outputs.push((format!("expert_index.{block}"), routing.experts.numbers()));
+        }
+        Ok(outputs)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::{Distribution, Tolerance};
@@ -278,7 +410,15 @@ mod tests {
     #[test]
     fn a_token_without_room_passes_the_experts_by() {
         let device = Device::flex();
-        let config = M6Config { n_layers: 1, d_model: 8, n_heads: 2, d_ff: 6, n_experts: 4, n_prototypes: 2 };
+        let config = M6Config {
+            n_layers: 1,
+            shared: false,
+            d_model: 8,
+            n_heads: 2,
+            d_ff: 6,
+            n_experts: 4,
+            n_prototypes: 2,
+        };
         let mut model = config.init(&device);
         let x = Tensor::<3>::random([2, 5, 8], Distribution::Normal(0.0, 1.0), &device);
         let block = &model.blocks[0];

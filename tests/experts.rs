@@ -50,7 +50,8 @@ fn together(ranks: &[Moe], x: Tensor<2>) -> Tensor<2> {
         let of_rank = |(rank, layer): (usize, &Moe)| {
             let experts = rank * own..(rank + 1) * own;
             let span = dispatch.segment(experts.start).start..dispatch.segment(experts.end - 1).end;
-            let own_expert = |expert: usize| vec![Some(expert - experts.start); dispatch.segment(expert).len()];
+            let own_expert =
+                |expert: usize| vec![Some(expert - experts.start); dispatch.segment(expert).len()];
             let choices: Vec<_> = experts.clone().flat_map(own_expert).collect();
             let rows = rows.clone().narrow(0, span.start, span.len());
             layer.experts.forward(rows, Activation::Gelu, &Dispatch::new(&choices, 1, own))
@@ -97,7 +98,8 @@ fn a_decoder_is_the_same_at_any_number_of_ranks() {
     let config = Folder::Disk(scratch.path().into()).config("config.json").unwrap();
     let config = MixtralConfig::parse(&config).unwrap();
     let model = seeded(3, &Device::flex(), |device| config.init(device));
-    volary_weights::save(&model, config.keys(), None, &scratch.path().join("model.safetensors"), None).unwrap();
+    volary_weights::save(&model, config.keys(), None, &scratch.path().join("model.safetensors"), None)
+        .unwrap();
     let expected = outputs(scratch.path(), "mixtral");
     assert!(expected["logits"].iter::<f32>().any(|logit| logit.abs() > 1e-3));
     for ranks in [4, 2, 8, 1] {

@@ -6,6 +6,7 @@ mod contract;
 mod convert;
 mod corrupt;
 mod experts;
+mod growth;
 #[cfg(unix)] // links, signals
 mod hub;
 mod imagine;

@@ -285,3 +285,6 @@ pub(crate) fn disagreements(parts: &[Vec<&Entry>], lines: &[Line]) -> Vec<PartPr
     }
     problems
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,6 +123,16 @@ impl KeyMap {
         Ok(self.lines()?.iter().find_map(|line| line.keys_of(path, &[], Share::WHOLE)).unwrap_or_default())
     }
 
+    /// The checkpoint keys of `count` places that the first rule which stacks `path` makes it of; none when no rule does.
+    ///
+    /// # Errors
+    /// [`Error::Rule`] when a rule cannot be followed.
+    pub fn stacked_keys(&self, path: &str, count: usize) -> Result<Vec<String>, Error> {
+        let lines = self.lines()?;
+        let stack = lines.iter().find(|line| line.is_stack() && line.leads_to(path));
+        Ok(stack.and_then(|line| line.keys_of(path, &[count], Share::WHOLE)).unwrap_or_default())
+    }
+
     /// The rules, checked, with those of parts spelled out.
     pub(crate) fn lines(&self) -> Result<Vec<Line>, Error> {
         let mut lines = Vec::new();

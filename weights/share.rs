@@ -92,7 +92,8 @@ impl ModuleMapper for Cutter {
         let (device, is_used) = (param.lazy_device(), param.is_initialized());
         let is_learned = !is_used || param.val().is_require_grad(); // what was never used is not frozen either
         let init = move |device: &Device, is_learned| {
-            let part = param.val().detach().narrow(0, places.start, places.len());
+            let whole = param.val().detach().set_require_grad(false);
+            let part = whole.narrow(0, places.start, places.len());
             part.to_device(device).set_require_grad(is_learned)
         };
         let part = Param::uninitialized(ParamId::new(), init, device, is_learned, shape);

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use volary::experts::{Numbers, spread_folder};
 use volary::export::{Existing, Export, Progress, convert_folder};
+use volary::growth::{Mixture, Upcycle, delink_folder, upcycle_folder};
 use volary_weights::{ConvertOptions, NotFinite, Overflow};
 
 use super::{Shared, say, say_json};
@@ -34,6 +35,22 @@ pub struct Arguments {
     /// as FastMoE's workers do.
     #[arg(long, value_enum, default_value = "global", requires = "expert_ranks")]
     expert_numbers: ExpertNumbers,
+    /// Make a mixture of experts of a dense model, which gives the same at first: of a LLaMA a Mixtral, of a CPM-2 a model
+    /// with BASE layers. Every expert is a copy of the MLP.
+    #[arg(long, value_name = "SYSTEM", value_enum, requires = "experts", conflicts_with = "expert_ranks")]
+    upcycle: Option<Mixtures>,
+    /// How many experts each layer gets.
+    #[arg(long, requires = "upcycle", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    experts: Option<u32>,
+    /// How many experts a token of a Mixtral goes to.
+    #[arg(long, default_value = "2", requires = "upcycle")]
+    top_k: usize,
+    /// Of the new gates.
+    #[arg(long, default_value = "0", requires = "upcycle")]
+    seed: u64,
+    /// Give the layers of an M6 that share their parameters parameters of their own, which are the same at first.
+    #[arg(long, conflicts_with_all = ["upcycle", "expert_ranks"])]
+    delink: bool,
     /// Replace the folder if it is there and has weights in it.
     #[arg(long)]
     force: bool,
@@ -56,6 +73,12 @@ enum ExpertNumbers {
     Local,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Mixtures {
+    Mixtral,
+    Base,
+}
+
 /// Runs the command. Without `--dtype` floats stay as they are stored.
 pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     let Arguments { source, out, max_shard_size, to: To::Safetensors, force, .. } = arguments;
@@ -67,15 +90,23 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
     };
     let bar = Bar::default();
     let (source, existing) = (shared.folder(&source)?, existing(force));
-    let export = match arguments.expert_ranks {
-        Some(ranks) => {
-            let numbers = match arguments.expert_numbers {
-                ExpertNumbers::Global => Numbers::Global,
-                ExpertNumbers::Local => Numbers::Local,
-            };
-            spread_folder(&source, &out, existing, (ranks, numbers), &options, &bar)?
-        }
-        None => convert_folder(&source, &out, existing, &options, &bar)?,
+    let export = if let Some(ranks) = arguments.expert_ranks {
+        let numbers = match arguments.expert_numbers {
+            ExpertNumbers::Global => Numbers::Global,
+            ExpertNumbers::Local => Numbers::Local,
+        };
+        spread_folder(&source, &out, existing, (ranks, numbers), &options, &bar)?
+    } else if let (Some(into), Some(experts)) = (arguments.upcycle, arguments.experts) {
+        let into = match into {
+            Mixtures::Mixtral => Mixture::Mixtral { top_k: arguments.top_k },
+            Mixtures::Base => Mixture::Base,
+        };
+        let upcycle = Upcycle { into, n_experts: experts as usize, seed: arguments.seed };
+        upcycle_folder(&source, &out, existing, &upcycle, &options, &bar)?
+    } else if arguments.delink {
+        delink_folder(&source, &out, existing, &options, &bar)?
+    } else {
+        convert_folder(&source, &out, existing, &options, &bar)?
     };
     drop(bar);
     let written = Written::new(&export);

@@ -103,7 +103,8 @@ impl Checkpoint for Rearranged<'_> {
     }
 
     fn release(&self, name: &str) {
-        if let Some(Origin::Stored { source, key, .. }) = self.contents.find(name).map(|at| &self.origins[at]) {
+        if let Some(Origin::Stored { source, key, .. }) = self.contents.find(name).map(|at| &self.origins[at])
+        {
             self.sources[*source].release(key);
         }
     }

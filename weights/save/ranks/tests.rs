@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Mutex;
 
@@ -345,6 +346,21 @@ fn what_ranks_do_not_agree_about_is_told_at_once() {
         assert!(told.contains(part), "{told}\nlacks {part}");
     }
     assert_eq!(stored(folder.path()), old);
+}
+
+/// A share of what was used is learned, as the whole was, and on its own.
+#[test]
+fn a_share_is_learned_as_the_whole_is() {
+    let device = Device::flex().autodiff();
+    for whole in [seeded(12, &device, init(EXPERTS)).train(), init(EXPERTS)(&device).train()] {
+        let part = share(1, 4).of(whole, &KEYS).unwrap();
+        let weight = part.experts.up.weight.val();
+        let gradients = (weight.clone() * 3.0).sum().backward();
+        assert_eq!(
+            weight.grad(&gradients).unwrap().into_data(),
+            Tensor::<3>::full([2, 3, 5], 3.0, &device).into_data()
+        );
+    }
 }
 
 /// What was never used stays so: a rank's share of any model takes no memory before it is loaded.
