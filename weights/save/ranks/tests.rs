@@ -218,8 +218,11 @@ fn more_or_fewer_experts_than_the_ranks_have_are_told() {
     );
 }
 
+/// Puts a layer into a folder.
+type Prepare = Box<dyn Fn(&Path, &Layer)>;
+
 /// What may be in a folder before a save.
-fn olds() -> Vec<(&'static str, Box<dyn Fn(&Path, &Layer)>)> {
+fn olds() -> Vec<(&'static str, Prepare)> {
     let sharded = |folder: &Path, layer: &Layer| {
         save(layer, &KEYS, None, &folder.join("all.safetensors"), None).unwrap();
         let options = convert::ConvertOptions { max_shard_size: Some(400), ..Default::default() };
