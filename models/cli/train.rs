@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
+use burn::module::Module;
 use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::{ClipConfig, ClipModel, EMOJI};
@@ -10,18 +11,20 @@ use volary::folder::Folder;
 use volary::pretrained::{Clip, EMOJI_CLIP};
 use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Recipe, train};
+use volary::recipe::curve;
 use volary::recipe::data::{Dataset, Gallery, HELD_OUT};
 use volary::recipe::descent::Descent;
 use volary::recipe::drawing;
 use volary::recipe::evaluate::table;
 use volary::recipe::mim;
+use volary::recipe::moe_chars::{self, Router, Twin};
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
 use volary::token_drawing::{DrawSettings, TokenDrawing};
 use volary_weights::{LoadOptions, Packing};
 
-use super::{Shared, Usage, say};
+use super::{Shared, Usage, say, say_json};
 
 /// Arguments of `train`.
 #[derive(Args)]
@@ -42,6 +45,39 @@ enum Which {
     SeggptToy(SeggptToy),
     /// A tiny EVA that says what CLIP would see in hidden patches of drawn shapes.
     Mim(Mim),
+    /// A language model of characters with experts and its dense twin, compared; goes on where the folder has checkpoints.
+    MoeChars(MoeChars),
+}
+
+#[derive(Args)]
+struct MoeChars {
+    /// Where the checkpoints of both, their loss curves and the load of the experts over time go.
+    #[arg(long)]
+    out: PathBuf,
+    /// How experts are chosen.
+    #[arg(long, value_enum, default_value = "switch")]
+    gate: Router,
+    /// Experts of a block.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().shape.n_experts)]
+    experts: usize,
+    /// Optimizer steps of each twin.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().steps)]
+    steps: usize,
+    /// Rows per step.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().batch)]
+    batch: usize,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().learning_rate)]
+    learning_rate: f64,
+    /// Weight of the loss that keeps the loads even.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().balance)]
+    balance: f64,
+    /// Of initial weights, texts and the gates' noise.
+    #[arg(long, default_value_t = moe_chars::Recipe::default().seed)]
+    seed: u64,
+    /// Stop each twin after so many steps of all; the schedule stays that of the whole run.
+    #[arg(long)]
+    until: Option<usize>,
 }
 
 #[derive(Args)]
@@ -165,6 +201,7 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         Which::EmojiDraw(arguments) => emoji_draw(arguments, shared),
         Which::SeggptToy(arguments) => seggpt_toy(arguments, shared),
         Which::Mim(arguments) => mim(arguments, shared),
+        Which::MoeChars(arguments) => moe_chars(arguments, shared),
     }
 }
 
@@ -208,6 +245,45 @@ fn mim(arguments: Mim, shared: &Shared) -> Result<()> {
     }
     let sheet = mim::sheet(&outcome.folder, Part::Unseen, SHOWN, QUESTIONS_SEED, &device)?;
     Ok(sheet.save_png(&out.join("unseen.png"))?)
+}
+
+fn moe_chars(arguments: MoeChars, shared: &Shared) -> Result<()> {
+    let MoeChars { out, gate, experts, steps, batch, learning_rate, balance, seed, until } = arguments;
+    let recipe = moe_chars::Recipe::default();
+    let shape = moe_chars::Shape { router: gate, n_experts: experts, ..recipe.shape };
+    let recipe = moe_chars::Recipe { shape, steps, batch, learning_rate, balance, seed, ..recipe };
+    match recipe.problems() {
+        problems if problems.is_empty() => {}
+        problems => return Err(Usage(problems.join("; ")).into()),
+    }
+    let (device, texts) = (shared.device()?, moe_chars::Texts::embedded());
+    let (mut losses, mut scores) = (Vec::new(), Vec::new());
+    for twin in Twin::ALL {
+        let folder = out.join(twin.name());
+        let until = until.unwrap_or(steps);
+        let outcome = moe_chars::train(&recipe, twin, &texts, &folder, until, &device)?;
+        say(format!(
+            "{}: {} parameters, {} products for each token of a forward pass",
+            twin.name(),
+            outcome.model.num_params(),
+            recipe.shape.products(recipe.seq),
+        ))?;
+        if twin == Twin::Experts {
+            say(outcome.loads.told(steps.div_ceil(10)))?;
+        }
+        scores.push(moe_chars::evaluate(&outcome.model, &texts, recipe.seq, &device));
+        losses.push(outcome.losses);
+    }
+    let lines: Vec<curve::Line> = Twin::ALL
+        .iter()
+        .zip(&losses)
+        .map(|(twin, losses)| curve::Line { name: twin.name(), values: losses })
+        .collect();
+    std::fs::write(out.join("loss.svg"), curve::svg("nats per byte by step", &lines))?;
+    if shared.json {
+        return say_json(&scores);
+    }
+    say(moe_chars::table(&scores[0], &scores[1]).trim_end())
 }
 
 /// Of the pictures that a trained model is asked about.

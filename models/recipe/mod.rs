@@ -17,7 +17,11 @@ pub mod descent;
 pub mod drawing;
 pub mod evaluate;
 #[cfg(feature = "train")]
+pub mod load;
+#[cfg(feature = "train")]
 pub mod mim;
+#[cfg(feature = "train")]
+pub mod moe_chars;
 #[cfg(feature = "train")]
 pub mod named_shapes;
 #[cfg(feature = "train")]

@@ -230,9 +230,9 @@ impl Store<'_> {
     /// # Errors
     /// If it cannot be written.
     pub fn draw(&self, losses: &[f32]) -> Result<(), TrainError> {
-        let points: Vec<(usize, f32)> = losses.iter().copied().enumerate().collect();
         let drawn = self.folder.join("loss.svg");
-        fs::write(&drawn, curve::svg(self.title, &points)).map_err(|error| file_error(&drawn, error))
+        let line = curve::Line { name: "loss", values: losses };
+        fs::write(&drawn, curve::svg(self.title, &[line])).map_err(|error| file_error(&drawn, error))
     }
 }
 
