@@ -50,6 +50,7 @@ pub mod paint;
 pub mod painter;
 pub mod pangu;
 pub mod pictures;
+pub mod plan;
 pub mod plato;
 pub mod plug;
 pub mod preset;

@@ -52,6 +52,12 @@ pub type Open = fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Forward>, E
 /// Loads a folder's model onto a device for writing text.
 pub type OpenGenerator = fn(&Folder, &LoadOptions, &Device) -> Result<Box<dyn Generator>, Error>;
 
+/// The preset of this name, and its system.
+pub fn preset(name: &str) -> Option<(&'static System, &'static Preset)> {
+    let of = |system: &'static System| system.presets.iter().map(move |preset| (system, preset));
+    SYSTEMS.iter().flat_map(of).find(|(_, preset)| preset.name == name)
+}
+
 /// A loaded model behind the forward contract.
 pub trait Forward {
     /// Inputs and outputs by the reference implementation's names.

@@ -65,7 +65,8 @@ impl Sparse {
         }
     }
 
-    const fn has(self, block: usize) -> bool {
+    /// Whether this block has them.
+    pub const fn has(self, block: usize) -> bool {
         match self {
             Self::Never => false,
             Self::Always => true,

@@ -12,6 +12,7 @@ pub mod gate;
 mod layer;
 mod noise;
 mod routing;
+mod shadow;
 
 pub use assignment::{auction, best_assignment};
 pub use balance::{Balance, cv_squared, gshard_loss, switch_loss, z_loss};
@@ -20,6 +21,7 @@ pub use gate::Gate;
 pub use layer::{Moe, MoeConfig, mix};
 pub use noise::Noise;
 pub use routing::{Choices, Phase, Routing};
+pub use shadow::{Exchange, Placement, ShadowCost};
 
 #[cfg(test)]
 mod testing;

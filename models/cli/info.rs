@@ -11,7 +11,7 @@ use volary::folder::Folder;
 use volary::preset::{Preset, bytes, count};
 use volary::pretrained::{EMBEDDED, Place, locate};
 use volary::record::Record;
-use volary::registry::{Description, SYSTEMS, System};
+use volary::registry::{Description, System, preset};
 use volary_vision::image::content;
 use volary_weights::hub::{Choice, HubError, Outline};
 use volary_weights::{Parameter, Quantization};
@@ -139,11 +139,6 @@ fn find(name: &str, choice: &Choice, shared: &Shared) -> Result<(Folder, Option<
             }
         }),
     }
-}
-
-fn preset(name: &str) -> Option<(&'static System, &'static Preset)> {
-    let of = |system: &'static System| system.presets.iter().map(move |preset| (system, preset));
-    SYSTEMS.iter().flat_map(of).find(|(_, preset)| preset.name == name)
 }
 
 fn of_preset(system: &System, preset: &Preset) -> Info {

@@ -18,6 +18,7 @@ mod info;
 mod list;
 mod paint;
 mod perplexity;
+mod plan;
 mod preprocess;
 mod preview;
 mod progress;
@@ -135,6 +136,8 @@ enum Command {
     Fetch(fetch::Arguments),
     /// Hash what was downloaded again and compare it with the lock file.
     Verify(verify::Arguments),
+    /// Compute what training a model takes of each of many devices: memory, operations, bytes sent.
+    Plan(plan::Arguments),
     /// List the systems and their published sizes.
     List(list::Arguments),
     /// Measure retrieval on pictures with captions, in both directions and languages.
@@ -170,6 +173,7 @@ pub fn run() -> ExitCode {
         Command::Quantize(arguments) => quantize::run(arguments, &shared),
         Command::Fetch(arguments) => fetch::run(arguments, &shared),
         Command::Verify(arguments) => verify::run(arguments, &shared),
+        Command::Plan(arguments) => plan::run(arguments, &shared),
         Command::List(arguments) => list::run(arguments, &shared),
         Command::Eval(arguments) => eval::run(arguments, &shared),
         Command::Doctor => doctor::run(&shared),

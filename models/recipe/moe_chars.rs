@@ -309,14 +309,14 @@ impl Default for Recipe {
     fn default() -> Self {
         Self {
             shape: Shape {
-                n_layers: 3,
-                d_model: 96,
+                n_layers: 2,
+                d_model: 64,
                 n_heads: 4,
-                d_ff: 384,
+                d_ff: 256,
                 n_experts: 8,
                 router: Router::Switch,
             },
-            steps: 1000,
+            steps: 2000,
             batch: 16,
             parts: 2,
             seq: 96,
@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn every_router_trains_and_the_past_ignores_the_future() {
+    fn every_router_sends_every_token_and_the_past_ignores_the_future() {
         let device = Device::flex();
         for router in ROUTERS {
             let model = seeded(1, &device, |device| shape(router).init(Twin::Experts, device));
