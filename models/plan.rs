@@ -43,8 +43,8 @@
 //! - gradients of what is no expert, over `D·E`; of experts, over `D`
 //! - tensor-parallel sums, forward and backward: `n·d·w` of each attention and MLP, `n·k·d·w` of experts; forward of the table, backward
 //!   of the head
-//! - streams to the next stage, and gradients to the one before: `n·d·w` each; in a decoder also what the encoder has read, as much
-//!   again
+//! - streams to the next stage, and gradients to the one before: `n·d·w` each; inside a decoder also what the encoder has read, as
+//!   much again
 //!
 //! What FasterMoE's copies of busy experts spare of the first is counted by [`volary_kernels::moe::Placement`].
 
@@ -561,7 +561,7 @@ impl Outline {
         }
         // in floating point, which does not overflow
         let [d_model, sequence] = [self.d_model, sequence as usize].map(|size| size as f64);
-        let widest = d_model + (self.n_heads * self.d_head) as f64;
+        let widest = d_model + self.n_heads as f64 * self.d_head as f64;
         let of_token: f64 = self.blocks.iter().fold(d_model * self.vocab_size as f64, |sum, block| {
             let mlps = block.experts.map_or(1.0, |experts| (experts.count + experts.top_k) as f64);
             sum + 2.0 * (widest + sequence) * widest * block.attentions as f64
@@ -677,15 +677,16 @@ impl Outline {
             let mlp = if block.experts.is_some() { choices(block) } else { 1 };
             2 * (block.attentions as u128 + mlp)
         };
-        let at_the_ends =
-            u128::from(self.vocab_size > 0 && looks_up) + u128::from(is_last && self.head != Scores::Absent);
-        let sums: u128 = blocks.iter().map(sums).sum::<u128>() + at_the_ends;
-        // with the encoder's states, where the next block sees them
-        let streams = |next: usize| match self.blocks.get(next) {
-            Some(block) if next > 0 => block.attentions as u128,
-            _ => 0,
+        let lookups = match self.vocab_size {
+            0 => 0,
+            _ => blocks.iter().filter(|block| block.is_first).count() as u128,
         };
-        let to_next = if is_last { 0 } else { streams(first + count) };
+        let at_the_ends = lookups + u128::from(is_last && self.head != Scores::Absent);
+        let sums: u128 = blocks.iter().map(sums).sum::<u128>() + at_the_ends;
+        // into a block: its tokens, unless it looks them up, and in a decoder what the encoder has read
+        let streams = |at: usize| {
+            self.blocks.get(at).map_or(0, |block| block.attentions as u128 - u128::from(block.is_first))
+        };
         Device {
             stage: stage + 1,
             blocks: count,
@@ -701,7 +702,7 @@ impl Outline {
                 shared_gradients: ring(shared * bytes, replicas),
                 expert_gradients: ring(of_experts * bytes, data),
                 tensor: sums * ring(stream, tensor),
-                pipeline: (to_next + streams(first)) * stream,
+                pipeline: (streams(first + count) + streams(first)) * stream,
             },
         }
     }
@@ -728,9 +729,9 @@ impl Plan {
             ),
             format!(
                 "parameters   {}, {} of them in experts; a token meets {}",
-                short(self.parameters, 1000, ["", " K", " M", " B", " T", " P"]),
-                short(self.expert_parameters, 1000, ["", " K", " M", " B", " T", " P"]),
-                short(self.active_parameters, 1000, ["", " K", " M", " B", " T", " P"]),
+                numbers(self.parameters),
+                numbers(self.expert_parameters),
+                numbers(self.active_parameters),
             ),
             format!(
                 "a step       {batch} sequences of {sequence}, {} tokens, {}",
@@ -772,6 +773,10 @@ impl Plan {
         }));
         lines.join("\n")
     }
+}
+
+fn numbers(numbers: u128) -> String {
+    short(numbers, 1000, ["", " K", " M", " B", " T", " P"])
 }
 
 fn bytes(bytes: u128) -> String {
@@ -929,8 +934,8 @@ mod tests {
                 shared_gradients: 2 * 148,
                 // 48 bytes of a stream: of two blocks forward and backward, two parts each, and of the table
                 tensor: 48 * 9,
-                // to the decoder: tokens, and what was read
-                pipeline: 48 * 2,
+                // what was read, to the decoder
+                pipeline: 48,
                 ..Sent::default()
             },
         };
@@ -943,7 +948,7 @@ mod tests {
             optimizer: 12 * 125,
             activations: 2 * 6 * (2 * (8 + 11) + 8 + 6 + 5),
             operations: 6 * 12 * products[1] / 4,
-            sent: Sent { shared_gradients: 2 * 125, tensor: 48 * 8, pipeline: 48 * 2, ..Sent::default() },
+            sent: Sent { shared_gradients: 2 * 125, tensor: 48 * 8, pipeline: 48, ..Sent::default() },
         };
         assert_eq!(plan.stages, [encoder, decoder]);
     }
@@ -1012,7 +1017,7 @@ mod tests {
 
         let experts = Experts { count: EXPERTS, top_k: 2, router_bias: false, norm: 0 };
         let block = Block {
-            attentions: 0,
+            attentions: 1,
             norms: 0,
             d_ff: 4,
             projections: 2,

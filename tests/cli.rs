@@ -414,3 +414,37 @@ fn segment_says_what_is_wrong() {
     let vit = [query, "--prompt", "mask.png", "--mask", "mask.png", "--model", other.to_str().unwrap()];
     fails(&vit, 1, "vit cannot segment pictures as an example shows it");
 }
+
+/// 512 tokens a device, of which each goes to 80 experts, 1024 numbers of 2 bytes, there and back, in 48 blocks.
+#[test]
+fn a_plan_tells_memory_operations_and_bytes() {
+    let plan = |layout: &[&str]| {
+        let mut command = volary();
+        command
+            .args(["plan", "M6-10T", "--batch", "512", "--sequence", "512", "--dtype", "bf16"])
+            .args(layout);
+        command
+    };
+    let told: Value = serde_json::from_str(&stdout(plan(&["--expert", "512"]).arg("--json"))).unwrap();
+    let told = &told[0];
+    assert_eq!(
+        (told["devices"].as_u64(), told["parameters"].as_u64()),
+        (Some(512), Some(10_050_928_508_928))
+    );
+    let sent = &told["fullest"]["sent"];
+    assert_eq!(sent["to_experts"].as_u64(), Some(2 * 512 * 80 * 1024 * 2 / 512 * 511 * 48));
+    assert_eq!(sent["to_experts"], sent["to_experts_backward"]);
+    let table = stdout(&mut plan(&["--expert", "512", "--pipeline", "4"]));
+    assert!(table.contains("2048: data 1 x expert 512 x tensor 1 x pipeline 4"), "{table}");
+    assert!(table.contains("memory in all") && table.contains("of 4, the fullest"), "{table}");
+
+    let refused = plan(&["--expert", "3", "--tensor", "0", "--pipeline", "49"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(2));
+    let told = String::from_utf8_lossy(&refused.stderr);
+    for problem in ["--expert 3 does not divide", "--tensor 0:", "--pipeline 49: the model has 48 blocks"] {
+        assert!(told.contains(problem), "{told}");
+    }
+    let unknown =
+        volary().args(["plan", "volary/emoji-clip", "--batch", "1", "--sequence", "1"]).output().unwrap();
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("no plans for clip"));
+}

@@ -15,7 +15,9 @@ use volary::recipe::contrastive::{Job, Outcome, Recipe, train};
 use volary::recipe::data::{Dataset, Gallery, Style};
 use volary::recipe::descent::Descent;
 use volary::recipe::drawing;
+use volary::recipe::load::Load;
 use volary::recipe::mim;
+use volary::recipe::moe_chars::{self, Router, Texts, Twin};
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::run::TrainError;
 use volary::recipe::segmentation;
@@ -474,4 +476,51 @@ fn a_seed_s_weights_are_its_own() {
             assert!(drawn.join().unwrap().iter().all(|drawn| drawn == alone));
         }
     });
+}
+
+/// Both twins go on where they were stopped, with what their experts got so far.
+#[test]
+fn twins_resume_at_any_step() {
+    let shape = moe_chars::Shape {
+        n_layers: 2,
+        d_model: 8,
+        n_heads: 2,
+        d_ff: 8,
+        n_experts: 4,
+        router: Router::Switch,
+    };
+    let recipe =
+        moe_chars::Recipe { shape, steps: 4, batch: 5, seq: 12, checkpoint_every: 2, ..Default::default() };
+    let (texts, device) = (Texts::embedded(), Device::flex());
+    let run = |recipe: &moe_chars::Recipe, twin, folder: &Path, until| {
+        moe_chars::train(recipe, twin, &texts, folder, until, &device)
+    };
+    for twin in Twin::ALL {
+        let unbroken = tempfile::tempdir().unwrap();
+        let expected = run(&recipe, twin, unbroken.path(), 4).unwrap();
+        for stop in [1, 2, 3] {
+            let broken = tempfile::tempdir().unwrap();
+            let before = run(&recipe, twin, broken.path(), stop).unwrap();
+            let resumed = run(&recipe, twin, broken.path(), 4).unwrap();
+            assert_eq!(resumed.losses.len(), 4);
+            assert_eq!(resumed.loads.steps(), expected.loads.steps());
+            assert!(resumed.loads.csv().starts_with(&before.loads.csv()));
+            for (a, b) in resumed.losses.iter().zip(&expected.losses) {
+                assert!((a - b).abs() < 1e-4, "{:?} {:?}", resumed.losses, expected.losses);
+            }
+        }
+        let drawn = std::fs::read_to_string(unbroken.path().join("load.svg"));
+        match twin {
+            Twin::Dense => assert!(expected.loads.steps() == 0 && drawn.is_err()),
+            Twin::Experts => {
+                // 60 bytes of a step, in each of two layers
+                let choices = |load: &Load| load.experts.iter().sum::<usize>() + load.dropped;
+                let newest: Vec<usize> = expected.loads.newest(1).iter().map(choices).collect();
+                assert_eq!((expected.loads.steps(), newest), (4, vec![60, 60]));
+                assert!(drawn.unwrap().contains("layer 1"));
+            }
+        }
+        let other = moe_chars::Recipe { seed: 2, ..recipe.clone() };
+        assert!(matches!(run(&other, twin, unbroken.path(), 4), Err(TrainError::OtherRun { .. })));
+    }
 }

@@ -9,32 +9,44 @@ use volary::registry::preset;
 
 use super::{Shared, Usage, say, say_json};
 
+/// What the numbers mean, for `--help`.
+const MEANING: &str = "\
+There are D x E x T x P devices. What is no expert has D x E copies, an expert has D. Each of D x E replicas has
+n = B x S / (D x E) tokens; every matrix of a replica is divided among T devices, and its blocks among P stages.
+
+memory       weights and gradients of the dtype, Adam's states in f32 (8 or, of half precision, 12 bytes a weight),
+             activations of n tokens, all that the backward pass reads, without recomputation
+operations   6 for each product of a weight with a token, and of queries, keys and values: forward and backward
+to experts   2 n k d w (E-1)/E bytes of a block with experts whose loads are even: k choices, width d, w bytes of a number;
+             as many backward
+gradients    rings: 2 (r-1)/r of their bytes, r = D x E, of experts D
+tensor       rings over T: n d w of each attention and MLP, n k d w of experts, forward and backward
+stages       n d w to the next, and back; inside a decoder twice as much
+
+All formulas: the documentation of volary::plan.";
+
 /// Arguments of `plan`.
-///
-/// There are data x expert x tensor x pipeline devices. Each of data x expert replicas has an equal part of the batch; a
-/// block's experts are dealt out to the devices of a group, every matrix of a replica to tensor devices, and blocks to stages.
-/// Loads are taken as even; activations are kept without recomputation; the optimizer is Adam with states in f32. The formulas are
-/// in the documentation of `volary::plan`.
 #[derive(Args)]
+#[command(after_help = MEANING)]
 pub struct Arguments {
     /// A preset, or a folder with a configuration: LLaMA's shape, T5, Mixtral, Switch Transformers; of presets also M6 and CPM-2-MoE.
     name: String,
-    /// Groups that have all experts.
+    /// D: groups that have all experts.
     #[arg(long, default_value_t = 1)]
     data: u64,
-    /// Devices that share every matrix.
+    /// T: devices that share every matrix.
     #[arg(long, default_value_t = 1)]
     tensor: u64,
-    /// Devices that the experts of a block are dealt out to.
+    /// E: devices that the experts of a block are dealt out to.
     #[arg(long, default_value_t = 1)]
     expert: u64,
-    /// Stages that the blocks are dealt out to.
+    /// P: stages that the blocks are dealt out to.
     #[arg(long, default_value_t = 1)]
     pipeline: u64,
-    /// Sequences of a step, on all devices.
+    /// B: sequences of a step, on all devices.
     #[arg(long)]
     batch: u64,
-    /// Tokens of each; an encoder reads and a decoder writes as many.
+    /// S: tokens of each; an encoder reads and a decoder writes as many.
     #[arg(long)]
     sequence: u64,
 }

@@ -421,7 +421,9 @@ pub fn train(
         let rate = learning_rate(recipe.learning_rate, step, (recipe.steps / 20).max(1), recipe.steps);
         state.model = state.optimizer.step(rate, state.model, gradients);
         state.losses.push(seen.iter().map(|seen| seen.entropy).sum());
-        loads.see(sum(seen.into_iter().map(|seen| seen.loads)));
+        if twin == Twin::Experts {
+            loads.see(sum(seen.into_iter().map(|seen| seen.loads)));
+        }
         let told = format!("{}: loss {:.3}", twin.name(), mean_of_last(&state.losses, SHOWN));
         bar.inc(1);
         bar.set_message(match twin {
