@@ -257,19 +257,15 @@ fn moe_chars(arguments: MoeChars, shared: &Shared) -> Result<()> {
         problems => return Err(Usage(problems.join("; ")).into()),
     }
     let (device, texts) = (shared.device()?, moe_chars::Texts::embedded());
-    let (mut losses, mut scores) = (Vec::new(), Vec::new());
+    let (mut told, mut losses, mut scores) = (Vec::new(), Vec::new(), Vec::new());
     for twin in Twin::ALL {
         let folder = out.join(twin.name());
         let until = until.unwrap_or(steps);
         let outcome = moe_chars::train(&recipe, twin, &texts, &folder, until, &device)?;
-        say(format!(
-            "{}: {} parameters, {} products for each token of a forward pass",
-            twin.name(),
-            outcome.model.num_params(),
-            recipe.shape.products(recipe.seq),
-        ))?;
+        let (parameters, products) = (outcome.model.num_params(), recipe.shape.products(recipe.seq));
+        told.push(format!("{}: {parameters} parameters, {products} products for each byte", twin.name()));
         if twin == Twin::Experts {
-            say(outcome.loads.told(steps.div_ceil(10)))?;
+            told.push(outcome.loads.told(steps.div_ceil(10)));
         }
         scores.push(moe_chars::evaluate(&outcome.model, &texts, recipe.seq, &device));
         losses.push(outcome.losses);
@@ -283,7 +279,8 @@ fn moe_chars(arguments: MoeChars, shared: &Shared) -> Result<()> {
     if shared.json {
         return say_json(&scores);
     }
-    say(moe_chars::table(&scores[0], &scores[1]).trim_end())
+    told.extend([moe_chars::table(&scores[0], &scores[1]), moe_chars::specialists(&scores[1])]);
+    say(told.join("\n").trim_end())
 }
 
 /// Of the pictures that a trained model is asked about.

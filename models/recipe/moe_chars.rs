@@ -131,6 +131,8 @@ pub struct Shape {
 
 /// Every byte.
 const BYTES: usize = 256;
+/// The largest number of experts.
+const MOST: usize = 4096;
 const ACTIVATION: Activation = Activation::Gelu;
 
 impl Shape {
@@ -149,6 +151,7 @@ impl Shape {
                 n_experts >= top_k.max(2) && n_experts.is_multiple_of(2),
                 format!("an even number of experts, not {n_experts}"),
             ),
+            (n_experts <= MOST, format!("at most {MOST} experts")),
         ];
         rules.into_iter().filter(|(holds, _)| !holds).map(|(_, rule)| rule).collect()
     }
@@ -497,6 +500,17 @@ pub fn table(dense: &[Score], experts: &[Score]) -> String {
             experts.bits,
             100.0 * (1.0 - experts.bits / dense.bits),
         );
+    }
+    lines
+}
+
+/// Which part of each kind of text each expert of the last block got, as lines of text in percent.
+pub fn specialists(scores: &[Score]) -> String {
+    let mut lines = format!("{:<8} percent of the choices of each expert, last block\n", "held out");
+    for Score { kind, shares, .. } in scores {
+        let Some(shares) = shares.last() else { continue };
+        let shares: String = shares.iter().map(|share| format!("{:>5.0}", 100.0 * share)).collect();
+        lines += &format!("{kind:<8}{shares}\n");
     }
     lines
 }
