@@ -81,7 +81,7 @@ fn silu<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 fn tanh<const FMA: bool>(x: f32) -> f32 {
     const NEAR: f32 = 0.55;
-    const MORE: [f32; 5] = [-0.333_333_18, 0.133_326_02, -0.053_853_855, 0.021_077_753, -0.006_282_467];
+    const MORE: [f32; 5] = [-0.333_333_2, 0.133_326_02, -0.053_853_855, 0.021_077_753, -0.006_282_467];
 
     let size = x.abs();
     let square = x * x;
