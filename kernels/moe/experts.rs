@@ -123,6 +123,14 @@ impl GatedExpertMlp {
 }
 
 impl Experts {
+    /// How many there are.
+    pub fn n_experts(&self) -> usize {
+        match self {
+            Experts::Plain(experts) => experts.up.weight.lazy_shape()[0],
+            Experts::Gated(experts) => experts.up.weight.lazy_shape()[0],
+        }
+    }
+
     /// `[rows, d_model] -> [rows, d_model]`, each through its expert.
     ///
     /// # Panics

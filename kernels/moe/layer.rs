@@ -28,7 +28,7 @@ pub struct Moe {
     /// Where they go.
     pub experts: Experts,
     #[module(skip)]
-    activation: Activation,
+    pub(super) activation: Activation,
 }
 
 impl MoeConfig {

@@ -11,6 +11,8 @@ mod experts;
 pub mod gate;
 mod layer;
 mod noise;
+#[cfg(feature = "parallel")]
+pub mod parallel;
 mod routing;
 mod shadow;
 

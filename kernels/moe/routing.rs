@@ -84,14 +84,24 @@ impl Choices {
     /// are served.
     pub(super) fn prune(&mut self, capacity: usize, group: usize) {
         for group in self.ids.chunks_mut(group.max(1)) {
-            let mut room = vec![capacity; self.n_experts];
-            for choice in group {
-                if let Some(expert) = *choice {
-                    match room[expert].checked_sub(1) {
-                        Some(less) => room[expert] = less,
-                        None => *choice = None,
-                    }
-                }
+            serve(group, vec![capacity; self.n_experts]);
+        }
+    }
+
+    /// Drops choices of experts that have no room left: those that come first are served.
+    #[cfg(feature = "parallel")]
+    pub(super) fn fit(&mut self, room: Vec<usize>) {
+        serve(&mut self.ids, room);
+    }
+}
+
+/// Drops choices of experts that have no room left.
+fn serve(choices: &mut [Option<usize>], mut room: Vec<usize>) {
+    for choice in choices {
+        if let Some(expert) = *choice {
+            match room[expert].checked_sub(1) {
+                Some(less) => room[expert] = less,
+                None => *choice = None,
             }
         }
     }

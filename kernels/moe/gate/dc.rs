@@ -41,10 +41,33 @@ impl DcGate {
         let [tokens, n_experts] = logits.dims();
         assert!(n_experts >= 2, "there are two experts to choose");
         let (mut experts, weights, loss) = best_two(logits, self.n_workers);
-        let resident = tokens.div_ceil(self.n_workers);
-        experts.prune((of_phase(self.rates, phase) * resident as f64).ceil() as usize, 2 * tokens);
+        experts.prune(self.capacity(tokens, phase), 2 * tokens);
         drop_by_chance(&mut experts, &weights, noise);
         Routing::new(experts, weights, Some(loss))
+    }
+
+    /// As [`DcGate::route`], of the tokens of one worker.
+    ///
+    /// - `others`: of how many choices each expert has here, to how many it has at the workers before, and at all
+    #[cfg(feature = "parallel")]
+    pub(in crate::moe) fn route_own(
+        &self,
+        x: Tensor<2>,
+        phase: Phase,
+        noise: &mut Noise,
+        others: impl FnOnce(&[usize]) -> (Vec<usize>, Vec<usize>),
+    ) -> Routing {
+        let (mut experts, weights, loss) = best_two(self.gate.forward(x), self.n_workers);
+        let (before, all) = others(&experts.load());
+        let capacity = self.capacity(all.into_iter().sum::<usize>() / 2, phase);
+        experts.fit(before.into_iter().map(|taken| capacity.saturating_sub(taken)).collect());
+        drop_by_chance(&mut experts, &weights, noise);
+        Routing::new(experts, weights, Some(loss))
+    }
+
+    /// How many choices an expert takes, of so many tokens of all workers.
+    fn capacity(&self, tokens: usize, phase: Phase) -> usize {
+        (of_phase(self.rates, phase) * tokens.div_ceil(self.n_workers) as f64).ceil() as usize
     }
 }
 

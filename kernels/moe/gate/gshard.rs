@@ -75,10 +75,22 @@ impl GShardGate {
     /// # Panics
     /// If there are fewer than two experts; as [`GShardGate::route`].
     pub fn choose(&self, logits: Tensor<2>, phase: Phase, noise: &mut Noise) -> Routing {
-        let [tokens, n_experts] = logits.dims();
+        let [tokens, _] = logits.dims();
+        self.limit(logits, tokens.div_ceil(self.n_workers), phase, noise)
+    }
+
+    /// As [`GShardGate::route`], of the tokens of one worker: capacity and loss are of these.
+    #[cfg(feature = "parallel")]
+    pub(in crate::moe) fn route_own(&self, x: Tensor<2>, phase: Phase, noise: &mut Noise) -> Routing {
+        let [tokens, _] = x.dims();
+        self.limit(self.gate.forward(x), tokens, phase, noise)
+    }
+
+    /// Of logits `[tokens, n_experts]`, of which a worker has `resident`.
+    fn limit(&self, logits: Tensor<2>, resident: usize, phase: Phase, noise: &mut Noise) -> Routing {
+        let [_, n_experts] = logits.dims();
         assert!(n_experts >= 2, "there are two experts to choose");
         let (mut experts, weights, loss) = best_two(logits, self.n_workers);
-        let resident = tokens.div_ceil(self.n_workers);
         let capacity = (of_phase(self.rates, phase) * resident as f64).ceil() as usize * 2 / n_experts;
         experts.prune(capacity, 2 * resident);
         drop_by_chance(&mut experts, &weights, noise);

@@ -1,0 +1,92 @@
+use std::ops::Range;
+
+use burn::tensor::TensorData;
+
+use super::Ranks;
+use crate::ops::moe::Dispatch;
+
+/// Where the rows of a layer's tokens travel: those of one chunk after the other, in each the rows for one rank after the
+/// other, and of these the rows of one expert after the other.
+#[derive(Debug)]
+pub(super) struct Journey {
+    ranks: Ranks,
+    pub chunks: Vec<Chunk>,
+}
+
+/// The rows of some tokens, and those of other ranks that come here meanwhile.
+#[derive(Debug)]
+pub(super) struct Chunk {
+    /// Rows of this rank's tokens.
+    rows: Range<usize>,
+    /// How many of them go to each rank.
+    send: Vec<usize>,
+    /// How many come here from each rank.
+    receive: Vec<usize>,
+    /// Those that come here, by this rank's experts.
+    pub dispatch: Dispatch,
+}
+
+impl Journey {
+    /// Tells all ranks how many rows they will get.
+    ///
+    /// - `dispatch`: of `chunks` times the experts of all ranks, those of a chunk side by side
+    pub fn new(dispatch: &Dispatch, chunks: usize, ranks: &Ranks) -> Self {
+        let (size, n_experts) = (ranks.size(), dispatch.n_experts() / chunks);
+        let n_local = n_experts / size;
+        let count = |chunk: usize, expert: usize| dispatch.segment(chunk * n_experts + expert).len();
+        // for each rank the numbers of its experts, chunk after chunk
+        let mut counts = Vec::with_capacity(chunks * n_experts);
+        for rank in 0..size {
+            for chunk in 0..chunks {
+                counts.extend((0..n_local).map(|local| count(chunk, rank * n_local + local)));
+            }
+        }
+        let coming = ranks.all_to_all(&counts); // [size, chunks, n_local]
+        let chunk = |chunk: usize| {
+            let of_rank = |counts: &[usize], rank: usize| {
+                let begin = (rank * chunks + chunk) * n_local;
+                counts[begin..begin + n_local].to_vec()
+            };
+            let sums = |counts: &[usize]| {
+                (0..size).map(|rank| of_rank(counts, rank).iter().sum()).collect::<Vec<usize>>()
+            };
+            let experts = (0..size).flat_map(|rank| {
+                let each = of_rank(&coming, rank).into_iter().enumerate();
+                each.flat_map(|(expert, count)| std::iter::repeat_n(Some(expert), count)).collect::<Vec<_>>()
+            });
+            Chunk {
+                rows: dispatch.segment(chunk * n_experts).start..dispatch.segment((chunk + 1) * n_experts - 1).end,
+                send: sums(&counts),
+                receive: sums(&coming),
+                dispatch: Dispatch::new(&experts.collect::<Vec<_>>(), 1, n_local),
+            }
+        };
+        Self { ranks: ranks.clone(), chunks: (0..chunks).map(chunk).collect() }
+    }
+
+    /// Rows `[rows, width]` travel to where they belong, become what `work` makes of them there, and come back. While a
+    /// chunk is worked on, the next one travels.
+    ///
+    /// - `work`: the rows that came with a chunk, at least one, to as many; it is called for one chunk after the other
+    pub fn travel(&self, rows: TensorData, mut work: impl FnMut(usize, TensorData) -> TensorData) -> TensorData {
+        let (shape, dtype) = (rows.shape().clone(), rows.dtype());
+        let width = shape[1] * dtype.size();
+        let leave = |chunk: &Chunk| {
+            let bytes = &rows.as_bytes()[chunk.rows.start * width..chunk.rows.end * width];
+            self.ranks.rows(bytes.to_vec(), &chunk.send, &chunk.receive, width)
+        };
+        let (mut next, mut returning) = (self.chunks.first().map(leave), Vec::new());
+        for (at, chunk) in self.chunks.iter().enumerate() {
+            let Some(coming) = next.take() else { break };
+            let mut bytes = coming.wait();
+            next = self.chunks.get(at + 1).map(leave);
+            if !bytes.is_empty() {
+                let here = TensorData::from_bytes_vec(bytes, [chunk.dispatch.rows(), shape[1]], dtype);
+                bytes = work(at, here).as_bytes().to_vec();
+            }
+            returning.push(self.ranks.rows(bytes, &chunk.receive, &chunk.send, width));
+        }
+        let bytes = returning.into_iter().flat_map(|pending| pending.wait()).collect();
+        TensorData::from_bytes_vec(bytes, shape, dtype)
+    }
+}

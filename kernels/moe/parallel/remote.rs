@@ -1,0 +1,239 @@
+//! Experts of other ranks as one operation of Burn's autodiff.
+//!
+//! Each rank computes the rows that come to it in a graph of its own, which begins at these rows and at its experts and ends
+//! where they leave again. In the model's graph all this is one node, whose parents are the rows that leave and this rank's
+//! experts; its backward pass sends gradients where the rows went, runs the graphs there, and brings back what comes out.
+//! So the model's graph has the same form on every rank, whatever the load, and ranks meet in the same order.
+
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::{
+    BalancedCheckpointing, CheckpointStrategy, NoCheckpointing,
+};
+use burn::backend::autodiff::grads::Gradients as Nodes;
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Gradients, Tensor, TensorData};
+
+use super::journey::Journey;
+use crate::moe::Experts;
+use crate::ops::Activation;
+use crate::ops::moe::{Dispatch, combine, permute};
+
+/// `[rows, d_model] -> [rows, d_model]`, each through its expert, wherever that is.
+///
+/// - `experts`: those of this rank
+///
+/// # Panics
+/// If rows and experts are on different devices, gradients are wanted anywhere but on the CPU, or another rank has ended.
+pub(super) fn remote(
+    rows: Tensor<2>,
+    experts: &Experts,
+    activation: Activation,
+    journey: Journey,
+) -> Tensor<2> {
+    let device = rows.device();
+    let mut own = Own { is_tracked: rows.is_tracked(), device: &device };
+    experts.visit(&mut own);
+    if !own.is_tracked {
+        let out = journey.travel(rows.into_data(), |at, here| {
+            locally(tensor(here, &device), experts, activation, &journey.chunks[at].dispatch).into_data()
+        });
+        return tensor(out, &device);
+    }
+    match rows.clone().try_into_primitive::<Autodiff<Flex, NoCheckpointing>>() {
+        Ok(_) => record::<NoCheckpointing>(rows, experts, activation, journey),
+        Err(_) => record::<BalancedCheckpointing>(rows, experts, activation, journey),
+    }
+}
+
+/// Whether gradients are wanted.
+struct Own<'a> {
+    is_tracked: bool,
+    device: &'a Device,
+}
+
+impl ModuleVisitor for Own<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val();
+        assert_eq!(value.device(), *self.device, "where experts (left) and rows are");
+        self.is_tracked |= value.is_tracked();
+    }
+}
+
+/// Rows that came together, each through its expert.
+fn locally(rows: Tensor<2>, experts: &Experts, activation: Activation, dispatch: &Dispatch) -> Tensor<2> {
+    let ones = Tensor::ones([dispatch.rows(), 1], (&rows.device(), rows.dtype()));
+    let sorted = permute(rows, dispatch);
+    combine(experts.forward(sorted, activation, dispatch), ones, dispatch)
+}
+
+/// The forward pass, and its node in the model's graph.
+fn record<C: CheckpointStrategy>(
+    rows: Tensor<2>,
+    experts: &Experts,
+    activation: Activation,
+    journey: Journey,
+) -> Tensor<2>
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    let device = rows.device();
+    let mut parents = Parents::<C> { nodes: Vec::with_capacity(PARENTS), checkpointing: PhantomData };
+    parents.add(rows.clone());
+    experts.visit(&mut parents);
+    parents.nodes.resize_with(PARENTS, || node::<1, C>(Tensor::zeros([1], &device)));
+    let nodes = <[NodeGuard; PARENTS]>::try_from(parents.nodes).expect("experts have at most three projections");
+
+    let leaves = experts.clone().map(&mut Leaves);
+    let graphs: Mutex<Vec<Option<Graph>>> = Mutex::new(journey.chunks.iter().map(|_| None).collect());
+    let out = journey.travel(rows.inner().into_data(), |at, here| {
+        let here = tensor(here, &device).require_grad();
+        let out = locally(here.clone(), &leaves, activation, &journey.chunks[at].dispatch);
+        graphs.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(Graph { here, out: out.clone() });
+        out.into_data()
+    });
+    let out = primitive(tensor(out, &device.clone().inner()));
+    let tape = Tape { journey: Arc::new(journey), experts: leaves, graphs: Arc::new(graphs), device };
+    let out = match Remote.prepare::<C>(nodes).compute_bound().stateful() {
+        OpsKind::Tracked(node) => node.finish(tape, out),
+        OpsKind::UnTracked(node) => node.finish(out),
+    };
+    Tensor::from_primitive::<Autodiff<Flex, C>>(out)
+}
+
+/// The rows, and weight and bias of three projections.
+const PARENTS: usize = 7;
+
+/// What the node's gradient goes on to.
+struct Parents<C> {
+    nodes: Vec<NodeGuard>,
+    checkpointing: PhantomData<C>,
+}
+
+impl<C: CheckpointStrategy> Parents<C>
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    fn add<const D: usize>(&mut self, tensor: Tensor<D>) {
+        self.nodes.push(node::<D, C>(tensor));
+    }
+}
+
+impl<C: CheckpointStrategy> ModuleVisitor for Parents<C>
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.add(param.val());
+    }
+}
+
+fn node<const D: usize, C: CheckpointStrategy>(tensor: Tensor<D>) -> NodeGuard
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    let tensor = tensor.try_into_primitive::<Autodiff<Flex, C>>();
+    tensor.expect("gradients of experts of other ranks are computed on the CPU").node()
+}
+
+/// Where the graph of this rank's experts begins.
+struct Leaves;
+
+impl ModuleMapper for Leaves {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| {
+            let is_tracked = value.is_tracked();
+            value.detach().set_require_grad(is_tracked)
+        })
+    }
+}
+
+/// What the backward pass needs.
+#[derive(Clone, Debug)]
+struct Tape {
+    journey: Arc<Journey>,
+    experts: Experts,
+    /// Of the chunks that had rows.
+    graphs: Arc<Mutex<Vec<Option<Graph>>>>,
+    device: Device,
+}
+
+/// What came here with a chunk, and what left again.
+#[derive(Debug)]
+struct Graph {
+    here: Tensor<2>,
+    out: Tensor<2>,
+}
+
+#[derive(Debug)]
+struct Remote;
+
+impl Backward<Flex, PARENTS> for Remote {
+    type State = Tape;
+
+    fn backward(self, ops: Ops<Tape, PARENTS>, nodes: &mut Nodes, _: &mut Checkpointer) {
+        let Tape { journey, experts, graphs, device } = ops.state;
+        let mut sums = Sums { gradients: None, sums: Vec::new(), at: 0 };
+        let gradient = Tensor::<2>::from_primitive::<Flex>(nodes.consume::<Flex>(&ops.node));
+        let gradient = journey.travel(gradient.into_data(), |at, gradient| {
+            let graph = graphs.lock().unwrap_or_else(PoisonError::into_inner)[at].take();
+            let Graph { here, out } = graph.expect("rows came with this chunk, and it is gone back through once");
+            let gradients = (out * tensor(gradient, &device)).sum().backward();
+            let of_rows = here.grad(&gradients).expect("the graph begins at these rows");
+            sums.add(&experts, Some(gradients));
+            of_rows.into_data()
+        });
+        if sums.sums.is_empty() {
+            sums.add(&experts, None);
+        }
+        let of_rows = primitive(tensor(gradient, &device.inner()));
+        for (parent, gradient) in ops.parents.into_iter().zip(std::iter::once(of_rows).chain(sums.sums)) {
+            if let Some(parent) = parent {
+                nodes.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+/// The gradients of experts, summed over chunks, in the order of their parameters.
+struct Sums {
+    /// Of a chunk, if it had rows.
+    gradients: Option<Gradients>,
+    sums: Vec<FloatTensor<Flex>>,
+    at: usize,
+}
+
+impl Sums {
+    fn add(&mut self, experts: &Experts, gradients: Option<Gradients>) {
+        (self.gradients, self.at) = (gradients, 0);
+        experts.visit(self);
+    }
+}
+
+impl ModuleVisitor for Sums {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let value = param.val();
+        let gradient = self.gradients.as_ref().and_then(|gradients| value.grad(gradients));
+        let gradient = primitive(gradient.unwrap_or_else(|| value.inner().zeros_like()));
+        match self.sums.get_mut(self.at) {
+            Some(sum) => *sum = Flex::float_add(sum.clone(), gradient),
+            None => self.sums.push(gradient),
+        }
+        self.at += 1;
+    }
+}
+
+fn primitive<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Flex> {
+    tensor.try_into_primitive::<Flex>().expect("gradients of experts of other ranks are computed on the CPU")
+}
+
+fn tensor(data: TensorData, device: &Device) -> Tensor<2> {
+    let dtype = data.dtype();
+    Tensor::from_data(data, (device, dtype))
+}
