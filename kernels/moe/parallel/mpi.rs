@@ -126,13 +126,17 @@ impl Collectives for Processes {
         self.size
     }
 
-    fn exchange(&self, bytes: Vec<u8>, send: &[usize], receive: &[usize]) -> Pending {
-        let mut received = vec![0; receive.iter().sum()];
+    fn exchange(&self, mut bytes: Vec<u8>, send: &[usize], receive: &[usize]) -> Pending {
+        let length: usize = receive.iter().sum();
         let ((send, from), (receive, to)) = (parts(send), parts(receive));
         let answer = self.ask(move |group| {
+            // without bytes a vector points to 1, by which Open MPI means something else
+            bytes.push(0);
+            let mut received = vec![0; length + 1];
             let bytes = Partition::new(bytes.as_slice(), send, from);
             let mut parts = PartitionMut::new(received.as_mut_slice(), receive, to);
             group.all_to_all_varcount_into(&bytes, &mut parts);
+            received.truncate(length);
             received
         });
         Pending::new(move || answer.recv().expect(LEFT))

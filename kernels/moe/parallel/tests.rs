@@ -118,18 +118,32 @@ fn read(module: &impl Module, gradients: &Gradients) -> Vec<Vec<f64>> {
 
 /// The layer on ranks that are threads.
 fn spread(case: &Case, ranks: &Ranks) -> Outcome {
+    spread_with(case, ranks, Losses::Both)
+}
+
+/// What gradients are of.
+#[derive(PartialEq)]
+enum Losses {
+    /// The output alone.
+    Output,
+    /// The output, and the loss of the gate.
+    Both,
+}
+
+fn spread_with(case: &Case, ranks: &Ranks, losses: Losses) -> Outcome {
     let rank = ranks.rank();
     let layer = ParallelMoe::share_of(&case.layer(ranks.size()), ranks).with_chunks(case.chunks).train();
     let device = Device::flex().autodiff();
     let x = case.x(rank, &device).require_grad();
     let (y, routing) = layer.forward(x.clone(), case.phase, &mut case.noise(rank));
     let loss = (y.clone() * case.projection(rank, &device)).sum();
-    let loss = routing.aux_loss.clone().map_or(loss.clone(), |aux| loss + aux);
+    let aux_loss = routing.aux_loss.filter(|_| losses == Losses::Both);
+    let loss = aux_loss.clone().map_or(loss.clone(), |aux| loss + aux);
     let mut gradients = loss.backward();
     Groups::new(ranks, ranks.size()).reduce(&layer, &mut gradients);
     Outcome {
         y: floats(y),
-        aux_loss: routing.aux_loss.map(|loss| loss.into_scalar()),
+        aux_loss: aux_loss.map(|loss| loss.into_scalar()),
         load: routing.load,
         of_x: floats(x.grad(&gradients).unwrap()),
         of_gate: read(&layer.gate, &gradients),
@@ -158,10 +172,7 @@ fn whole(case: &Case) -> Vec<Outcome> {
         sum = routing.aux_loss.clone().map_or(sum.clone(), |aux| sum + aux);
         outputs.push((x, Some((y, routing))));
     }
-    let gradients = match sum.is_tracked() {
-        true => sum.backward(),
-        false => return Vec::new(), // no rank has a token
-    };
+    let gradients = sum.backward();
     let (of_gate, of_experts) = (read(&layer.gate, &gradients), read(&layer.experts, &gradients));
     let outcome = |(x, output): (Tensor<2>, Option<(Tensor<2>, crate::moe::Routing)>)| {
         let (y, routing) = output.unzip();
@@ -230,4 +241,241 @@ fn ranks_together_are_the_layer() {
         let found = threads::run(case.tokens.len(), |ranks| spread(&case, &ranks));
         assert_same(&found, &whole(&case), &case);
     }
+}
+
+/// The layer in one piece, whose gate is of as many workers as there are ranks: all tokens go through it at once.
+fn whole_of_workers(case: &Case) -> Vec<Outcome> {
+    let size = case.tokens.len();
+    let layer = case.layer(size).train();
+    let device = Device::flex().autodiff();
+    let of_ranks = |part: &dyn Fn(usize) -> Tensor<2>| Tensor::cat((0..size).map(part).collect(), 0);
+    let x = of_ranks(&|rank| case.x(rank, &device)).require_grad();
+    let drawn = of_ranks(&|rank| case.noise(rank).uniform([case.tokens[rank], 1], &device));
+    let (y, routing) = layer.forward(x.clone(), case.phase, &mut Noise::Given(drawn));
+    let gradients = (y.clone() * of_ranks(&|rank| case.projection(rank, &device))).sum().backward();
+    let (y, of_x) = (floats(y), floats(x.grad(&gradients).unwrap()));
+    let (of_gate, of_experts) = (read(&layer.gate, &gradients), read(&layer.experts, &gradients));
+    let outcome = |rank: usize| {
+        let first: usize = case.tokens[..rank].iter().sum();
+        let (tokens, top_k) = (first..first + case.tokens[rank], routing.experts.top_k);
+        let own = crate::moe::Choices {
+            ids: routing.experts.ids[tokens.start * top_k..tokens.end * top_k].to_vec(),
+            ..routing.experts.clone()
+        };
+        Outcome {
+            y: y[tokens.start * WIDTH..tokens.end * WIDTH].to_vec(),
+            aux_loss: None,
+            load: own.load(),
+            of_x: of_x[tokens.start * WIDTH..tokens.end * WIDTH].to_vec(),
+            of_gate: of_gate.clone(),
+            of_experts: of_experts.clone(),
+        }
+    };
+    (0..size).map(outcome).collect()
+}
+
+/// Gates that know of workers choose as those of one process that has the tokens of all of them. The losses are of the tokens
+/// of each rank, and left out here.
+#[test]
+fn ranks_are_workers() {
+    let tokens: [&[usize]; 5] = [&[5], &[8, 8], &[6, 6, 6], &[4, 4, 4, 4], &[3, 0, 7]];
+    for tokens in tokens {
+        for (seed, kind) in [(1, Kind::GShard), (2, Kind::Dc), (3, Kind::Swipe), (4, Kind::Dc), (6, Kind::Swipe)] {
+            let is_even = tokens.iter().all(|count| *count == tokens[0]);
+            if kind != Kind::Dc && !is_even {
+                continue;
+            }
+            let case = Case { tokens: tokens.to_vec(), n_local: 2, chunks: 2, phase: Phase::Train, seed, kind };
+            let found = threads::run(tokens.len(), |ranks| spread_with(&case, &ranks, Losses::Output));
+            assert_same(&found, &whole_of_workers(&case), &case);
+        }
+    }
+}
+
+/// As many bytes as the formulas say, on each rank and on all.
+#[test]
+fn what_is_sent_is_what_the_formula_says() {
+    for (at, tokens) in [vec![7], vec![5, 0], vec![3, 4, 11], vec![2, 3, 0, 9]].into_iter().enumerate() {
+        let kind = if at == 2 { Kind::Zero } else { Kind::Naive };
+        let case = Case { tokens, n_local: 2, chunks: at + 1, phase: Phase::Eval, seed: 9, kind };
+        let size = case.tokens.len();
+        let device = Device::flex().autodiff();
+        let ranks = threads::run(size, |ranks| {
+            let layer = ParallelMoe::share_of(&case.layer(size), &ranks).with_chunks(case.chunks).train();
+            let x = case.x(ranks.rank(), &device).require_grad();
+            let (y, routing) = layer.forward(x, case.phase, &mut Noise::Seeded(1));
+            let forward = ranks.sent();
+            y.sum().backward();
+            (forward, ranks.sent(), routing.load, layer.traffic(4))
+        });
+        let at = |rank: usize, owner: usize| -> u64 {
+            ranks[rank].2[owner * case.n_local..(owner + 1) * case.n_local].iter().sum::<usize>() as u64
+        };
+        let mut remote = 0;
+        for (rank, (forward, both, _, traffic)) in ranks.iter().enumerate() {
+            let others = (0..size).filter(|other| *other != rank);
+            let (out, back) = (others.clone().map(|other| at(rank, other)).sum(), others.map(|o| at(o, rank)).sum());
+            assert_eq!(*forward, traffic.forward(out, back), "rank {rank} of {case:?}");
+            assert_eq!(*both, traffic.forward(out, back) + traffic.backward(out, back), "rank {rank} of {case:?}");
+            remote += out;
+        }
+        let rows: u64 = ranks.iter().map(|(forward, ..)| forward.rows).sum();
+        assert_eq!(rows, 2 * remote * WIDTH as u64 * 4);
+    }
+    let traffic = LayerTraffic { size: 4, n_local: 8, chunks: 2, d_model: 512, value: 2 };
+    let expected = Traffic { counts: 192, rows: 307_200, ..Traffic::default() };
+    assert_eq!(traffic.forward(100, 200), expected);
+    assert_eq!(traffic.backward(100, 200), Traffic { counts: 0, ..expected });
+}
+
+/// Two layers after each other with what is the same on all ranks between them, on two sets of experts.
+#[derive(Module, Debug)]
+struct Model {
+    first: ParallelMoe,
+    between: crate::layers::Linear,
+    second: ParallelMoe,
+}
+
+#[test]
+fn data_and_experts_are_in_groups_of_their_own() {
+    let device = Device::flex().autodiff();
+    let whole = seeded(5, &Device::flex(), |device| {
+        let layer = || {
+            let gate = Gate::Naive(NaiveGate::new(WIDTH, 4, 2, device));
+            MoeConfig::new(4, WIDTH, 6).init(gate, Activation::Gelu, device)
+        };
+        (layer(), crate::layers::LinearConfig::new(WIDTH, WIDTH).init(device), layer())
+    });
+    let tokens = [3, 4, 0, 5];
+    let x = |rank: usize| noise::<2>([tokens[rank], WIDTH], rank as u64, &device);
+    let found = threads::run(4, |world| {
+        let groups = Groups::new(&world, 2);
+        assert_eq!([groups.experts.size(), groups.data.size()], [2, 2]);
+        assert_eq!([groups.experts.rank(), groups.data.rank()], [world.rank() % 2, world.rank() / 2]);
+        let part = |layer: &Moe| ParallelMoe::share_of(layer, &groups.experts).with_chunks(2);
+        let model = Model { first: part(&whole.0), between: whole.1.clone(), second: part(&whole.2) }.train();
+        let pass = |layer: &ParallelMoe, x: Tensor<2>| {
+            x.clone() + layer.forward(x, Phase::Train, &mut Noise::Seeded(1)).0
+        };
+        let y = pass(&model.second, model.between.forward(pass(&model.first, x(world.rank()))));
+        let mut gradients = y.square().sum().backward();
+        groups.reduce(&model, &mut gradients);
+        [read(&model.first, &gradients), read(&model.between, &gradients), read(&model.second, &gradients)]
+    });
+    let whole = whole.train();
+    let pass = |layer: &Moe, x: Tensor<2>| x.clone() + layer.forward(x, Phase::Train, &mut Noise::Seeded(1)).0;
+    let x = Tensor::cat((0..4).map(x).collect(), 0);
+    let y = pass(&whole.2, whole.1.forward(pass(&whole.0, x)));
+    let gradients = y.square().sum().backward();
+    let expected = [read(&whole.0, &gradients), read(&whole.1, &gradients), read(&whole.2, &gradients)];
+    for (rank, found) in found.iter().enumerate() {
+        for (part, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(expected) {
+                // experts are halves
+                let first = if found.len() < expected.len() { rank % 2 * found.len() } else { 0 };
+                let expected = &expected[first..first + found.len()];
+                let error = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(error <= 5e-5, "part {part} of rank {rank} differs by {error}");
+            }
+        }
+    }
+}
+
+/// Burn's other way to keep a graph, and half precision on the way.
+#[test]
+fn checkpointing_and_half_precision_work() {
+    let case = Case { tokens: vec![6, 3], n_local: 2, chunks: 2, phase: Phase::Eval, seed: 8, kind: Kind::Naive };
+    let gradient = |device: &Device, dtype: burn::tensor::DType| {
+        threads::run(2, |ranks| {
+            let layer = ParallelMoe::share_of(&case.layer(2), &ranks).with_chunks(2).fork(device);
+            let layer = layer.map(&mut Cast(dtype));
+            let x = case.x(ranks.rank(), device).cast(dtype).require_grad();
+            let (y, _) = layer.forward(x.clone(), case.phase, &mut Noise::Seeded(1));
+            let gradients = y.square().sum().backward();
+            (floats(x.grad(&gradients).unwrap()), ranks.sent().rows)
+        })
+    };
+    let device = Device::flex().autodiff();
+    let expected = gradient(&device, burn::tensor::DType::F32);
+    assert!(expected.iter().flat_map(|(of_x, _)| of_x).any(|value| value.abs() > 1e-3));
+    let kept = gradient(&device.clone().gradient_checkpointing(), burn::tensor::DType::F32);
+    assert_eq!(kept, expected);
+    for ((half, sent), (whole, all)) in gradient(&device, burn::tensor::DType::BF16).iter().zip(&expected) {
+        assert_eq!(2 * sent, *all);
+        for (half, whole) in half.iter().zip(whole) {
+            assert!((half - whole).abs() < 0.05, "{half} {whole}");
+        }
+    }
+}
+
+struct Cast(burn::tensor::DType);
+
+impl burn::module::ModuleMapper for Cast {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|value| value.detach().cast(self.0).require_grad())
+    }
+}
+
+#[test]
+fn ranks_tell_each_other() {
+    let device = Device::flex();
+    let found = threads::run(3, |ranks| {
+        let rank = ranks.rank();
+        let each = ranks.all_to_all(&[10 * rank, 10 * rank + 1, 10 * rank + 2]);
+        let sum = ranks.all_reduce(Tensor::<1>::from_data([rank as f32, 1.0], &device));
+        let given = ranks.broadcast(Tensor::<2>::full([2, 1], rank as f32, &device), 1);
+        let odd = ranks.split(rank % 2);
+        // the groups do different things
+        for _ in 0..rank % 2 {
+            odd.all_gather(&[rank]);
+        }
+        ranks.barrier();
+        (each, floats(sum), floats(given), odd.all_gather(&[rank]), ranks.sent())
+    });
+    for (rank, (each, sum, given, same, sent)) in found.into_iter().enumerate() {
+        assert_eq!(each, [rank, 10 + rank, 20 + rank]);
+        assert_eq!((sum, given), (vec![3.0, 3.0], vec![1.0, 1.0]));
+        assert_eq!(same, if rank == 1 { vec![1] } else { vec![0, 2] });
+        let broadcast = if rank == 1 { 16 } else { 0 };
+        assert_eq!(sent, Traffic { counts: 8, rows: 0, reduced: 8, broadcast });
+    }
+}
+
+#[test]
+fn a_shared_module_is_that_of_its_root() {
+    let found = threads::run(2, |ranks| {
+        let device = Device::flex();
+        let gate = seeded(ranks.rank() as u64, &device, |device| NaiveGate::new(WIDTH, 4, 2, device));
+        let shared = ranks.share(gate.clone(), 1);
+        (floats(gate.gate.weight.val()), floats(shared.gate.weight.val()))
+    });
+    assert_ne!(found[0].0, found[1].0);
+    assert_eq!(found[0].1, found[1].0);
+    assert_eq!(found[1].1, found[1].0);
+}
+
+/// Nobody waits for ever.
+#[test]
+fn a_rank_that_panics_ends_all() {
+    let ended = std::panic::catch_unwind(|| {
+        threads::run(3, |ranks| {
+            ranks.barrier();
+            if ranks.rank() == 2 {
+                std::panic::resume_unwind(Box::new("two is broken"));
+            }
+            ranks.barrier();
+        })
+    });
+    assert_eq!(ended.unwrap_err().downcast_ref(), Some(&"two is broken"));
+}
+
+#[test]
+#[should_panic(expected = "rank 0 waited for rank 1, which has ended")]
+fn a_rank_that_leaves_is_missed() {
+    threads::run(2, |ranks| {
+        if ranks.rank() == 0 {
+            ranks.barrier();
+        }
+    });
 }
