@@ -50,7 +50,9 @@ impl Case {
         let spread = if seed == 0 { size } else { spreads[rng.usize(..spreads.len())] };
         let n_local = rng.usize(1..5);
         Self {
-            tokens: (0..size).map(|rank| rng.usize(usize::from(rank == 0)..40).saturating_sub(8)).collect(),
+            tokens: (0..size)
+                .map(|rank| rng.usize(0..40).saturating_sub(8).max(usize::from(rank == 0)))
+                .collect(),
             spread,
             n_local,
             d_model: rng.usize(1..24),
@@ -65,7 +67,8 @@ impl Case {
         let n_experts = self.n_local * self.spread;
         seeded(self.seed, &Device::flex(), |device| {
             let gate = Gate::Naive(NaiveGate::new(self.d_model, n_experts, self.top_k, device));
-            let config = MoeConfig::new(n_experts, self.d_model, self.d_ff).with_bias(self.seed.is_multiple_of(3));
+            let config =
+                MoeConfig::new(n_experts, self.d_model, self.d_ff).with_bias(self.seed.is_multiple_of(3));
             match self.seed.is_multiple_of(2) {
                 true => config.init(gate, Activation::Gelu, device),
                 false => config.init_gated(gate, Activation::Silu, device),
@@ -123,7 +126,10 @@ fn compare(case: &Case, world: &Ranks) -> (Differences, [Traffic; 2]) {
         y: furthest(&values(y), &values(outputs.swap_remove(rank))),
         of_x: furthest(&of(&x, &gradients), &of(&inputs[rank], &expected)),
         of_gate: furthest(&read(&part.gate, &gradients).concat(), &read(&whole.gate, &expected).concat()),
-        of_experts: furthest(&read(&part.experts, &gradients).concat(), &experts.collect::<Vec<_>>().concat()),
+        of_experts: furthest(
+            &read(&part.experts, &gradients).concat(),
+            &experts.collect::<Vec<_>>().concat(),
+        ),
     };
 
     let own = groups.experts.rank() * case.n_local..(groups.experts.rank() + 1) * case.n_local;
@@ -195,7 +201,10 @@ fn compare_all(world: &Ranks) {
         assert!(worst <= TOLERANCE, "a value differs by {worst}, {case:?}");
     }
     if world.rank() == 0 {
-        println!("{} ranks agree with one process within {TOLERANCE:e}, and sent what the formula says", world.size());
+        println!(
+            "{} ranks agree with one process within {TOLERANCE:e}, and sent what the formula says",
+            world.size()
+        );
     }
 }
 

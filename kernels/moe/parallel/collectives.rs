@@ -40,7 +40,8 @@ pub trait Collectives: Debug + Send + Sync {
     /// What `root` has. The others give as many bytes.
     fn broadcast(&self, bytes: Vec<u8>, root: usize) -> Vec<u8> {
         let (length, size) = (bytes.len(), self.size());
-        let only = |who: usize| (0..size).map(|rank| if rank == who { length } else { 0 }).collect::<Vec<_>>();
+        let only =
+            |who: usize| (0..size).map(|rank| if rank == who { length } else { 0 }).collect::<Vec<_>>();
         match self.rank() == root {
             true => self.exchange(bytes.repeat(size), &vec![length; size], &only(root)).wait(),
             false => self.exchange(Vec::new(), &vec![0; size], &only(root)).wait(),

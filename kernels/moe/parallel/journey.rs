@@ -55,7 +55,8 @@ impl Journey {
                 each.flat_map(|(expert, count)| std::iter::repeat_n(Some(expert), count)).collect::<Vec<_>>()
             });
             Chunk {
-                rows: dispatch.segment(chunk * n_experts).start..dispatch.segment((chunk + 1) * n_experts - 1).end,
+                rows: dispatch.segment(chunk * n_experts).start
+                    ..dispatch.segment((chunk + 1) * n_experts - 1).end,
                 send: sums(&counts),
                 receive: sums(&coming),
                 dispatch: Dispatch::new(&experts.collect::<Vec<_>>(), 1, n_local),
@@ -68,7 +69,11 @@ impl Journey {
     /// chunk is worked on, the next one travels.
     ///
     /// - `work`: the rows that came with a chunk, at least one, to as many; it is called for one chunk after the other
-    pub fn travel(&self, rows: TensorData, mut work: impl FnMut(usize, TensorData) -> TensorData) -> TensorData {
+    pub fn travel(
+        &self,
+        rows: TensorData,
+        mut work: impl FnMut(usize, TensorData) -> TensorData,
+    ) -> TensorData {
         let (shape, dtype) = (rows.shape().clone(), rows.dtype());
         let width = shape[1] * dtype.size();
         let leave = |chunk: &Chunk| {

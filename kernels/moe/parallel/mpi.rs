@@ -3,6 +3,7 @@
 //! One thread of a process talks to MPI, and does what it is asked in the order in which it is asked: what was begun goes on
 //! while the others compute.
 
+use std::io::Write;
 use std::panic::{PanicHookInfo, set_hook, take_hook};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -44,9 +45,11 @@ pub fn run<T>(f: impl FnOnce(Ranks) -> T) -> T {
     let (rank, size) = joined.recv().expect("MPI says who is there, or ends the process");
     let before = Arc::new(take_hook());
     let hook = before.clone();
+    let message = format!("rank {rank} of {size} panicked: all ranks end\n");
     set_hook(Box::new(move |panic: &PanicHookInfo| {
         hook(panic);
-        eprintln!("rank {rank} of {size} panicked: all ranks end");
+        // in one piece, as other ranks write too; nothing is left to do where it cannot be written
+        let _ = std::io::stderr().write_all(message.as_bytes());
         SimpleCommunicator::world().abort(1)
     }));
     let result = f(Ranks::new(Arc::new(Processes { jobs: jobs.clone(), group: 0, rank, size })));
@@ -75,7 +78,10 @@ struct Processes {
 
 impl Processes {
     /// Begins what `job` does in this group.
-    fn ask<T: Send + 'static>(&self, job: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static) -> Receiver<T> {
+    fn ask<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
+    ) -> Receiver<T> {
         let group = self.group;
         self.ask_all(move |groups| job(&groups[group]))
     }

@@ -88,7 +88,8 @@ where
     parents.add(rows.clone());
     experts.visit(&mut parents);
     parents.nodes.resize_with(PARENTS, || node::<1, C>(Tensor::zeros([1], &device)));
-    let nodes = <[NodeGuard; PARENTS]>::try_from(parents.nodes).expect("experts have at most three projections");
+    let nodes =
+        <[NodeGuard; PARENTS]>::try_from(parents.nodes).expect("experts have at most three projections");
 
     let leaves = experts.clone().map(&mut Leaves);
     let graphs: Mutex<Vec<Option<Graph>>> = Mutex::new(journey.chunks.iter().map(|_| None).collect());
@@ -183,7 +184,8 @@ impl Backward<Flex, PARENTS> for Remote {
         let gradient = Tensor::<2>::from_primitive::<Flex>(nodes.consume::<Flex>(&ops.node));
         let gradient = journey.travel(gradient.into_data(), |at, gradient| {
             let graph = graphs.lock().unwrap_or_else(PoisonError::into_inner)[at].take();
-            let Graph { here, out } = graph.expect("rows came with this chunk, and it is gone back through once");
+            let Graph { here, out } =
+                graph.expect("rows came with this chunk, and it is gone back through once");
             let gradients = (out * tensor(gradient, &device)).sum().backward();
             let of_rows = here.grad(&gradients).expect("the graph begins at these rows");
             sums.add(&experts, Some(gradients));

@@ -17,9 +17,12 @@ pub(super) fn check(gate: &Gate, n_local: usize, size: usize) {
             assert_eq!(gate.node.n_local, n_local, "experts of a worker (left) and of a rank");
             size
         }
-        Gate::Naive(_) | Gate::Noisy(_) | Gate::Switch(_) | Gate::Base(_) | Gate::KTop1(_) | Gate::Zero(_) => {
-            size
-        }
+        Gate::Naive(_)
+        | Gate::Noisy(_)
+        | Gate::Switch(_)
+        | Gate::Base(_)
+        | Gate::KTop1(_)
+        | Gate::Zero(_) => size,
     };
     assert_eq!(workers, size, "workers of the gate (left) and ranks");
 }
@@ -56,9 +59,13 @@ pub(super) fn route(gate: &Gate, x: Tensor<2>, phase: Phase, noise: &mut Noise, 
 
 /// Where this rank's tokens go when those of all ranks are moved.
 fn moved(best: &Choices, ranks: &Ranks) -> Choices {
-    let own: Vec<usize> = best.ids.iter().map(|expert| expert.expect("no choice is dropped before")).collect();
+    let own: Vec<usize> =
+        best.ids.iter().map(|expert| expert.expect("no choice is dropped before")).collect();
     let lengths = ranks.all_gather(&[own.len()]);
-    assert!(lengths.iter().all(|length| *length == own.len()), "ranks have different numbers of choices: {lengths:?}");
+    assert!(
+        lengths.iter().all(|length| *length == own.len()),
+        "ranks have different numbers of choices: {lengths:?}"
+    );
     let all = Choices { ids: ranks.all_gather(&own).into_iter().map(Some).collect(), ..best.clone() };
     let moved = swipe(&all, ranks.size()).experts;
     let first = ranks.rank() * own.len();

@@ -1,9 +1,10 @@
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{DType, Device, Gradients, Tensor};
 
 use super::*;
+use crate::layers::{Linear, LinearConfig};
 use crate::moe::gate::*;
-use crate::moe::{Gate, Moe, MoeConfig, Noise, Phase};
+use crate::moe::{Choices, Gate, Moe, MoeConfig, Noise, Phase, Routing};
 use crate::ops::Activation;
 use crate::random::seeded;
 use crate::testing::{floats, noise};
@@ -52,8 +53,12 @@ impl Case {
                 Gate::GShard(GShardGate { rates: [0.8, 1.0], n_workers, ..gate })
             }
             Kind::Switch => Gate::Switch(SwitchGate::new(WIDTH, n_experts, device)),
-            Kind::Swipe => Gate::Swipe(SwipeGate { n_workers, ..SwipeGate::new(WIDTH, n_experts, 2, device) }),
-            Kind::Dc => Gate::Dc(DcGate { rates: [0.4, 0.5], n_workers, ..DcGate::new(WIDTH, n_experts, device) }),
+            Kind::Swipe => {
+                Gate::Swipe(SwipeGate { n_workers, ..SwipeGate::new(WIDTH, n_experts, 2, device) })
+            }
+            Kind::Dc => {
+                Gate::Dc(DcGate { rates: [0.4, 0.5], n_workers, ..DcGate::new(WIDTH, n_experts, device) })
+            }
             Kind::Base => Gate::Base(BaseGate::new(WIDTH, n_experts, device)),
             Kind::KTop1 => Gate::KTop1(KTop1Gate::new(WIDTH, n_experts, 2, Capacity::Factor(1.0), device)),
             Kind::Zero => Gate::Zero(ZeroGate { n_experts, top_k: 2 }),
@@ -64,7 +69,11 @@ impl Case {
         let config = MoeConfig::new(self.n_experts(), WIDTH, 7);
         seeded(self.seed, &Device::flex(), |device| match self.seed % 2 {
             0 => config.init(self.gate(n_workers, device), Activation::Gelu, device),
-            _ => config.clone().with_bias(false).init_gated(self.gate(n_workers, device), Activation::Silu, device),
+            _ => config.clone().with_bias(false).init_gated(
+                self.gate(n_workers, device),
+                Activation::Silu,
+                device,
+            ),
         })
     }
 
@@ -174,7 +183,7 @@ fn whole(case: &Case) -> Vec<Outcome> {
     }
     let gradients = sum.backward();
     let (of_gate, of_experts) = (read(&layer.gate, &gradients), read(&layer.experts, &gradients));
-    let outcome = |(x, output): (Tensor<2>, Option<(Tensor<2>, crate::moe::Routing)>)| {
+    let outcome = |(x, output): (Tensor<2>, Option<(Tensor<2>, Routing)>)| {
         let (y, routing) = output.unzip();
         Outcome {
             y: y.map_or(Vec::new(), floats),
@@ -192,7 +201,10 @@ fn whole(case: &Case) -> Vec<Outcome> {
 fn assert_near(found: &[f64], expected: &[f64], what: &str, case: &Case) {
     assert_eq!(found.len(), expected.len(), "{what} of {case:?}");
     for (at, (found, expected)) in found.iter().zip(expected).enumerate() {
-        assert!((found - expected).abs() <= 1e-5, "{what} {at} of {case:?}: found {found}, expected {expected}");
+        assert!(
+            (found - expected).abs() <= 1e-5,
+            "{what} {at} of {case:?}: found {found}, expected {expected}"
+        );
     }
 }
 
@@ -217,7 +229,8 @@ fn assert_same(found: &[Outcome], expected: &[Outcome], case: &Case) {
 /// One to four ranks; tokens in equal numbers, unequal ones, and none on a rank; more and fewer experts than are chosen.
 fn cases() -> Vec<Case> {
     let kinds = [Kind::Naive, Kind::Noisy, Kind::GShard, Kind::Switch, Kind::Base, Kind::KTop1, Kind::Zero];
-    let tokens: [&[usize]; 8] = [&[6], &[8, 8], &[4, 0], &[0, 12], &[2, 6, 4], &[9, 0, 4], &[4, 4, 8, 4], &[0, 3, 1, 0]];
+    let tokens: [&[usize]; 8] =
+        [&[6], &[8, 8], &[4, 0], &[0, 12], &[2, 6, 4], &[9, 0, 4], &[4, 4, 8, 4], &[0, 3, 1, 0]];
     let mut rng = fastrand::Rng::with_seed(11);
     let mut cases = Vec::new();
     for tokens in tokens {
@@ -258,7 +271,7 @@ fn whole_of_workers(case: &Case) -> Vec<Outcome> {
     let outcome = |rank: usize| {
         let first: usize = case.tokens[..rank].iter().sum();
         let (tokens, top_k) = (first..first + case.tokens[rank], routing.experts.top_k);
-        let own = crate::moe::Choices {
+        let own = Choices {
             ids: routing.experts.ids[tokens.start * top_k..tokens.end * top_k].to_vec(),
             ..routing.experts.clone()
         };
@@ -280,12 +293,15 @@ fn whole_of_workers(case: &Case) -> Vec<Outcome> {
 fn ranks_are_workers() {
     let tokens: [&[usize]; 5] = [&[5], &[8, 8], &[6, 6, 6], &[4, 4, 4, 4], &[3, 0, 7]];
     for tokens in tokens {
-        for (seed, kind) in [(1, Kind::GShard), (2, Kind::Dc), (3, Kind::Swipe), (4, Kind::Dc), (6, Kind::Swipe)] {
+        for (seed, kind) in
+            [(1, Kind::GShard), (2, Kind::Dc), (3, Kind::Swipe), (4, Kind::Dc), (6, Kind::Swipe)]
+        {
             let is_even = tokens.iter().all(|count| *count == tokens[0]);
             if kind != Kind::Dc && !is_even {
                 continue;
             }
-            let case = Case { tokens: tokens.to_vec(), n_local: 2, chunks: 2, phase: Phase::Train, seed, kind };
+            let case =
+                Case { tokens: tokens.to_vec(), n_local: 2, chunks: 2, phase: Phase::Train, seed, kind };
             let found = threads::run(tokens.len(), |ranks| spread_with(&case, &ranks, Losses::Output));
             assert_same(&found, &whole_of_workers(&case), &case);
         }
@@ -314,9 +330,14 @@ fn what_is_sent_is_what_the_formula_says() {
         let mut remote = 0;
         for (rank, (forward, both, _, traffic)) in ranks.iter().enumerate() {
             let others = (0..size).filter(|other| *other != rank);
-            let (out, back) = (others.clone().map(|other| at(rank, other)).sum(), others.map(|o| at(o, rank)).sum());
+            let (out, back) =
+                (others.clone().map(|other| at(rank, other)).sum(), others.map(|o| at(o, rank)).sum());
             assert_eq!(*forward, traffic.forward(out, back), "rank {rank} of {case:?}");
-            assert_eq!(*both, traffic.forward(out, back) + traffic.backward(out, back), "rank {rank} of {case:?}");
+            assert_eq!(
+                *both,
+                traffic.forward(out, back) + traffic.backward(out, back),
+                "rank {rank} of {case:?}"
+            );
             remote += out;
         }
         let rows: u64 = ranks.iter().map(|(forward, ..)| forward.rows).sum();
@@ -332,7 +353,7 @@ fn what_is_sent_is_what_the_formula_says() {
 #[derive(Module, Debug)]
 struct Model {
     first: ParallelMoe,
-    between: crate::layers::Linear,
+    between: Linear,
     second: ParallelMoe,
 }
 
@@ -344,7 +365,7 @@ fn data_and_experts_are_in_groups_of_their_own() {
             let gate = Gate::Naive(NaiveGate::new(WIDTH, 4, 2, device));
             MoeConfig::new(4, WIDTH, 6).init(gate, Activation::Gelu, device)
         };
-        (layer(), crate::layers::LinearConfig::new(WIDTH, WIDTH).init(device), layer())
+        (layer(), LinearConfig::new(WIDTH, WIDTH).init(device), layer())
     });
     let tokens = [3, 4, 0, 5];
     let x = |rank: usize| noise::<2>([tokens[rank], WIDTH], rank as u64, &device);
@@ -363,7 +384,8 @@ fn data_and_experts_are_in_groups_of_their_own() {
         [read(&model.first, &gradients), read(&model.between, &gradients), read(&model.second, &gradients)]
     });
     let whole = whole.train();
-    let pass = |layer: &Moe, x: Tensor<2>| x.clone() + layer.forward(x, Phase::Train, &mut Noise::Seeded(1)).0;
+    let pass =
+        |layer: &Moe, x: Tensor<2>| x.clone() + layer.forward(x, Phase::Train, &mut Noise::Seeded(1)).0;
     let x = Tensor::cat((0..4).map(x).collect(), 0);
     let y = pass(&whole.2, whole.1.forward(pass(&whole.0, x)));
     let gradients = y.square().sum().backward();
@@ -385,11 +407,12 @@ fn data_and_experts_are_in_groups_of_their_own() {
 /// Burn's other way to keep a graph, and half precision on the way.
 #[test]
 fn checkpointing_and_half_precision_work() {
-    let case = Case { tokens: vec![6, 3], n_local: 2, chunks: 2, phase: Phase::Eval, seed: 8, kind: Kind::Naive };
-    let gradient = |device: &Device, dtype: burn::tensor::DType| {
+    let case =
+        Case { tokens: vec![6, 3], n_local: 2, chunks: 2, phase: Phase::Eval, seed: 8, kind: Kind::Naive };
+    let gradient = |device: &Device, dtype: DType| {
         threads::run(2, |ranks| {
-            let layer = ParallelMoe::share_of(&case.layer(2), &ranks).with_chunks(2).fork(device);
-            let layer = layer.map(&mut Cast(dtype));
+            let layer = ParallelMoe::share_of(&case.layer(2), &ranks).with_chunks(2);
+            let layer = layer.map(&mut To { device, dtype });
             let x = case.x(ranks.rank(), device).cast(dtype).require_grad();
             let (y, _) = layer.forward(x.clone(), case.phase, &mut Noise::Seeded(1));
             let gradients = y.square().sum().backward();
@@ -397,11 +420,11 @@ fn checkpointing_and_half_precision_work() {
         })
     };
     let device = Device::flex().autodiff();
-    let expected = gradient(&device, burn::tensor::DType::F32);
+    let expected = gradient(&device, DType::F32);
     assert!(expected.iter().flat_map(|(of_x, _)| of_x).any(|value| value.abs() > 1e-3));
-    let kept = gradient(&device.clone().gradient_checkpointing(), burn::tensor::DType::F32);
+    let kept = gradient(&device.clone().gradient_checkpointing(), DType::F32);
     assert_eq!(kept, expected);
-    for ((half, sent), (whole, all)) in gradient(&device, burn::tensor::DType::BF16).iter().zip(&expected) {
+    for ((half, sent), (whole, all)) in gradient(&device, DType::BF16).iter().zip(&expected) {
         assert_eq!(2 * sent, *all);
         for (half, whole) in half.iter().zip(whole) {
             assert!((half - whole).abs() < 0.05, "{half} {whole}");
@@ -409,11 +432,14 @@ fn checkpointing_and_half_precision_work() {
     }
 }
 
-struct Cast(burn::tensor::DType);
+struct To<'a> {
+    device: &'a Device,
+    dtype: DType,
+}
 
-impl burn::module::ModuleMapper for Cast {
+impl ModuleMapper for To<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        param.map(|value| value.detach().cast(self.0).require_grad())
+        param.map(|value| Tensor::from_data(value.into_data(), (self.device, self.dtype)).require_grad())
     }
 }
 

@@ -147,7 +147,12 @@ impl Collectives for Threads {
             let mut all = Vec::with_capacity(receive.iter().sum());
             for (member, length) in members.into_iter().zip(receive) {
                 let part = post.receive(member, &address);
-                assert_eq!(part.len(), length, "bytes (left) of rank {member} for rank {}, and those expected", post.rank);
+                assert_eq!(
+                    part.len(),
+                    length,
+                    "bytes (left) of rank {member} for rank {}, and those expected",
+                    post.rank
+                );
                 all.extend(part);
             }
             all
