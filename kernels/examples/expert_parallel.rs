@@ -1,10 +1,10 @@
 //! Experts spread over ranks do what one process with all experts does: outputs, gradients and bytes, compared.
 //!
 //! ```sh
-//! cargo run -p volary-kernels --features parallel --example expert_parallel      # ranks are threads
-//! cargo build -p volary-kernels --features mpi --example expert_parallel
-//! mpirun -n 4 target/debug/examples/expert_parallel                              # ranks are processes
-//! mpirun -n 4 target/debug/examples/expert_parallel panic                        # the last one panics: all end
+//! cargo run --workspace --features train --example expert_parallel           # ranks are threads
+//! cargo build --workspace --features train,mpi --example expert_parallel
+//! mpirun -n 4 target/debug/examples/expert_parallel                          # ranks are processes
+//! mpirun -n 4 target/debug/examples/expert_parallel panic                    # the last one panics, or `kill`: all end
 //! ```
 //!
 //! Without MPI, `RANKS` says how many threads there are: 4 unless it is set.
@@ -214,8 +214,12 @@ fn end(how: &str, world: &Ranks) {
     if world.rank() + 1 == world.size() {
         match how {
             "panic" => panic!("as was asked"),
-            "abort" => std::process::abort(),
-            _ => panic!("{how} is no way to end: panic, abort"),
+            "kill" => {
+                let process = std::process::id().to_string();
+                let killed = std::process::Command::new("kill").args(["-9", &process]).status();
+                panic!("kill -9: {killed:?}")
+            }
+            _ => panic!("{how} is no way to end: panic, kill"),
         }
     }
     world.barrier();

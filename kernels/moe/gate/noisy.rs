@@ -9,7 +9,7 @@ use crate::ops::softmax;
 /// The `top_k` experts of the largest logits after normal noise of a learned width (Shazeer et al. 2017, section 2.1),
 /// weighed by the softmax over these: FastMoE's `NoisyGate`. Its loss is the squared coefficient of variation of the
 /// experts' importance, the sum of their weights, and that of their load, the chances that tokens would choose them were
-/// their noise drawn anew. At evaluation there is no noise, and so no loss.
+/// their noise drawn anew. At evaluation there is no noise, and so no loss; nor is there one without tokens.
 #[derive(Module, Debug)]
 pub struct NoisyGate {
     /// `[d_model, n_experts]`.
@@ -39,7 +39,7 @@ impl NoisyGate {
     /// If the noise that was given has another shape.
     pub fn route(&self, x: Tensor<2>, phase: Phase, noise: &mut Noise) -> Routing {
         let clean = x.clone().matmul(self.gate.val()).cast(DType::F32); // [tokens, n_experts]
-        if phase == Phase::Eval {
+        if phase == Phase::Eval || clean.dims()[0] == 0 {
             return self.choose(clean);
         }
         let width = softplus(x.matmul(self.noise.val()).cast(DType::F32), 1.0) + NARROWEST;

@@ -62,9 +62,12 @@ pub fn run<T>(f: impl FnOnce(Ranks) -> T) -> T {
 
 /// What the thread that talks to MPI is asked.
 enum Job {
-    Do(Box<dyn FnOnce(&mut Vec<SimpleCommunicator>) + Send>),
+    Do(Box<Work>),
     End,
 }
+
+/// Of all groups that there are so far.
+type Work = dyn FnOnce(&mut Vec<SimpleCommunicator>) + Send;
 
 /// A group of processes.
 #[derive(Debug)]

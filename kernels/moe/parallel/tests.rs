@@ -33,6 +33,7 @@ enum Kind {
     Dc,
     Base,
     KTop1,
+    Faster,
     /// All experts but the first have no token.
     Zero,
 }
@@ -61,6 +62,10 @@ impl Case {
             }
             Kind::Base => Gate::Base(BaseGate::new(WIDTH, n_experts, device)),
             Kind::KTop1 => Gate::KTop1(KTop1Gate::new(WIDTH, n_experts, 2, Capacity::Factor(1.0), device)),
+            Kind::Faster => {
+                let node = Node { rank: 0, n_local: self.n_local, workers: 1, shadowed: Vec::new() };
+                Gate::Faster(FasterGate::new(WIDTH, n_experts, node, device))
+            }
             Kind::Zero => Gate::Zero(ZeroGate { n_experts, top_k: 2 }),
         }
     }
@@ -125,6 +130,14 @@ fn read(module: &impl Module, gradients: &Gradients) -> Vec<Vec<f64>> {
     read.read
 }
 
+/// Each rank is a machine of its own.
+fn on_machine(rank: usize, mut layer: Moe) -> Moe {
+    if let Gate::Faster(gate) = &mut layer.gate {
+        gate.node.rank = rank;
+    }
+    layer
+}
+
 /// The layer on ranks that are threads.
 fn spread(case: &Case, ranks: &Ranks) -> Outcome {
     spread_with(case, ranks, Losses::Both)
@@ -141,7 +154,8 @@ enum Losses {
 
 fn spread_with(case: &Case, ranks: &Ranks, losses: Losses) -> Outcome {
     let rank = ranks.rank();
-    let layer = ParallelMoe::share_of(&case.layer(ranks.size()), ranks).with_chunks(case.chunks).train();
+    let layer = ParallelMoe::share_of(&on_machine(rank, case.layer(ranks.size())), ranks);
+    let layer = layer.with_chunks(case.chunks).train();
     let device = Device::flex().autodiff();
     let x = case.x(rank, &device).require_grad();
     let (y, routing) = layer.forward(x.clone(), case.phase, &mut case.noise(rank));
@@ -162,12 +176,13 @@ fn spread_with(case: &Case, ranks: &Ranks, losses: Losses) -> Outcome {
 
 /// The layer in one piece, which each rank's tokens go through.
 fn whole(case: &Case) -> Vec<Outcome> {
-    let layer = case.layer(1).train();
+    let mut layer = case.layer(1).train();
     let device = Device::flex().autodiff();
     let mut sum = Tensor::<1>::zeros([1], &device);
     let mut outputs = Vec::new();
     for rank in 0..case.tokens.len() {
         let x = case.x(rank, &device).require_grad();
+        layer = on_machine(rank, layer);
         if case.tokens[rank] == 0 {
             outputs.push((x, None));
             continue;
@@ -228,21 +243,27 @@ fn assert_same(found: &[Outcome], expected: &[Outcome], case: &Case) {
 
 /// One to four ranks; tokens in equal numbers, unequal ones, and none on a rank; more and fewer experts than are chosen.
 fn cases() -> Vec<Case> {
-    let kinds = [Kind::Naive, Kind::Noisy, Kind::GShard, Kind::Switch, Kind::Base, Kind::KTop1, Kind::Zero];
+    const KINDS: [Kind; 8] = [
+        Kind::Naive,
+        Kind::Noisy,
+        Kind::GShard,
+        Kind::Switch,
+        Kind::Base,
+        Kind::KTop1,
+        Kind::Faster,
+        Kind::Zero,
+    ];
     let tokens: [&[usize]; 8] =
         [&[6], &[8, 8], &[4, 0], &[0, 12], &[2, 6, 4], &[9, 0, 4], &[4, 4, 8, 4], &[0, 3, 1, 0]];
     let mut rng = fastrand::Rng::with_seed(11);
     let mut cases = Vec::new();
     for tokens in tokens {
-        for kind in kinds {
-            cases.push(Case {
-                tokens: tokens.to_vec(),
-                n_local: 2 * rng.usize(1..3),
-                chunks: rng.usize(1..5),
-                phase: if rng.bool() { Phase::Train } else { Phase::Eval },
-                seed: rng.u64(0..1000),
-                kind,
-            });
+        for kind in KINDS {
+            for phase in [Phase::Train, Phase::Eval] {
+                let (tokens, seed) = (tokens.to_vec(), rng.u64(0..1000));
+                let (n_local, chunks) = (2 * rng.usize(1..3), rng.usize(1..5));
+                cases.push(Case { tokens, n_local, chunks, phase, seed, kind });
+            }
         }
     }
     cases
@@ -254,6 +275,26 @@ fn ranks_together_are_the_layer() {
         let found = threads::run(case.tokens.len(), |ranks| spread(&case, &ranks));
         assert_same(&found, &whole(&case), &case);
     }
+}
+
+#[test]
+fn ranks_without_tokens_go_through_all_the_same() {
+    let tokens = vec![0, 0];
+    let case = Case { tokens, n_local: 2, chunks: 3, phase: Phase::Train, seed: 2, kind: Kind::Naive };
+    for found in threads::run(2, |ranks| spread(&case, &ranks)) {
+        assert!(found.y.is_empty() && found.of_x.is_empty());
+        let sizes: Vec<usize> = found.of_experts.iter().map(Vec::len).collect();
+        assert_eq!(sizes, [2 * WIDTH * 7, 2 * 7, 2 * 7 * WIDTH, 2 * WIDTH]);
+        assert!(found.of_experts.concat().iter().all(|value| *value == 0.0));
+    }
+}
+
+#[test]
+#[should_panic(expected = "workers of the gate (left) and ranks")]
+fn a_gate_is_of_as_many_workers_as_there_are_ranks() {
+    let case =
+        Case { tokens: vec![1, 1], n_local: 2, chunks: 1, phase: Phase::Train, seed: 1, kind: Kind::Dc };
+    threads::run(2, |ranks| ParallelMoe::share_of(&case.layer(4), &ranks));
 }
 
 /// The layer in one piece, whose gate is of as many workers as there are ranks: all tokens go through it at once.
