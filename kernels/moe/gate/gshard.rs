@@ -34,8 +34,12 @@ pub(super) fn of_phase([train, eval]: [f64; 2], phase: Phase) -> f64 {
 }
 
 /// The two largest logits of each token, their softmax, and the loss.
+///
+/// # Panics
+/// If there are fewer than two experts.
 pub(super) fn best_two(logits: Tensor<2>, n_workers: usize) -> (Choices, Tensor<2>, Tensor<1>) {
     let [_, n_experts] = logits.dims();
+    assert!(n_experts >= 2, "there are two experts to choose");
     let logits = logits.cast(DType::F32);
     let values = host(&logits);
     let loss = gshard_loss(logits.clone(), &largest(&values, n_experts, 1), n_experts / n_workers);
@@ -89,7 +93,6 @@ impl GShardGate {
     /// Of logits `[tokens, n_experts]`, of which a worker has `resident`.
     fn limit(&self, logits: Tensor<2>, resident: usize, phase: Phase, noise: &mut Noise) -> Routing {
         let [_, n_experts] = logits.dims();
-        assert!(n_experts >= 2, "there are two experts to choose");
         let (mut experts, weights, loss) = best_two(logits, self.n_workers);
         let capacity = (of_phase(self.rates, phase) * resident as f64).ceil() as usize * 2 / n_experts;
         experts.prune(capacity, 2 * resident);

@@ -43,23 +43,20 @@ impl Journey {
         }
         let coming = ranks.all_to_all(&counts); // [size, chunks, n_local]
         let chunk = |chunk: usize| {
-            let of_rank = |counts: &[usize], rank: usize| {
-                let begin = (rank * chunks + chunk) * n_local;
-                counts[begin..begin + n_local].to_vec()
+            let of_ranks = |counts: &[usize]| -> Vec<Vec<usize>> {
+                let first = |rank: usize| (rank * chunks + chunk) * n_local;
+                (0..size).map(|rank| counts[first(rank)..][..n_local].to_vec()).collect()
             };
-            let sums = |counts: &[usize]| {
-                (0..size).map(|rank| of_rank(counts, rank).iter().sum()).collect::<Vec<usize>>()
-            };
-            let experts = (0..size).flat_map(|rank| {
-                let each = of_rank(&coming, rank).into_iter().enumerate();
-                each.flat_map(|(expert, count)| std::iter::repeat_n(Some(expert), count)).collect::<Vec<_>>()
-            });
+            let sums = |counts: &[usize]| of_ranks(counts).iter().map(|counts| counts.iter().sum()).collect();
+            let experts = of_ranks(&coming).into_iter().flat_map(|counts| counts.into_iter().enumerate());
+            let choices: Vec<Option<usize>> =
+                experts.flat_map(|(expert, count)| std::iter::repeat_n(Some(expert), count)).collect();
+            let [first, last] = [chunk * n_experts, (chunk + 1) * n_experts - 1];
             Chunk {
-                rows: dispatch.segment(chunk * n_experts).start
-                    ..dispatch.segment((chunk + 1) * n_experts - 1).end,
+                rows: dispatch.segment(first).start..dispatch.segment(last).end,
                 send: sums(&counts),
                 receive: sums(&coming),
-                dispatch: Dispatch::new(&experts.collect::<Vec<_>>(), 1, n_local),
+                dispatch: Dispatch::new(&choices, 1, n_local),
             }
         };
         Self { ranks: ranks.clone(), chunks: (0..chunks).map(chunk).collect() }
