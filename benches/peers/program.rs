@@ -1,6 +1,7 @@
 // What benches beside other programs share: each program is a process that waits while another one computes.
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -57,6 +58,20 @@ impl Drop for Program {
         let _ = self.process.kill(); // it may have ended
         let _ = self.process.wait();
     }
+}
+
+/// Values one after the other, as little-endian f32.
+#[allow(dead_code)] // not every bench has such files
+pub fn write(file: &Path, values: &[f32]) -> Result<()> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    std::fs::write(file, bytes).with_context(|| format!("{} is not written", file.display()))
+}
+
+/// What [`write`] wrote.
+#[allow(dead_code)]
+pub fn read(file: &Path) -> Result<Vec<f32>> {
+    let bytes = std::fs::read(file).with_context(|| format!("{} is not read", file.display()))?;
+    Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
 /// That two programs make the same, as a share of the greatest number.

@@ -50,7 +50,7 @@ fn main() -> Result<()> {
 fn compare(rounds: usize, threads: &[usize]) -> Result<()> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let values = folder.join("moe.f32");
-    write(&values, &random())?;
+    program::write(&values, &random())?;
     for threads in threads {
         println!(
             "\n{threads} threads\n\n| what | program | seconds | CPU seconds | of volary's layer |\n| --- | --- | --- | --- | --- |"
@@ -69,7 +69,7 @@ fn compare(rounds: usize, threads: &[usize]) -> Result<()> {
             let found = programs.iter_mut().map(|program| {
                 let file = folder.join("moe.out");
                 program.ask(&format!("write {what} {}", file.display()))?;
-                read(&file)
+                program::read(&file)
             });
             let found: Vec<Vec<f32>> = found.collect::<Result<_>>()?;
             found[1..].iter().try_for_each(|theirs| agree(&found[0], theirs, TOLERANCE))?;
@@ -131,16 +131,6 @@ fn random() -> Vec<f32> {
     shapes().into_iter().flat_map(values).collect()
 }
 
-fn write(file: &Path, values: &[f32]) -> Result<()> {
-    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-    std::fs::write(file, bytes).with_context(|| format!("{} is not written", file.display()))
-}
-
-fn read(file: &Path) -> Result<Vec<f32>> {
-    let bytes = std::fs::read(file).with_context(|| format!("{} is not read", file.display()))?;
-    Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
-}
-
 fn layer(n_experts: usize, device: &Device) -> Moe {
     let gate = Gate::Naive(NaiveGate::new(D_MODEL, n_experts, TOP_K, device));
     MoeConfig::new(n_experts, D_MODEL, D_FF).init(gate, Activation::Gelu, device)
@@ -153,7 +143,7 @@ fn forward(layer: &Moe, x: Tensor<2>) -> Tensor<2> {
 /// Answers `write WHAT FILE` and `time WHAT TIMES`, line by line, until there is no more.
 fn child(values: &Path) -> Result<()> {
     let device = Device::flex();
-    let values = read(values)?;
+    let values = program::read(values)?;
     let mut left = &values[..];
     let mut parts = shapes().into_iter().map(|shape| {
         let (part, rest) = left.split_at(shape.iter().product());
@@ -204,7 +194,7 @@ fn child(values: &Path) -> Result<()> {
         };
         match what {
             "write" => {
-                write(Path::new(rest), &run().into_data().iter::<f32>().collect::<Vec<_>>())?;
+                program::write(Path::new(rest), &run().into_data().iter::<f32>().collect::<Vec<_>>())?;
                 println!("written");
             }
             "time" => {
