@@ -2,6 +2,7 @@
 
 pub mod host;
 mod instructions;
+pub mod matmul;
 pub mod moe;
 pub mod norm;
 pub mod pointwise;

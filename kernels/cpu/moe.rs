@@ -2,6 +2,7 @@
 
 use super::host::Values;
 use super::instructions::{Body, Instructions};
+use super::matmul::{Right, matmul};
 use super::pointwise::Finish;
 use crate::ops::Activation;
 
@@ -24,44 +25,9 @@ impl Projection {
         factors: Option<&[f32]>,
         out: &mut [f32],
     ) {
-        self.product(x, out);
+        matmul(x, Right::Rows(&self.weight), [self.d_in, self.d_out], out);
         let bias = self.bias.as_deref();
         Instructions::in_use().run(Finish { values: out, bias, activation, factors });
-    }
-
-    fn product(&self, x: &[f32], out: &mut [f32]) {
-        let Self { d_in, d_out, .. } = *self;
-        let rows = out.len() / d_out;
-        assert_eq!(
-            [x.len(), out.len(), self.weight.len()],
-            [rows * d_in, rows * d_out, d_in * d_out],
-            "values of rows, of products and of the weight (left) in a product [{rows}, {d_in}, {d_out}]"
-        );
-        let [x_stride, stride] = [d_in, d_out].map(|stride| stride as isize);
-        // SAFETY: three matrices row after row, of as many values as was just asserted; `out` is nobody else's.
-        unsafe {
-            gemm::gemm(
-                rows,
-                d_out,
-                d_in,
-                out.as_mut_ptr(),
-                1,
-                stride,
-                false,
-                x.as_ptr(),
-                1,
-                x_stride,
-                self.weight.as_ptr(),
-                1,
-                stride,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
-        }
     }
 }
 

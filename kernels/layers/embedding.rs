@@ -36,7 +36,7 @@ impl Embedding {
 
     /// The table as a head: scores of every token, `[..., d_model] -> [..., vocab_size]`.
     pub fn scores<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        project(x, &self.weight, None)
+        project(x, &self.weight, None, None)
     }
 }
 

@@ -1,10 +1,9 @@
 use burn::config::Config;
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Tensor, module::linear};
+use burn::tensor::{Device, Tensor};
 
 use super::Packed;
-use crate::cpu::host::is_host;
-use crate::ops::{Activation, add_bias, quantized_linear};
+use crate::ops::{Activation, add_bias, linear, quantized_linear};
 
 /// Configuration of a [`Linear`] layer.
 #[derive(Config, Debug)]
@@ -45,15 +44,12 @@ impl LinearConfig {
 impl Linear {
     /// `[..., d_in] -> [..., d_out]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        project(x, &self.weight, self.bias())
+        project(x, &self.weight, self.bias(), None)
     }
 
-    /// `act(x Wᵀ + b)`.
+    /// `act(x Wᵀ + b)`, `[..., d_in] -> [..., d_out]`.
     pub fn activated<const D: usize>(&self, x: Tensor<D>, activation: Activation) -> Tensor<D> {
-        match is_host(&x) {
-            true => activation.biased(project(x, &self.weight, None), self.bias()),
-            false => activation.forward(self.forward(x)),
-        }
+        project(x, &self.weight, self.bias(), Some(activation))
     }
 
     fn bias(&self) -> Option<Tensor<1>> {
@@ -61,20 +57,21 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ + b`, `[..., d_in] -> [..., d_out]`, whichever way the matrix `W` of `[d_out, d_in]` is held.
+/// `act(x Wᵀ + b)`, `[..., d_in] -> [..., d_out]`, whichever way the matrix `W` of `[d_out, d_in]` is held.
 pub(super) fn project<const D: usize>(
     x: Tensor<D>,
     weight: &Param<Tensor<2>>,
     bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
 ) -> Tensor<D> {
-    let y = match Packed::of(weight) {
-        None if !is_host(&x) => return linear(x, weight.val().transpose(), bias),
-        None => linear(x, weight.val().transpose(), None),
-        Some(packed) => quantized_linear(x, packed),
+    let Some(packed) = Packed::of(weight) else {
+        return linear(x, weight.val(), bias, activation);
     };
-    match bias {
-        None => y,
-        Some(bias) => add_bias(y, bias),
+    let y = quantized_linear(x, packed);
+    match (activation, bias) {
+        (Some(activation), bias) => activation.biased(y, bias),
+        (None, Some(bias)) => add_bias(y, bias),
+        (None, None) => y,
     }
 }
 

@@ -3,6 +3,7 @@
 mod activation;
 mod attention;
 mod codebook;
+mod linear;
 pub mod moe;
 mod norm;
 mod products;
@@ -13,6 +14,7 @@ mod softmax;
 pub use activation::{Activation, add_bias};
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
+pub use linear::linear;
 pub use norm::group_norm;
 pub use products::products;
 pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};

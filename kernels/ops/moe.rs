@@ -255,7 +255,7 @@ pub fn grouped_mlp(
 }
 
 /// Rows of a segment that go to one thread at a time.
-const BLOCK: usize = 256;
+const BLOCK: usize = 128;
 
 /// `body` of what `of_expert` gives for an expert, of its rows, and of the rows that come out, `[rows, d_out]`.
 fn by_segment<E: Sync>(

@@ -1,0 +1,277 @@
+//! Products of two matrices, on the calling thread alone.
+//!
+//! The right one is packed, some columns and rows of it at a time, so that it stays in the nearest cache while rows of the
+//! left one go by; a tile of the product is summed in registers. How large the tiles are depends on the instructions.
+
+use super::instructions::Instructions;
+
+/// Rows of the right matrix that are packed at a time.
+const DEPTH: usize = 256;
+
+/// The right matrix, `[d_in, d_out]`.
+#[derive(Clone, Copy)]
+pub enum Right<'a> {
+    /// Row after row.
+    Rows(&'a [f32]),
+    /// Column after column, as checkpoints have the weights of linear layers.
+    Columns(&'a [f32]),
+}
+
+/// `out = x w`: `x` is `[rows, d_in]`, `w` `[d_in, d_out]`, `out` `[rows, d_out]`, row after row.
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn matmul(x: &[f32], w: Right, shape: [usize; 2], out: &mut [f32]) {
+    multiply(Instructions::in_use(), x, w, shape, out);
+}
+
+fn multiply(instructions: Instructions, x: &[f32], w: Right, [d_in, d_out]: [usize; 2], out: &mut [f32]) {
+    let rows = out.len().checked_div(d_out).unwrap_or(0);
+    let (Right::Rows(weights) | Right::Columns(weights)) = w;
+    assert_eq!(
+        [x.len(), weights.len(), out.len()],
+        [rows * d_in, d_in * d_out, rows * d_out],
+        "values of both matrices and of their product (left) of [{rows}, {d_in}, {d_out}]"
+    );
+    if d_in == 0 {
+        return out.fill(0.0);
+    }
+    match instructions {
+        Instructions::Plain => by_tiles::<Plain, 4, 8>(x, w, [d_in, d_out], out),
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx2 => by_tiles::<Avx2, 6, 16>(x, w, [d_in, d_out], out),
+        #[cfg(target_arch = "x86_64")]
+        Instructions::Avx512 => by_tiles::<Avx512, 14, 32>(x, w, [d_in, d_out], out),
+    }
+}
+
+/// By tiles of `R` rows and `C` columns.
+fn by_tiles<T: Tiles<C>, const R: usize, const C: usize>(
+    x: &[f32],
+    w: Right,
+    [d_in, d_out]: [usize; 2],
+    out: &mut [f32],
+) {
+    let mut panel = [[0.0_f32; C]; DEPTH];
+    for depth in (0..d_in).step_by(DEPTH) {
+        let panel = &mut panel[..DEPTH.min(d_in - depth)];
+        for column in (0..d_out).step_by(C) {
+            let wide = C.min(d_out - column);
+            match w {
+                Right::Rows(w) => pack_rows(&w[depth * d_out..], d_out, column, wide, panel),
+                Right::Columns(w) => pack_columns(&w[column * d_in..], d_in, depth, wide, panel),
+            }
+            let place = Place { d_in, d_out, wide, add: depth > 0 };
+            let (mut x, mut out) = (x, &mut *out);
+            macro_rules! tiles {
+                ($($rows:expr),*) => { $(while $rows <= R && out.len() >= $rows * d_out {
+                    let x_tile = &x[depth..($rows - 1) * d_in + depth + panel.len()];
+                    // SAFETY: `multiply` chose instructions of this machine, and so many rows were just cut out.
+                    unsafe { T::tile::<{ $rows }>(x_tile, panel, &mut out[column..], place) };
+                    (x, out) = (&x[$rows * d_in..], &mut out[$rows * d_out..]);
+                })* };
+            }
+            tiles!(R, 8, 4, 2, 1);
+        }
+    }
+}
+
+/// `wide` columns from `column` on of rows that follow each other.
+#[inline(always)]
+fn pack_rows<const C: usize>(w: &[f32], d_out: usize, column: usize, wide: usize, panel: &mut [[f32; C]]) {
+    for (packed, row) in panel.iter_mut().zip(w.chunks(d_out)) {
+        match row[column..].first_chunk::<C>() {
+            Some(whole) => *packed = *whole,
+            None => {
+                *packed = [0.0; C];
+                packed[..wide].copy_from_slice(&row[column..]);
+            }
+        }
+    }
+}
+
+/// Rows from `depth` on of `wide` columns that follow each other.
+#[inline(always)]
+fn pack_columns<const C: usize>(w: &[f32], d_in: usize, depth: usize, wide: usize, panel: &mut [[f32; C]]) {
+    if wide < C {
+        panel.fill([0.0; C]);
+    }
+    for (at, column) in w.chunks(d_in).take(wide).enumerate() {
+        for (packed, &value) in panel.iter_mut().zip(&column[depth..]) {
+            packed[at] = value;
+        }
+    }
+}
+
+/// Where a tile is.
+#[derive(Clone, Copy)]
+struct Place {
+    /// How far rows of `x` are apart.
+    d_in: usize,
+    /// How far rows of the product are apart.
+    d_out: usize,
+    /// How many of the packed columns there are.
+    wide: usize,
+    /// Whether it is added to what is there.
+    add: bool,
+}
+
+/// Tiles of `C` columns.
+trait Tiles<const C: usize> {
+    /// `R` rows of `out` become those of `x` times the packed columns.
+    ///
+    /// # Safety
+    /// The machine has the instructions, and `x` has `R` rows, `panel` long.
+    unsafe fn tile<const R: usize>(x: &[f32], panel: &[[f32; C]], out: &mut [f32], place: Place);
+}
+
+struct Plain;
+
+impl<const C: usize> Tiles<C> for Plain {
+    unsafe fn tile<const R: usize>(x: &[f32], panel: &[[f32; C]], out: &mut [f32], place: Place) {
+        let mut sums = [[0.0_f32; C]; R];
+        for (at, columns) in panel.iter().enumerate() {
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let value = x[row * place.d_in + at];
+                for (sum, &column) in sums.iter_mut().zip(columns) {
+                    *sum = match cfg!(target_arch = "aarch64") {
+                        true => value.mul_add(column, *sum),
+                        false => value * column + *sum,
+                    };
+                }
+            }
+        }
+        for (row, sums) in sums.iter().enumerate() {
+            put(sums, &mut out[row * place.d_out..][..place.wide], place.add);
+        }
+    }
+}
+
+/// The same with vectors that the compiler cannot but keep in registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vectors {
+    ($name:ident, $features:literal, $lanes:literal, $zero:ident, $splat:ident, $load:ident, $fma:ident, $store:ident) => {
+        struct $name;
+
+        impl Tiles<{ 2 * $lanes }> for $name {
+            #[target_feature(enable = $features)]
+            unsafe fn tile<const R: usize>(
+                x: &[f32],
+                panel: &[[f32; 2 * $lanes]],
+                out: &mut [f32],
+                place: Place,
+            ) {
+                use std::arch::x86_64::*;
+
+                let mut sums = [[$zero(); 2]; R];
+                for (at, columns) in panel.iter().enumerate() {
+                    // SAFETY: both halves of an array.
+                    let halves = unsafe { [$load(columns.as_ptr()), $load(columns.as_ptr().add($lanes))] };
+                    for row in 0..R {
+                        // SAFETY: `x` has `R` rows, as the caller made sure.
+                        let value = $splat(unsafe { *x.get_unchecked(row * place.d_in + at) });
+                        sums[row][0] = $fma(value, halves[0], sums[row][0]);
+                        sums[row][1] = $fma(value, halves[1], sums[row][1]);
+                    }
+                }
+                for row in 0..R {
+                    let mut values = [0.0; 2 * $lanes];
+                    // SAFETY: as above.
+                    unsafe {
+                        $store(values.as_mut_ptr(), sums[row][0]);
+                        $store(values.as_mut_ptr().add($lanes), sums[row][1]);
+                    }
+                    put(&values, &mut out[row * place.d_out..][..place.wide], place.add);
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+vectors!(
+    Avx2,
+    "avx2,fma",
+    8,
+    _mm256_setzero_ps,
+    _mm256_set1_ps,
+    _mm256_loadu_ps,
+    _mm256_fmadd_ps,
+    _mm256_storeu_ps
+);
+#[cfg(target_arch = "x86_64")]
+vectors!(
+    Avx512,
+    "avx512f",
+    16,
+    _mm512_setzero_ps,
+    _mm512_set1_ps,
+    _mm512_loadu_ps,
+    _mm512_fmadd_ps,
+    _mm512_storeu_ps
+);
+
+/// Writes sums, or adds them to what is there.
+#[inline(always)]
+fn put<const C: usize>(sums: &[f32; C], out: &mut [f32], add: bool) {
+    match add {
+        true => out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum),
+        false => out.copy_from_slice(&sums[..out.len()]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::random;
+
+    /// Whole and broken tiles and depths, one of each, none, with all instructions.
+    #[test]
+    fn bodies_are_sums_of_products() {
+        let sizes = [
+            (1, 1, 1),
+            (3, 2, 5),
+            (14, 256, 32),
+            (31, 257, 33),
+            (5, 600, 70),
+            (29, 40, 16),
+            (0, 3, 4),
+            (4, 0, 3),
+            (3, 4, 0),
+        ];
+        for (rows, d_in, d_out) in sizes {
+            let mut rng = fastrand::Rng::with_seed(rows as u64);
+            let mut values =
+                |count| -> Vec<f32> { random(count, &mut rng).iter().map(|&x| x as f32).collect() };
+            let (x, w) = (values(rows * d_in), values(d_in * d_out));
+            let columns: Vec<f32> =
+                (0..d_in * d_out).map(|at| w[at % d_in.max(1) * d_out + at / d_in.max(1)]).collect();
+            let expected: Vec<f64> = (0..rows * d_out)
+                .map(|at| {
+                    let (row, column) = (at / d_out, at % d_out);
+                    let product = |k| f64::from(x[row * d_in + k]) * f64::from(w[k * d_out + column]);
+                    (0..d_in).map(product).sum()
+                })
+                .collect();
+            for (instructions, right) in Instructions::all().into_iter().flat_map(|instructions| {
+                [Right::Rows(&w), Right::Columns(&columns)].map(|right| (instructions, right))
+            }) {
+                let mut out = vec![f32::NAN; rows * d_out];
+                multiply(instructions, &x, right, [d_in, d_out], &mut out);
+                for (at, (found, expected)) in out.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(*found) - expected).abs();
+                    assert!(
+                        error <= 1e-6 * (d_in as f64).sqrt(),
+                        "{instructions:?} [{rows}, {d_in}, {d_out}] {at}: {found} for {expected}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "of [2, 3, 4]")]
+    fn sizes_must_fit() {
+        matmul(&[0.0; 5], Right::Rows(&[0.0; 12]), [3, 4], &mut [0.0; 8]);
+    }
+}

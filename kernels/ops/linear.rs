@@ -1,0 +1,111 @@
+use burn::tensor::module::linear as burns;
+use burn::tensor::{DType, Tensor};
+
+use super::{Activation, add_bias};
+use crate::cpu::Instructions;
+use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::matmul::{Right, matmul};
+use crate::cpu::pointwise::Finish;
+
+/// Fewer rows are left to Burn's product, which reads a weight only once and does not pack it.
+const FEW: usize = 16;
+/// So many rows, at most, are one thread's at a time.
+const BLOCK: usize = 256;
+
+/// `act(x Wᵀ + b)`: `[..., d_in] -> [..., d_out]`.
+///
+/// - `weight`: `[d_out, d_in]`
+/// - `bias`: `[d_out]`
+///
+/// On the CPU rows of f32 go through all of it at once, several threads beside each other. Few rows, half precision, other
+/// devices, and where gradients are wanted: Burn's product.
+///
+/// # Panics
+/// If the widths differ.
+pub fn linear<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    let mut shape = x.dims();
+    let [d_out, d_in] = weight.dims();
+    assert_eq!(shape[D - 1], d_in, "width of the input (left) and of a weight of {d_out} rows");
+    let rows: usize = shape[..D - 1].iter().product();
+    if !is_host(&x) || !is_host(&weight) {
+        let y = burns(x, weight.transpose(), bias);
+        return activation.map_or(y.clone(), |activation| activation.forward(y));
+    }
+    if rows < FEW || [x.dtype(), weight.dtype()] != [DType::F32; 2] {
+        let y = burns(x, weight.transpose(), None);
+        return match (activation, bias) {
+            (Some(activation), bias) => activation.biased(y, bias),
+            (None, Some(bias)) => add_bias(y, bias),
+            (None, None) => y,
+        };
+    }
+    let (x, weight, bias) = (Values::of(x), Values::of(weight), bias.map(Values::of));
+    if let Some(bias) = &bias {
+        assert_eq!(bias.len(), d_out, "width of a bias (left) and of what it is added to");
+    }
+    let block = rows.div_ceil(rayon::current_num_threads()).min(BLOCK);
+    let mut out = vec![0.0; rows * d_out];
+    host::by_task(&mut out, block * d_out, |at, values| {
+        let (first, count) = (at / d_out, values.len() / d_out);
+        let x = &x[first * d_in..(first + count) * d_in];
+        matmul(x, Right::Columns(&weight), [d_in, d_out], values);
+        let finish = Finish { values, bias: bias.as_deref(), activation, factors: None };
+        Instructions::in_use().run(finish);
+    });
+    shape[D - 1] = d_out;
+    host::tensor(out, shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{assert_close, floats, noise};
+    use burn::tensor::Device;
+
+    /// Few rows and many, parts of tensors, turned weights, against Burn's operations.
+    #[test]
+    fn bodies_agree() {
+        let device = Device::flex();
+        for (seed, [batch, seq, d_in, d_out]) in
+            (0..).zip([[1, 3, 7, 5], [2, 33, 40, 17], [3, 200, 65, 33], [1, 600, 8, 300], [0, 20, 4, 3]])
+        {
+            let x = noise([batch, seq, d_in + 1], seed, &device).narrow(2, 1, d_in);
+            let bias = noise([d_out], 8, &device);
+            for weight in [noise([d_out, d_in], 9, &device), noise([d_in, d_out], 9, &device).transpose()] {
+                let y = x.clone().reshape([batch * seq, d_in]).matmul(weight.clone().transpose());
+                let y = y.reshape([batch, seq, d_out]);
+                let plain = linear(x.clone(), weight.clone(), None, None);
+                assert_close(plain, &floats(y.clone()), 2e-5);
+                let y = y + bias.clone().unsqueeze();
+                let biased = linear(x.clone(), weight.clone(), Some(bias.clone()), None);
+                assert_close(biased, &floats(y.clone()), 2e-5);
+                let activated = linear(x.clone(), weight, Some(bias.clone()), Some(Activation::Gelu));
+                assert_close(activated, &floats(Activation::Gelu.forward(y)), 2e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_stays() {
+        for dtype in [DType::F16, DType::BF16] {
+            let cast = |shape, seed| noise(shape, seed, &Device::flex()).cast(dtype);
+            let (x, weight) = (cast([40, 8], 1), cast([3, 8], 2));
+            let found = linear(x.clone(), weight.clone(), None, Some(Activation::Silu));
+            assert_eq!(found.dtype(), dtype);
+            let whole = linear(x.cast(DType::F32), weight.cast(DType::F32), None, Some(Activation::Silu));
+            assert_close(found, &floats(whole), 4e-2);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "width of the input")]
+    fn widths_must_fit() {
+        let ones = |shape| Tensor::<2>::ones(shape, &Device::flex());
+        let _ = linear(ones([20, 3]), ones([2, 4]), None, None);
+    }
+}
