@@ -326,6 +326,18 @@ fn doctor_finds_the_model_well() {
     assert_eq!(model["ok"], true, "{model}");
 }
 
+#[test]
+fn doctor_names_the_kernels_in_use() {
+    let told = stdout(volary().env("VOLARY_CPU", "plain").arg("doctor"));
+    assert!(told.contains("ok  kernels    plain, of plain"), "{told}");
+    volary()
+        .env("VOLARY_CPU", "mmx")
+        .arg("doctor")
+        .assert()
+        .failure()
+        .stdout(contains("VOLARY_CPU is `mmx`"));
+}
+
 /// A toy model, a query and an example with its mask, in a folder.
 fn segmentation() -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().unwrap();

@@ -6,6 +6,8 @@
 //! VOLARY_PYTHON=python3 cargo bench -p volary-kernels --bench moe -- [rounds] [threads]
 //! ```
 //!
+//! `plot FILE SECONDS...` draws the seconds of the table's `experts-` rows as an SVG.
+//!
 //! `VOLARY_CANDLE` names the program of `benches/peers/candle`, where it was built. All have the same random weights and
 //! tokens, and must agree before anything is timed.
 
@@ -42,7 +44,11 @@ fn main() -> Result<()> {
         [] => compare(5, &[1, 2]),
         [rounds] => compare(rounds.parse()?, &[1, 2]),
         [rounds, threads] => compare(rounds.parse()?, &[threads.parse()?]),
-        _ => bail!("expected at most: ROUNDS THREADS"),
+        ["plot", file, ref seconds @ ..] => {
+            let seconds: Result<Vec<f64>, _> = seconds.iter().map(|seconds| seconds.parse()).collect();
+            Ok(std::fs::write(file, plot(&seconds?))?)
+        }
+        _ => bail!("expected at most: ROUNDS THREADS, or: plot FILE SECONDS..."),
     }
 }
 
@@ -93,6 +99,41 @@ fn compare(rounds: usize, threads: &[usize]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A curve of the seconds of 8, 16, ... experts.
+fn plot(seconds: &[f64]) -> String {
+    use std::fmt::Write;
+
+    let (width, height, margin) = (640.0, 360.0, 56.0);
+    let most = seconds.iter().copied().fold(0.05, f64::max);
+    let place = |at: usize, seconds: f64| {
+        let x = margin + (width - 2.0 * margin) * at as f64 / (MORE_EXPERTS.len() - 1) as f64;
+        (x, height - margin - (height - 2.0 * margin) * seconds / most)
+    };
+    let mut svg = format!(
+        r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">
+<rect width="{width}" height="{height}" fill="#fff"/>
+<text x="{margin}" y="28">Seconds of a sparse layer by its number of experts: {TOKENS} tokens, top {TOP_K}</text>
+<path d="M{margin} {margin}V{0}H{1}" fill="none" stroke="#888"/>
+"##,
+        height - margin,
+        width - margin
+    );
+    let mut points = String::new();
+    for (at, (&seconds, experts)) in seconds.iter().zip(MORE_EXPERTS).enumerate() {
+        let (x, y) = place(at, seconds);
+        let below = height - margin + 20.0;
+        let _ = write!(points, "{x:.1},{y:.1} "); // a string takes all
+        let _ = writeln!(
+            svg,
+            r##"<circle cx="{x:.1}" cy="{y:.1}" r="3" fill="#0a5"/><text x="{x:.1}" y="{:.1}" text-anchor="middle">{seconds:.3}</text><text x="{x:.1}" y="{below}" text-anchor="middle">{experts}</text>"##,
+            y - 10.0
+        );
+    }
+    let line = points.trim_end();
+    let _ = writeln!(svg, r##"<polyline points="{line}" fill="none" stroke="#0a5" stroke-width="2"/>"##);
+    svg + "</svg>\n"
 }
 
 fn start(command: &mut Command, values: &Path, threads: usize) -> Result<Program> {

@@ -26,7 +26,10 @@ pub fn matmul(x: &[f32], w: Right, shape: [usize; 2], out: &mut [f32]) {
 }
 
 fn multiply(instructions: Instructions, x: &[f32], w: Right, [d_in, d_out]: [usize; 2], out: &mut [f32]) {
-    let rows = out.len().checked_div(d_out).unwrap_or(0);
+    if out.is_empty() {
+        return;
+    }
+    let rows = out.len() / d_out;
     let (Right::Rows(weights) | Right::Columns(weights)) = w;
     assert_eq!(
         [x.len(), weights.len(), out.len()],
