@@ -91,7 +91,7 @@ pub fn by_rows(values: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]
 
 /// Calls `body` with the place of each part of so many values, and the part.
 pub fn by_task(values: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
-    if values.len() <= size {
+    if (1..=size).contains(&values.len()) {
         return body(0, values);
     }
     values.par_chunks_mut(size).enumerate().for_each(|(task, part)| body(task * size, part));

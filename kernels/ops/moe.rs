@@ -458,6 +458,37 @@ mod tests {
         assert_close(of_each_row(values, &dispatch), &[5.0, 7.0, 7.0], 0.0);
     }
 
+    /// One after the other through all of an expert's projections, and all at once.
+    #[test]
+    fn an_mlp_is_its_projections() {
+        let device = Device::flex();
+        let dispatch = Dispatch::new(&choices(700, 3, 6), 2, 3);
+        let projection = |seed, d_in, d_out| Projection {
+            weight: noise([3, d_in, d_out], seed, &device),
+            bias: Some(noise([3, d_out], seed + 1, &device)),
+        };
+        let (gate, up, down) = (projection(1, 7, 33), projection(3, 7, 33), projection(5, 33, 5));
+        let rows = noise([dispatch.rows(), 7], 7, &device);
+        let act = Activation::Silu;
+        let plain = grouped_mlp(rows.clone(), None, &up, &down, act, &dispatch);
+        let gated = grouped_mlp(rows.clone(), Some(&gate), &up, &down, act, &dispatch);
+        let through = |x: Tensor<2>, projection: &Projection| {
+            let bias = of_each_row(projection.bias.clone().unwrap(), &dispatch);
+            by_tier(x, projection.weight.clone(), &dispatch) + bias
+        };
+        let (of_gate, of_up) = (through(rows.clone(), &gate), through(rows, &up));
+        assert_close(plain, &floats(through(act.forward(of_up.clone()), &down)), 2e-5);
+        assert_close(gated, &floats(through(act.forward(of_gate) * of_up, &down)), 2e-5);
+    }
+
+    #[test]
+    fn there_may_be_no_tokens() {
+        let (device, dispatch) = (Device::flex(), Dispatch::new(&[], 2, 3));
+        let empty = |width| Tensor::<2>::zeros([0, width], &device);
+        let rows = grouped_matmul(permute(empty(4), &dispatch), noise([3, 4, 5], 1, &device), &dispatch);
+        assert_eq!(combine(rows, empty(2), &dispatch).dims(), [0, 5]);
+    }
+
     #[test]
     #[should_panic(expected = "expert 3 of 3")]
     fn an_expert_exists() {
