@@ -10,17 +10,20 @@
 //! set.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, FloatDType, Tensor, s};
 use volary::clip::{ClipConfig, Layout};
 use volary::preset::Shape;
 use volary::registry::SYSTEMS;
 use volary_weights::{LoadOptions, NotFinite, load, open, save};
+
+mod support;
+use support::{measured, peak_mib, python, run, sorted};
 
 const MODEL: &str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K";
 /// How far the values are read, for the programs and for the table.
@@ -43,7 +46,7 @@ fn main() -> Result<()> {
 
 /// The rows of the table: what is loaded, and into what.
 fn parent() -> Result<()> {
-    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let python = python();
     let folder = tempfile::tempdir()?;
     let whole = folder.path().join("model.safetensors");
     // A process of its own as well: the memory of writing must not be seen in what follows.
@@ -81,12 +84,8 @@ fn parent() -> Result<()> {
                 }
             }
             for ((name, _), figures) in programs.iter().zip(figures) {
-                let median = |pick: fn(&(f64, f64)) -> f64| {
-                    let mut values: Vec<f64> = figures.iter().map(pick).collect();
-                    values.sort_by(f64::total_cmp);
-                    values[values.len() / 2]
-                };
-                let (seconds, memory) = (median(|figure| figure.0), median(|figure| figure.1));
+                let seconds = sorted(&figures, |figure| figure.seconds)[RUNS / 2];
+                let memory = sorted(&figures, |figure| figure.mib)[RUNS / 2];
                 println!(
                     "| {size:.2} GB, {what} | {dtype} | {values} | {name} | {seconds:.3} | {memory:.0} |"
                 );
@@ -99,24 +98,6 @@ fn parent() -> Result<()> {
 fn arguments(mut program: Command, what: &str, path: &Path, dtype: &str, read: &str) -> Command {
     program.arg(what).arg(path).args([dtype, read]);
     program
-}
-
-fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("{command:?} does not start"))?;
-    if !output.status.success() {
-        bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// Seconds and MiB, as the program prints them.
-fn measured(command: &mut Command) -> Result<(f64, f64)> {
-    let output = run(command)?;
-    let mut words = output.split_whitespace().map(str::parse::<f64>);
-    match (words.next(), words.next()) {
-        (Some(Ok(seconds)), Some(Ok(memory))) => Ok((seconds, memory)),
-        _ => bail!("{command:?} printed `{output}`, not seconds and MiB"),
-    }
 }
 
 fn config() -> Result<&'static ClipConfig> {
@@ -161,13 +142,4 @@ impl ModuleVisitor for Pages {
         let step = (PAGE / tensor.dtype().size()) as isize;
         std::hint::black_box(tensor.flatten::<1>(0, D - 1).slice(s![..;step]).sum().into_data());
     }
-}
-
-/// The peak of this process's resident set, as Linux counts it.
-fn peak_mib() -> Result<f64> {
-    let file = PathBuf::from("/proc/self/status");
-    let status = fs::read_to_string(&file).context("peak memory is read from /proc, which only Linux has")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib / 1024.0)
 }

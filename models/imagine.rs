@@ -25,8 +25,7 @@ use crate::stable_diffusion::{Answers, Latents, Parts, Reader, StableDiffusion, 
 #[derive(Clone, Debug, Default)]
 pub struct Extras {
     /// A single file of Stable Diffusion 1 with the weights of all parts, under the names of its authors ([`crate::ldm`]), in
-    /// place of those in the parts' folders, which need hold configurations and the tokenizer only. Low-rank changes do not
-    /// find their weights in it.
+    /// place of those in the parts' folders, which need hold configurations and the tokenizer only.
     pub single_file: Option<PathBuf>,
     /// Files of low-rank changes of the weights, and how much each counts: 1 as it was trained.
     pub loras: Vec<(PathBuf, f64)>,
@@ -64,6 +63,24 @@ pub struct Imagine {
     pub init: Option<Init>,
     /// What becomes of a prompt that is longer than the text encoder reads.
     pub long: Long,
+    /// How the autoencoder sees a picture; without it in tiles where it has more than 1024 x 1024 pixels.
+    pub coding: Option<Coding>,
+}
+
+/// How an autoencoder sees a picture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coding {
+    /// As it is: 512 x 512 pixels take about a gigabyte, four times as many four of them.
+    Whole,
+    /// In overlapping tiles: the memory of one, and not quite the same picture.
+    Tiled,
+}
+
+impl Coding {
+    /// What is usual for a picture of so many pixels.
+    fn usual([height, width]: [usize; 2]) -> Self {
+        if height.saturating_mul(width) > WHOLE { Coding::Tiled } else { Coding::Whole }
+    }
 }
 
 /// A picture that is changed.
@@ -77,6 +94,8 @@ pub struct Init {
     pub mask: Option<Rgb8>,
 }
 
+/// Pictures of more pixels are cut into tiles, if nothing else is said.
+const WHOLE: usize = 1024 * 1024;
 /// So many rows of a long prompt are read, if nothing else is said.
 const ROWS: usize = 8;
 /// More steps or pictures than anyone waits for.
@@ -96,6 +115,7 @@ impl Default for Imagine {
             eta: 0.0,
             init: None,
             long: Long::Rows(ROWS),
+            coding: None,
         }
     }
 }
@@ -157,6 +177,8 @@ pub struct Imagined {
     pub steps: usize,
     /// What the prompts came to.
     pub texts: Texts,
+    /// How the autoencoder saw them.
+    pub coding: Coding,
 }
 
 /// What became of the prompts.
@@ -174,13 +196,13 @@ pub struct Update<'a> {
     pub picture: usize,
     /// How far it is.
     pub progress: &'a Progress,
-    pipeline: &'a TextToImage,
+    codec: Latents<'a>,
 }
 
 impl Update<'_> {
     /// What the picture is believed to become. It takes as long as decoding does.
     pub fn preview(&self) -> Rgb8 {
-        picture(self.pipeline.codec().decode(self.progress.original.clone()))
+        picture(self.codec.decode(self.progress.original.clone()))
     }
 }
 
@@ -230,6 +252,8 @@ pub(crate) struct Job {
     pub steps: usize,
     /// What is changed.
     pub picture: Option<Picture>,
+    /// How the autoencoder sees it.
+    pub coding: Coding,
 }
 
 /// A picture as tensors.
@@ -274,14 +298,16 @@ impl TextToImage {
         let side = unet.config("config.json")?.size_or("sample_size", 64)?;
         let loras = extras.loras.iter().map(|(path, weight)| Lora::open(path, *weight));
         let loras = loras.collect::<Result<Vec<_>, _>>()?;
+        let named = parts.keys(&config)?;
         let (checkpoints, keys) = match &extras.single_file {
-            None => (parts.checkpoints()?, parts.keys(&config)?),
+            None => (parts.checkpoints()?, named),
             Some(file) => {
                 let whole = [open(file)?, open(file)?, open(file)?];
                 (whole, [&ldm::TEXT, &ldm::UNET, &ldm::AUTOENCODER])
             }
         };
-        let mut models = parts.load(&config, lora::apply(&loras, checkpoints)?, keys, options, device)?;
+        let checkpoints = lora::apply(&loras, checkpoints, keys, named)?;
+        let mut models = parts.load(&config, checkpoints, keys, options, device)?;
         let embeddings =
             Embeddings::open(&extras.embeddings, config.text.vocab_size(), config.text.d_token())?;
         if let Some(rows) = embeddings.rows(device) {
@@ -312,14 +338,15 @@ impl TextToImage {
         asked: &Imagine,
         mut watch: impl FnMut(&Update) -> ControlFlow<()>,
     ) -> Result<Imagined, Error> {
-        let codec = self.codec();
-        let factor = codec.factor();
+        let factor = self.config.vae.codec.factor();
         let given = asked.init.as_ref().map(|init| [init.picture.height(), init.picture.width()]);
         let size = asked.size.or(given).unwrap_or([self.side * factor; 2]);
         let problems = self.problems(asked, size);
         if !problems.is_empty() {
             return Err(Error::Request { problems });
         }
+        let coding = asked.coding.unwrap_or(Coding::usual(size));
+        let codec = self.codec(coding);
         let (guidance, texts) =
             self.guidance([&asked.prompt, &asked.negative], asked.guidance, asked.long)?;
         let scheduler = self.scheduler(asked.scheduler.as_deref(), asked.eta)?;
@@ -343,11 +370,12 @@ impl TextToImage {
                 sampler: scheduler.sampler(asked.steps)?,
                 steps: asked.steps,
                 picture: asked.init.as_ref().map(picture_of),
+                coding,
             };
             let mut draw = |draw| noise(&[seed], latent, draw, &self.device);
             let mut told = |progress: &Progress| {
                 steps = progress.total;
-                watch(&Update { picture: at, progress, pipeline: self })
+                watch(&Update { picture: at, progress, codec })
             };
             let latents = self.run(job, &mut draw, &mut told)?;
             pictures.push(picture(codec.decode(latents)));
@@ -355,12 +383,12 @@ impl TextToImage {
         }
         let own = self.scheduler.text("_class_name").unwrap_or_default();
         let scheduler = asked.scheduler.clone().unwrap_or_else(|| own.to_owned());
-        Ok(Imagined { pictures, seeds, size, scheduler, steps, texts })
+        Ok(Imagined { pictures, seeds, size, scheduler, steps, texts, coding })
     }
 
     /// Everything that is wrong with a request.
     fn problems(&self, asked: &Imagine, size @ [height, width]: [usize; 2]) -> Vec<String> {
-        let factor = self.codec().factor();
+        let factor = self.config.vae.codec.factor();
         let mut problems = asked.problems();
         let sides = size.iter().all(|side| *side > 0 && side.is_multiple_of(factor));
         if !sides {
@@ -428,8 +456,8 @@ impl TextToImage {
     }
 
     /// Pictures to latents and back.
-    pub(crate) fn codec(&self) -> Latents<'_> {
-        Latents { model: &self.models.vae, config: &self.config.vae }
+    pub(crate) fn codec(&self, coding: Coding) -> Latents<'_> {
+        Latents { model: &self.models.vae, config: &self.config.vae, coding }
     }
 
     /// One walk, to latents.
@@ -442,8 +470,8 @@ impl TextToImage {
         draw: &mut dyn FnMut(Draw) -> Tensor<4>,
         watch: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
     ) -> Result<Tensor<4>, Error> {
-        let Job { guidance, sampler, steps, picture } = job;
-        let codec = self.codec();
+        let Job { guidance, sampler, steps, picture, coding } = job;
+        let codec = self.codec(coding);
         let denoiser = Answers { model: &self.models.unet, config: &self.config.unet };
         let refuse = |problem: &str| Err(Error::Request { problems: vec![problem.to_owned()] });
         let paints = self.config.unet.channels_in == 2 * codec.channels() + 1;
@@ -542,10 +570,9 @@ pub(crate) fn picture(pixels: Tensor<4>) -> Rgb8 {
 mod tests {
     use std::path::Path;
 
-    use volary_weights::{read_tensors, save, save_tensors};
+    use volary_weights::{read_tensors, save_tensors};
 
     use super::*;
-    use crate::stable_diffusion::TextModel;
 
     fn fixture(name: &str) -> Folder {
         Folder::Disk(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name))
@@ -753,30 +780,22 @@ mod tests {
         }
     }
 
+    /// One tile is the whole; of more the seams are not quite it.
     #[test]
-    fn a_single_file_takes_the_place_of_the_parts_weights() {
+    fn a_picture_may_be_seen_in_tiles() {
         let pipeline = load("pipe_sd");
-        let scratch = copy("pipe_sd");
-        let StableDiffusion { text, unet, vae } = &pipeline.models;
-        let TextModel::Clip(text) = text else { panic!("the text encoder is CLIP's") };
-        let path = |name: &str| scratch.path().join(format!("{name}.safetensors"));
-        save(text, &ldm::TEXT, None, &path("text"), None).unwrap();
-        save(unet, &ldm::UNET, None, &path("unet"), None).unwrap();
-        save(vae, &ldm::AUTOENCODER, None, &path("vae"), None).unwrap();
-        let of = |name: &str, prefix: &str| {
-            let tensors = read_tensors(&path(name)).unwrap().into_iter();
-            tensors.map(|(key, data)| (format!("{prefix}{key}"), data)).collect::<Vec<_>>()
+        let tile = pipeline.config.vae.tile;
+        let of = |height, coding| {
+            let init = Init { picture: grey(height, tile, 90), strength: 0.7, mask: None };
+            let asked = Imagine { size: None, init: Some(init), coding, ..asked() };
+            imagine(&pipeline, &asked).unwrap()
         };
-        let all = [of("text", ""), of("unet", ""), of("vae", "first_stage_model.")].concat();
-        save_tensors(&path("single"), &all).unwrap();
-        for part in ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"] {
-            std::fs::remove_file(path(part)).unwrap();
-        }
-        let folder = Folder::Disk(scratch.path().into());
-        assert!(load_with(&folder, &Extras::default()).is_err());
-        let extras = Extras { single_file: Some(path("single")), ..Extras::default() };
-        let single = load_with(&folder, &extras).unwrap();
-        assert_eq!(pictures(&single, &asked()), pictures(&pipeline, &asked()));
+        let (whole, tiled) = (Some(Coding::Whole), Some(Coding::Tiled));
+        assert_eq!(of(tile, tiled).pictures, of(tile, whole).pictures);
+        assert_ne!(of(2 * tile, tiled).pictures, of(2 * tile, whole).pictures);
+        assert_eq!((of(tile, None).coding, of(tile, tiled).coding), (Coding::Whole, Coding::Tiled));
+        let usual = [[1024, 1024], [1024, 1032], [usize::MAX, 8]].map(Coding::usual);
+        assert_eq!(usual, [Coding::Whole, Coding::Tiled, Coding::Tiled]);
     }
 
     #[test]

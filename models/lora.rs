@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::TensorData;
 use volary_weights::format::low_rank::{LowRank, WithLowRank};
-use volary_weights::{Checkpoint, read_tensors};
+use volary_weights::{Checkpoint, KeyMap, read_tensors};
 
 use crate::error::Error;
 
@@ -121,19 +121,27 @@ fn listed(names: &[String]) -> String {
     if more > 0 { format!("{shown} and {more} more") } else { shown }
 }
 
-/// The checkpoints of text encoder, U-Net and autoencoder with all changes.
+/// The checkpoints of text encoder, U-Net and autoencoder with all changes. Their keys follow the maps `stored`; the changes
+/// go by what the maps `named` call them.
 ///
 /// # Errors
 /// With everything that changes no weight that is there, or does not fit it.
 pub fn apply(
     loras: &[Lora],
     checkpoints: [Box<dyn Checkpoint>; 3],
+    stored: [&KeyMap; 3],
+    named: [&KeyMap; 3],
 ) -> Result<[Box<dyn Checkpoint>; 3], Error> {
+    if loras.is_empty() {
+        return Ok(checkpoints);
+    }
     // what a change may be called, and the part and the key that it changes
     let mut keys: HashMap<String, (usize, String, Vec<usize>)> = HashMap::new();
     for (at, (part, checkpoint)) in PARTS.into_iter().zip(&checkpoints).enumerate() {
-        for entry in checkpoint.entries() {
-            let Some(stem) = entry.name.strip_suffix(".weight") else { continue };
+        let entries = checkpoint.entries();
+        let found: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
+        for (entry, name) in entries.iter().zip(stored[at].translated(&found, named[at])?) {
+            let Some(stem) = name.as_ref().and_then(|name| name.strip_suffix(".weight")) else { continue };
             let name = format!("{part}_{}", stem.replace('.', "_"));
             let target = (at, entry.name.clone(), entry.shape.clone());
             // once called without the number of the only layer

@@ -11,7 +11,7 @@ use volary_weights::LoadOptions;
 
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::imagine::{Extras, Imagine, Imagined, TextToImage, Texts, Update, picture};
+use crate::imagine::{Coding, Extras, Imagine, Imagined, TextToImage, Texts, Update, picture};
 use crate::index::model_hash;
 use crate::registry::System;
 use crate::stable_diffusion;
@@ -92,6 +92,7 @@ impl Draws for TokenDrawing {
             ("scheduler", asked.scheduler.is_some()),
             ("eta", asked.eta != 0.0),
             ("picture to change", asked.init.is_some()),
+            ("tiles", asked.coding == Some(Coding::Tiled)),
         ];
         for (name, is_asked) in refused {
             check(!is_asked, format!("this model draws by tokens: it takes no {name}"));
@@ -122,7 +123,8 @@ impl Draws for TokenDrawing {
         }
         let left_out = self.plan.caption(&self.tokenizer, &asked.prompt)?.cut;
         let texts = Texts { rows: 1, left_out };
-        Ok(Imagined { pictures, seeds, size: [side; 2], scheduler: String::new(), steps: total, texts })
+        let (scheduler, coding) = (String::new(), Coding::Whole);
+        Ok(Imagined { pictures, seeds, size: [side; 2], scheduler, steps: total, texts, coding })
     }
 }
 
@@ -171,6 +173,14 @@ pub fn drawing(folder: &Folder) -> Result<&'static Drawing, Error> {
     row.ok_or(Error::Task { system, task: "draw pictures from texts" })
 }
 
+/// The parts of a pipeline that draws, by the names of their folders.
+///
+/// # Errors
+/// If the folder holds no system that draws.
+pub fn parts(folder: &Folder) -> Result<Vec<(&'static str, Folder)>, Error> {
+    Ok(drawing(folder)?.parts.iter().filter_map(|name| Some((*name, folder.part(name)?))).collect())
+}
+
 /// 64 digits that stand for a pipeline: of its `model_index.json` and of its parts' folders, with [`model_hash`]'s samples of
 /// what is large.
 ///
@@ -178,11 +188,9 @@ pub fn drawing(folder: &Folder) -> Result<&'static Drawing, Error> {
 /// If the folder holds no system that draws, or a file cannot be read.
 pub fn pipeline_hash(folder: &Folder) -> Result<String, Error> {
     let mut hash = Sha256::new();
-    for name in drawing(folder)?.parts {
-        if let Some(part) = folder.part(name) {
-            hash.update(name);
-            hash.update(model_hash(&part)?);
-        }
+    for (name, part) in parts(folder)? {
+        hash.update(name);
+        hash.update(model_hash(&part)?);
     }
     hash.update(folder.read(stable_diffusion::INDEX)?);
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())

@@ -8,7 +8,7 @@ use volary_vision::image::{Rgb8, content, png_texts};
 use volary_weights::hub::sha256;
 
 use crate::error::Error;
-use crate::imagine::{Extras, Imagine, Init};
+use crate::imagine::{Coding, Extras, Imagine, Init};
 
 /// The keyword of the record, as JSON.
 pub const KEYWORD: &str = "volary";
@@ -43,6 +43,9 @@ pub struct Record {
     pub width: usize,
     /// Pixels down, of one picture.
     pub height: usize,
+    /// Whether the autoencoder saw it in tiles.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub tiled: bool,
     /// Rows and columns, if it is a sheet of pictures.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grid: Option<[usize; 2]>,
@@ -200,6 +203,7 @@ impl Record {
             scheduler: Some(self.scheduler.clone()).filter(|class| !class.is_empty()),
             eta: self.eta,
             init,
+            coding: Some(if self.tiled { Coding::Tiled } else { Coding::Whole }),
             ..Imagine::default()
         }
     }
@@ -223,6 +227,9 @@ impl Record {
         add("Size", &format!("{width}x{height}"));
         if self.eta != 0.0 {
             add("Eta", &self.eta);
+        }
+        if self.tiled {
+            add("VAE", &"tiled");
         }
         if let Some([rows, columns]) = self.grid {
             add("Grid", &format!("{rows}x{columns}"));

@@ -33,7 +33,7 @@ use crate::clip_text::{self, ClipText, ClipTextConfig};
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
-use crate::imagine::{Extras, Job, Picture, TextToImage};
+use crate::imagine::{Coding, Extras, Job, Picture, TextToImage};
 use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Description, Forward, System, describe_with};
 use crate::roberta_series::{ALT, ALT_M18, RobertaSeries, RobertaSeriesConfig};
@@ -265,9 +265,11 @@ impl Denoiser for Answers<'_> {
 }
 
 /// An autoencoder behind the pipeline's trait.
+#[derive(Clone, Copy)]
 pub(crate) struct Latents<'a> {
     pub model: &'a AutoencoderKl,
     pub config: &'a AutoencoderKlConfig,
+    pub coding: Coding,
 }
 
 impl Codec for Latents<'_> {
@@ -280,13 +282,21 @@ impl Codec for Latents<'_> {
     }
 
     fn encode(&self, pictures: Tensor<4>, noise: Tensor<4>) -> Tensor<4> {
-        let latents = self.model.encode(pictures).sample(noise).cast(burn::tensor::DType::F32);
+        let posterior = match self.coding {
+            Coding::Whole => self.model.encode(pictures),
+            Coding::Tiled => self.model.encode_tiled(pictures, &self.config.tiles()),
+        };
+        let latents = posterior.sample(noise).cast(burn::tensor::DType::F32);
         (latents - self.config.shift_factor) * self.config.scaling_factor
     }
 
     fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
         let latents = latents / self.config.scaling_factor + self.config.shift_factor;
-        self.model.decode(latents).cast(burn::tensor::DType::F32)
+        let pictures = match self.coding {
+            Coding::Whole => self.model.decode(latents),
+            Coding::Tiled => self.model.decode_tiled(latents, &self.config.tiles()),
+        };
+        pictures.cast(burn::tensor::DType::F32)
     }
 }
 
@@ -444,7 +454,7 @@ fn describe(folder: &Folder) -> Result<Description, Error> {
     let [text_keys, unet_keys, vae_keys] = parts.keys(&config)?;
     let described = [
         (
-            "text",
+            "text_encoder",
             match config.text.init(&device) {
                 TextModel::Clip(model) => describe_with(text.as_ref(), &model, text_keys)?,
                 TextModel::Bert(model) => describe_with(text.as_ref(), &model, text_keys)?,
@@ -496,10 +506,11 @@ impl Forward for Runner {
             Kind::Picture => self.prompt.number_or("strength", 0.8)?,
             Kind::Mask => self.prompt.number_or("strength", 1.0)?,
         };
+        let codec = self.pipeline.codec(Coding::Whole);
         if let Some(start) = &start {
             let [batch, _, height, width] = start.dims();
-            let latent = [batch, self.pipeline.codec().channels(), height, width];
-            let factor = self.pipeline.codec().factor();
+            let latent = [batch, codec.channels(), height, width];
+            let factor = codec.factor();
             let pixels = |channels| [batch, channels, factor * height, factor * width];
             inputs.shaped(name, Some(start.dims()), latent);
             inputs.shaped("vae_noise", picked.as_ref().map(Tensor::dims), latent);
@@ -516,6 +527,7 @@ impl Forward for Runner {
             sampler: self.pipeline.scheduler(None, 0.0)?.sampler(steps)?,
             steps,
             picture: image.map(|image| Picture { pixels: image * 2.0 - 1.0, strength, mask }),
+            coding: codec.coding,
         };
         let mut draw = |draw: Draw| match (draw, &picked) {
             (Draw::Picture | Draw::Masked, Some(picked)) => picked.clone(),
@@ -524,7 +536,7 @@ impl Forward for Runner {
             (Draw::Step(_), _) => start.zeros_like(),
         };
         let latents = self.pipeline.run(job, &mut draw, &mut |_| ControlFlow::Continue(()))?;
-        let image = (self.pipeline.codec().decode(latents.clone()) / 2.0 + 0.5).clamp(0.0, 1.0);
+        let image = (codec.decode(latents.clone()) / 2.0 + 0.5).clamp(0.0, 1.0);
         let mut outputs = vec![
             output("image", image),
             output("latents", latents),

@@ -13,7 +13,7 @@ use volary::registry::{SYSTEMS, System, forward};
 use volary_weights::format::SafetensorsFile;
 use volary_weights::{Dtype, LoadOptions, Packing, Quantization, open, read_tensors, save_tensors};
 
-use crate::support::{copy_folder, done, fixture, json, names, refused, volary};
+use crate::support::{copy_folder, done, fixture, names, refused, volary};
 
 /// Every tensor by its name, as it is stored.
 fn tensors(folder: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
@@ -349,7 +349,7 @@ fn what_belongs_to_the_weights_comes_along() {
 fn a_pipeline_comes_through_part_by_part() {
     let scratch = tempfile::tempdir().unwrap();
     let (source, out) = (scratch.path().join("source"), scratch.path().join("out"));
-    copy_folder(&fixture("bert"), &source.join("text_encoder"));
+    copy_folder(&fixture("bert_legacy_bin"), &source.join("text_encoder"));
     copy_folder(&fixture("vit"), &source.join("unet"));
     let unet = source.join("unet");
     fs::rename(unet.join("model.safetensors"), unet.join("diffusion_pytorch_model.safetensors")).unwrap();
@@ -370,12 +370,37 @@ fn a_pipeline_comes_through_part_by_part() {
     assert!(tensors(&out.join("text_encoder")).values().any(|(dtype, ..)| *dtype == Dtype::F16));
     assert!(out.join("unet/diffusion_pytorch_model.safetensors").exists());
     assert!(out.join("scheduler/scheduler_config.json").exists());
-    assert_eq!(json(&out.join("text_encoder/config.json"))["dtype"], "float16");
+    assert_eq!(names(&out.join("text_encoder")).iter().filter(|name| name.ends_with(".bin")).count(), 0);
 
     fs::remove_file(source.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
     fs::write(source.join("unet/other.safetensors"), "").unwrap();
     let told = refused("convert", &source, &scratch.path().join("again"), &[]);
     assert!(told.contains("unet") && told.contains("no weights"), "{told}");
+}
+
+/// In several files, and again in one for each part: the picture is the same. Another dtype is that of every part.
+#[test]
+fn a_pipeline_draws_as_before() {
+    let scratch = tempfile::tempdir().unwrap();
+    let source = fixture("pipe_sd");
+    let [shards, back, half] = ["shards", "back", "half"].map(|name| scratch.path().join(name));
+    done("convert", &source, &shards, &["--max-shard-size", "20KB"]);
+    assert!(shards.join("unet/diffusion_pytorch_model.safetensors.index.json").exists());
+    done("convert", &shards, &back, &["--dtype", "f32"]);
+    for part in ["text_encoder", "unet", "vae"] {
+        assert_eq!(tensors(&back.join(part)), tensors(&source.join(part)), "{part}");
+    }
+    for file in ["model_index.json", "prompt.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"]
+    {
+        assert_eq!(fs::read(back.join(file)).unwrap(), fs::read(source.join(file)).unwrap(), "{file}");
+    }
+    assert_eq!(outputs(&back, &source), outputs(&source, &source));
+    done("convert", &source, &half, &["--dtype", "bf16"]);
+    for part in ["text_encoder", "unet", "vae"] {
+        let kept = |dtype: Dtype| !dtype.is_float() || dtype == Dtype::BF16;
+        assert!(tensors(&half.join(part)).values().all(|(dtype, ..)| kept(*dtype)), "{part}");
+    }
+    assert_eq!(outputs(&half, &source).len(), outputs(&source, &source).len());
 }
 
 #[test]

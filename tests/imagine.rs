@@ -5,10 +5,15 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use burn::tensor::{Device, TensorData};
 use serde_json::Value;
 use tempfile::TempDir;
+use volary::folder::Folder;
+use volary::ldm;
 use volary::record::{KEYWORD, PARAMETERS, Record};
+use volary::stable_diffusion::{Parts, TextModel};
 use volary_vision::image::{ReadOptions, Rgb8, content, png_texts, read};
+use volary_weights::{LoadOptions, read_tensors, save, save_tensors};
 
 use crate::cli::{example, volary};
 use crate::support::{copy_folder, fixture};
@@ -160,6 +165,122 @@ fn the_record_makes_the_picture_again() {
         place.does(&["replay", "first.png", "-o", "again.png"]);
         assert!(place.bytes("again.png") == place.bytes("first.png"), "{flags:?}");
     }
+}
+
+/// The weights of all parts in one file, under the names of Stable Diffusion's authors.
+fn write_single_file(folder: &Path, scratch: &Path, file: &Path) {
+    let (parts, device) = (Parts::of(&Folder::Disk(folder.into())).unwrap(), Device::flex());
+    let config = parts.config().unwrap();
+    let (checkpoints, keys) = (parts.checkpoints().unwrap(), parts.keys(&config).unwrap());
+    let models = parts.load(&config, checkpoints, keys, &LoadOptions::default(), &device).unwrap();
+    let TextModel::Clip(text) = models.text else { panic!("the text encoder is CLIP's") };
+    let path = |name: &str| scratch.join(name);
+    save(&text, &ldm::TEXT, None, &path("text"), None).unwrap();
+    save(&models.unet, &ldm::UNET, None, &path("unet"), None).unwrap();
+    save(&models.vae, &ldm::AUTOENCODER, None, &path("vae"), None).unwrap();
+    let of = |name: &str, prefix: &str| {
+        let tensors = read_tensors(&path(name)).unwrap().into_iter();
+        tensors.map(|(key, data)| (format!("{prefix}{key}"), data)).collect::<Vec<_>>()
+    };
+    let all = [of("text", ""), of("unet", ""), of("vae", "first_stage_model.")].concat();
+    save_tensors(file, &all).unwrap();
+}
+
+/// A LoRA, a learned token, the weights in a single file, and all of them; then from another place.
+#[test]
+fn the_record_knows_the_files_beside_the_model() {
+    let (place, scratch) = (Place::new(), tempfile::tempdir().unwrap());
+    write_single_file(&fixture("pipe_sd"), scratch.path(), &place.at("single.safetensors"));
+    let constant =
+        |rows: usize, columns: usize| TensorData::new(vec![0.6f32; rows * columns], [rows, columns]);
+    let change = |key: &str, rows, columns| {
+        let parts = [("lora_up", constant(rows, 1)), ("lora_down", constant(1, columns))];
+        parts.map(|(part, data)| (format!("{key}.{part}.weight"), data))
+    };
+    let changes = [
+        change("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 16, 16),
+        change("lora_unet_down_blocks_0_attentions_0_proj_in", 4, 4),
+        change("lora_unet_mid_block_resnets_1_conv2", 4, 36),
+        change("vae.decoder.mid_block.attentions.0.to_q", 8, 8),
+    ];
+    save_tensors(&place.at("style.safetensors"), &changes.concat()).unwrap();
+    let vector = TensorData::new((0..16).map(|at| at as f32 / 4.0 - 2.0).collect(), [16]);
+    save_tensors(&place.at("toy.safetensors"), &[("<toy>".to_owned(), vector)]).unwrap();
+
+    // with the single file no other weights are needed
+    copy_pipeline("pipe_sd", &place.at("bare"));
+    for weights in ["text_encoder/model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"] {
+        fs::remove_file(place.at(&format!("bare/{weights}.safetensors"))).unwrap();
+    }
+    let asked = ["imagine", "a <toy>", "--seed", "5", "--steps", "3"];
+    assert!(place.fails(1, &[&asked[..], &["--model", "bare"]].concat()).contains("no weights"));
+
+    let whole = fixture("pipe_sd").to_str().unwrap().to_owned();
+    let lora = ["--lora", "style.safetensors:0.5"];
+    let embedding = ["--embedding", "toy.safetensors"];
+    let single = ["--single-file", "single.safetensors", "--model", "bare"];
+    let whole = ["--model", &whole];
+    let made = |file: &str, flags: &[&[&str]]| {
+        place.does(&[&asked[..], &["-o", file], &flags.concat()].concat());
+        place.does(&["replay", file, "-o", "again.png"]);
+        assert!(place.bytes("again.png") == place.bytes(file), "{file}");
+        place.picture(file)
+    };
+    let plain = made("plain.png", &[&whole]);
+    let [styled, learned] =
+        [made("lora.png", &[&whole, &lora]), made("embedding.png", &[&whole, &embedding])];
+    assert!(styled != plain && learned != plain && styled != learned);
+    assert!(made("single.png", &[&single]) == plain);
+    assert!(made("single-lora.png", &[&single, &lora]) == styled);
+    let all = made("first.png", &[&single, &lora, &embedding]);
+    assert!(all != styled && all != learned);
+
+    let record = Record::read(&place.at("first.png")).unwrap();
+    let expected =
+        ["LoRA: style.safetensors (", "Embedding: toy.safetensors (", "Weights: single.safetensors ("];
+    assert!(expected.iter().all(|part| record.told().contains(part)), "{}", record.told());
+    assert_eq!(record.loras[0].weight, 0.5);
+
+    let names = ["style.safetensors", "toy.safetensors", "single.safetensors"];
+    for name in names {
+        fs::rename(place.at(name), scratch.path().join(name)).unwrap();
+    }
+    let told = place.fails(1, &["replay", "first.png"]);
+    assert!(names.iter().all(|name| told.contains(&format!("{name}: No such file"))), "{told}");
+    let moved = names.map(|name| scratch.path().join(name).to_str().unwrap().to_owned());
+    let found = ["--lora", &moved[0], "--embedding", &moved[1], "--single-file", &moved[2]];
+    place.does(&[&["replay", "first.png", "-o", "again.png"], &found[..]].concat());
+    assert!(place.bytes("again.png") == place.bytes("first.png"));
+}
+
+#[test]
+fn a_picture_in_tiles_comes_again() {
+    let place = Place::new();
+    let size = ["--size", "128x64", "--seed", "2"];
+    place.imagine("pipe_sd", &[&["a cat", "-o", "whole.png"], &size[..]].concat());
+    place.imagine("pipe_sd", &[&["a cat", "-o", "tiled.png", "--decode", "tiled"], &size[..]].concat());
+    assert!(place.picture("whole.png") != place.picture("tiled.png"));
+    for file in ["whole", "tiled"] {
+        let record = Record::read(&place.at(&format!("{file}.png"))).unwrap();
+        assert_eq!((record.tiled, record.told().contains("VAE: tiled")), (file == "tiled", file == "tiled"));
+        place.does(&["replay", &format!("{file}.png")]);
+        assert!(place.bytes(&format!("{file}.replay.png")) == place.bytes(&format!("{file}.png")));
+    }
+}
+
+#[test]
+fn a_pipeline_says_what_its_parts_are() {
+    let [told, _] = Place::new().does(&["info", fixture("pipe_sd").to_str().unwrap()]);
+    for expected in [
+        "part          text_encoder: CLIPTextModel, ",
+        "part          tokenizer: ",
+        "part          unet: UNet2DConditionModel, ",
+        "part          vae: AutoencoderKL, ",
+        "part          scheduler: DDIMScheduler\n",
+    ] {
+        assert!(told.contains(expected), "{expected}: {told}");
+    }
+    assert!(!told.contains("none ("), "{told}");
 }
 
 #[test]

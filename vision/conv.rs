@@ -1,7 +1,8 @@
 //! Convolutions.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Device, Tensor, module::conv2d, ops::ConvOptions};
+use burn::tensor::{Device, Tensor};
+use volary_kernels::ops::convolution;
 
 /// A 3x3 convolution, channels last, with a border of zeros.
 #[derive(Module, Debug)]
@@ -29,9 +30,8 @@ impl Conv3x3 {
 
     /// `[batch, height, width, in] -> [batch, height / stride, width / stride, out]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let options = ConvOptions::new([self.stride; 2], [1, 1], [1, 1], 1);
         let bias = self.bias.as_ref().map(|bias| bias.val());
-        conv2d(x.permute([0, 3, 1, 2]), self.weight.val(), bias, options).permute([0, 2, 3, 1])
+        convolution(x.permute([0, 3, 1, 2]), self.weight.val(), bias, self.stride, 1).permute([0, 2, 3, 1])
     }
 }
 
@@ -67,8 +67,7 @@ impl Conv {
 
     /// `[batch, in, height, width] -> [batch, out, height / stride, width / stride]`, rounded as the border has it.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let options = ConvOptions::new([self.stride; 2], [self.border; 2], [1, 1], 1);
-        conv2d(x, self.weight.val(), Some(self.bias.val()), options)
+        convolution(x, self.weight.val(), Some(self.bias.val()), self.stride, self.border)
     }
 }
 

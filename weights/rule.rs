@@ -133,6 +133,22 @@ impl KeyMap {
         Ok(stack.and_then(|line| line.keys_of(path, &[count], Share::WHOLE)).unwrap_or_default())
     }
 
+    /// What `other`, a map of the same module, calls each of a checkpoint's `keys`; none where this map ignores or does not
+    /// know it, or the other has no key for it. Of several it is the first.
+    ///
+    /// # Errors
+    /// [`Error::Rule`] when a rule of either cannot be followed.
+    pub fn translated(&self, keys: &[&str], other: &KeyMap) -> Result<Vec<Option<String>>, Error> {
+        let (lines, others) = (self.lines()?, other.lines()?);
+        let prefix = choose_prefix(&lines, self.prefixes, keys);
+        let translated = |key: &&str| {
+            let paths = lines.iter().find_map(|line| line.paths_of(strip(key, prefix)))?;
+            let path = paths.first()?;
+            others.iter().find_map(|line| line.keys_of(path, &[], Share::WHOLE))?.into_iter().next()
+        };
+        Ok(keys.iter().map(translated).collect())
+    }
+
     /// The rules, checked, with those of parts spelled out.
     pub(crate) fn lines(&self) -> Result<Vec<Line>, Error> {
         let mut lines = Vec::new();
@@ -401,6 +417,20 @@ mod tests {
         let third = lines[0].keys_of("blocks.7.experts", &[2, 5], Share::new(2, 4).unwrap()).unwrap();
         assert_eq!(third, ["h.7.experts.4.w", "h.7.experts.5.w"]);
         assert_eq!(lines[0].place_of("h.7.experts.31.w"), Some(("blocks.7.experts".into(), 31)));
+    }
+
+    #[test]
+    fn a_key_has_another_name_in_another_map() {
+        const OTHER: KeyMap = KeyMap::new(&[
+            Rename("norm.{}.{}", "blocks.{}.norms.{}.gamma"),
+            Split("qkv.{}", &["blocks.{}.q.weight", "blocks.{}.k.weight", "blocks.{}.v.weight"]),
+            Rename("patch", "vision.patch.weight"),
+        ]);
+        let keys =
+            ["h.3.ln_1.weight", "m.h.7.qkv.weight", "m.visual.conv1.weight", "m.h.3.w1", "cls.x", "m.other"];
+        let translated = KEYS.with_prefixes(&["m."]).translated(&keys, &OTHER).unwrap();
+        let expected = [Some("norm.3.1"), Some("qkv.7"), Some("patch"), None, None, None];
+        assert_eq!(translated, expected.map(|key| key.map(str::to_owned)));
     }
 
     #[test]

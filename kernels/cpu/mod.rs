@@ -1,5 +1,7 @@
 //! Bodies for the CPU behind [`crate::ops`].
 
+pub mod attention;
+pub mod convolution;
 pub mod host;
 mod instructions;
 pub mod matmul;
@@ -8,5 +10,6 @@ pub mod norm;
 pub mod pointwise;
 pub mod products;
 pub mod quantized;
+pub mod tiles;
 
 pub use instructions::Instructions;

@@ -197,7 +197,7 @@ impl Body for Softmax<'_> {
 
 /// The greatest value but NaN.
 #[inline(always)]
-fn greatest(values: &[f32]) -> f32 {
+pub fn greatest(values: &[f32]) -> f32 {
     let more = |most: f32, x: f32| if x > most { x } else { most };
     let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
@@ -211,7 +211,7 @@ fn greatest(values: &[f32]) -> f32 {
 
 /// Every value becomes `exp(value - most)`; returns their sum.
 #[inline(always)]
-fn exponentials<const FMA: bool>(values: &mut [f32], most: f32) -> f32 {
+pub fn exponentials<const FMA: bool>(values: &mut [f32], most: f32) -> f32 {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     let mut lanes = [0.0_f32; LANES];
     for chunk in chunks {

@@ -1,6 +1,13 @@
+use burn::backend::Flex;
 use burn::tensor::module::attention as scaled_dot_product;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Device, Int, Tensor};
+use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use half::{bf16, f16};
+
+use crate::cpu::{self, host::is_host};
+
+/// With fewer queries there is nothing to gain from keys and values that are laid out for them.
+const FEW: usize = 16;
 
 /// Which keys a query may attend to.
 ///
@@ -70,8 +77,45 @@ pub fn attention(
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
+    let is_open = resolved.hidden.is_none() && resolved.bias.is_none();
+    if is_open && is_fast(&query, &key, &value) {
+        return on_cpu(query, key, value, resolved.causal, scale);
+    }
     let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
     scaled_dot_product(query, key, value, resolved.hidden, bias, options)
+}
+
+/// Whether the own body is for it.
+fn is_fast(query: &Tensor<4>, key: &Tensor<4>, value: &Tensor<4>) -> bool {
+    let [.., queries, d_head] = query.dims();
+    let is_one = [key, value].iter().all(|other| other.dtype() == query.dtype());
+    is_host(query) && is_one && queries >= FEW && d_head > 0
+}
+
+/// Without a matrix of scores; `key` and `value` have as many heads as `query`.
+fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
+    let (device, dtype, [batch, heads, queries, d_head]) = (query.device(), query.dtype(), query.dims());
+    let [_, _, keys, d_value] = value.dims();
+    let scale = scale.unwrap_or(1.0 / (d_head as f64).sqrt()) as f32;
+    let sizes = cpu::attention::Sizes { queries, keys, d_head, d_value, scale, causal };
+    let shape = [batch, heads, queries, d_value];
+    let [query, key, value] = [query, key, value].map(|tensor| {
+        tensor.try_into_primitive::<Flex>().expect("tensors on this device are Flex's").to_contiguous()
+    });
+    macro_rules! attended {
+        ($type:ty) => {{
+            let mut out = vec![<$type>::default(); shape.iter().product()];
+            let [query, key, value] = [&query, &key, &value]
+                .map(|held| held.as_slice::<$type>().expect("contiguous, of this type"));
+            cpu::attention::attention(query, key, value, sizes, &mut out);
+            Tensor::from_data(TensorData::new(out, shape), (&device, dtype))
+        }};
+    }
+    match dtype {
+        DType::F32 => attended!(f32),
+        DType::F16 => attended!(f16),
+        _ => attended!(bf16),
+    }
 }
 
 /// Repeats every head `times` times in a row: `[batch, heads, seq, d] -> [batch, heads * times, seq, d]`.

@@ -1,11 +1,14 @@
+use burn::backend::Flex;
 use burn::tensor::module::linear as burns;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
+use half::bf16;
 
 use super::{Activation, add_bias};
 use crate::cpu::Instructions;
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::matmul::{Right, matmul};
 use crate::cpu::pointwise::Finish;
+use crate::cpu::tiles::{Transposed, product};
 
 /// Fewer rows are left to Burn's product, which reads a weight only once and does not pack it.
 const FEW: usize = 16;
@@ -17,8 +20,8 @@ const BLOCK: usize = 256;
 /// - `weight`: `[d_out, d_in]`
 /// - `bias`: `[d_out]`
 ///
-/// On the CPU rows of f32 go through all of it at once, several threads beside each other. Few rows, half precision, other
-/// devices, and where gradients are wanted: Burn's product.
+/// On the CPU rows of f32 go through all of it at once, several threads beside each other; numbers in bf16 are multiplied as
+/// they are and summed in f32. Few rows in f32, f16, other devices, and where gradients are wanted: Burn's product.
 ///
 /// # Panics
 /// If the widths differ.
@@ -33,16 +36,23 @@ pub fn linear<const D: usize>(
     assert_eq!(shape[D - 1], d_in, "width of the input (left) and of a weight of {d_out} rows");
     let rows: usize = shape[..D - 1].iter().product();
     if rows == 0 {
-        // of no rows Burn's product reads what is not there
-        shape[D - 1] = d_out;
-        return Tensor::zeros(shape, (&x.device(), x.dtype()));
+        // Of no rows Burn's product reads what is not there. Gradients are to find their way back all the same.
+        let y = x.sum_dim(D - 1) * weight.sum_dim(1).transpose().unsqueeze();
+        return match bias {
+            Some(bias) => y + bias.unsqueeze(),
+            None => y,
+        };
     }
     if !is_host(&x) || !is_host(&weight) {
         let y = burns(x, weight.transpose(), bias);
         return activation.map_or(y.clone(), |activation| activation.forward(y));
     }
-    if rows < FEW || [x.dtype(), weight.dtype()] != [DType::F32; 2] {
-        let y = burns(x, weight.transpose(), None);
+    let dtypes = [x.dtype(), weight.dtype()];
+    if rows < FEW || dtypes != [DType::F32; 2] {
+        let y = match dtypes {
+            [DType::BF16, DType::BF16] => in_bf16(x, weight),
+            _ => burns(x, weight.transpose(), None),
+        };
         return match (activation, bias) {
             (Some(activation), bias) => activation.biased(y, bias),
             (None, Some(bias)) => add_bias(y, bias),
@@ -64,6 +74,32 @@ pub fn linear<const D: usize>(
     });
     shape[D - 1] = d_out;
     host::tensor(out, shape)
+}
+
+/// `x Wᵀ` of numbers in bf16, on the CPU.
+fn in_bf16<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
+    /// From so many rows on the weights are laid out for them; fewer are laid out for the weights.
+    const MANY: usize = 32;
+    let (device, mut shape) = (x.device(), x.dims());
+    let [d_out, d_in] = weight.dims();
+    let rows = shape[..D - 1].iter().product();
+    shape[D - 1] = d_out;
+    let flex = "tensors on this device are Flex's";
+    let x = x.try_into_primitive::<Flex>().expect(flex).to_contiguous();
+    let weight = weight.try_into_primitive::<Flex>().expect(flex).to_contiguous();
+    let part = "contiguous, of this type";
+    let (x, weight): (&[bf16], &[bf16]) = (x.as_slice().expect(part), weight.as_slice().expect(part));
+    let mut out = vec![bf16::ZERO; rows * d_out];
+    if rows >= MANY {
+        product(x, d_in, &[Transposed::new(weight, d_in)], d_out, None, &mut out);
+    } else {
+        let mut turned = out.clone();
+        product(weight, d_in, &[Transposed::new(x, d_in)], rows, None, &mut turned);
+        for (at, out) in out.iter_mut().enumerate() {
+            *out = turned[at % d_out * rows + at / d_out];
+        }
+    }
+    Tensor::from_data(TensorData::new(out, shape), (&device, DType::BF16))
 }
 
 #[cfg(test)]
@@ -100,6 +136,14 @@ mod tests {
         let (x, weight) =
             (Tensor::<3>::zeros([0, 20, 4], &Device::flex()), noise([3, 4], 1, &Device::flex()));
         assert_eq!(linear(x, weight, None, Some(Activation::Gelu)).dims(), [0, 20, 3]);
+
+        let device = Device::flex().autodiff();
+        let [x, weight] =
+            [Tensor::<2>::zeros([0, 4], &device), noise([3, 4], 1, &device)].map(Tensor::require_grad);
+        let y = linear(x.clone(), weight.clone(), Some(noise([3], 2, &device)), None);
+        let gradients = y.sum().backward();
+        assert_eq!(x.grad(&gradients).unwrap().dims(), [0, 4]);
+        assert_close(weight.grad(&gradients).unwrap(), &[0.0; 12], 0.0);
     }
 
     #[test]
@@ -111,6 +155,22 @@ mod tests {
             assert_eq!(found.dtype(), dtype);
             let whole = linear(x.cast(DType::F32), weight.cast(DType::F32), None, Some(Activation::Silu));
             assert_close(found, &floats(whole), 4e-2);
+        }
+    }
+
+    /// Beside Burn's in f32: few rows and many, odd widths.
+    #[test]
+    fn bodies_agree_in_bf16() {
+        for [rows, d_in, d_out] in
+            [[1, 1, 1], [1, 737, 5], [3, 64, 300], [31, 33, 7], [32, 33, 70], [77, 520, 65]]
+        {
+            let x = noise([rows, d_in], 1, &Device::flex()).cast(DType::BF16);
+            let weight = noise([d_out, d_in + 1], 2, &Device::flex()).narrow(1, 1, d_in).cast(DType::BF16);
+            let bias = noise([d_out], 3, &Device::flex()).cast(DType::BF16);
+            let found = linear(x.clone(), weight.clone(), Some(bias.clone()), None);
+            let [x, weight] = [x, weight].map(|tensor| tensor.cast(DType::F32));
+            let expected = x.matmul(weight.transpose()) + bias.cast(DType::F32).unsqueeze();
+            assert_close(found, &floats(expected), 8e-3 * (d_in as f64).sqrt().max(1.0));
         }
     }
 

@@ -3,6 +3,7 @@
 mod activation;
 mod attention;
 mod codebook;
+mod convolution;
 mod linear;
 pub mod moe;
 mod norm;
@@ -14,6 +15,7 @@ mod softmax;
 pub use activation::{Activation, add_bias};
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
+pub use convolution::convolution;
 pub use linear::linear;
 pub use norm::group_norm;
 pub use products::products;

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
-use volary::imagine::{Imagine, Init, Texts, strength_problem};
+use volary::imagine::{Coding, Imagine, Imagined, Init, Texts, strength_problem};
 use volary::pictures::{Draws, Sketch, drawing, pipeline_hash};
 use volary::record::{Change, Model, Record, Source, Weighted};
 use volary_vision::image::{ReadOptions, Rgb8, read};
@@ -60,8 +60,12 @@ pub struct Drawing {
     embedding: Vec<PathBuf>,
     /// A file with the weights of all parts under the names of Stable Diffusion's authors, in place of those in the model's
     /// folder.
-    #[arg(long, value_name = "FILE", conflicts_with = "lora")]
+    #[arg(long, value_name = "FILE")]
     single_file: Option<PathBuf>,
+    /// Whether the autoencoder sees a picture as a whole or in overlapping tiles, which takes the memory of one tile and
+    /// gives not quite the same picture; without it in tiles where a picture has more than 1024x1024 pixels.
+    #[arg(long, value_enum)]
+    decode: Option<Decode>,
     /// Show the picture as it becomes, where standard error is a terminal that can (kitty's or iTerm2's pictures, or 24-bit
     /// colours). It takes at most a fifth of the time.
     #[arg(long)]
@@ -69,6 +73,22 @@ pub struct Drawing {
     /// Where the picture goes, a PNG; imagined-SEED.png without it. Of several, -1, -2, ... are behind the name.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+}
+
+/// How an autoencoder can be asked to see a picture.
+#[derive(Clone, Copy, ValueEnum)]
+enum Decode {
+    Whole,
+    Tiled,
+}
+
+impl From<Decode> for Coding {
+    fn from(decode: Decode) -> Self {
+        match decode {
+            Decode::Whole => Coding::Whole,
+            Decode::Tiled => Coding::Tiled,
+        }
+    }
 }
 
 /// The schedulers that can be asked for.
@@ -168,6 +188,7 @@ impl Drawing {
             scheduler: self.scheduler.map(|scheduler| scheduler.class().to_owned()),
             eta: self.eta.unwrap_or_default(),
             init: init.as_ref().and_then(|change| problems.init(change)),
+            coding: self.decode.map(Coding::from),
             ..Imagine::default()
         };
         let over = |asked: &mut Imagine, usual: &Imagine| {
@@ -187,6 +208,7 @@ impl Drawing {
             scheduler: String::new(),
             width: 0,
             height: 0,
+            tiled: false,
             steps: asked.steps,
             guidance: asked.guidance,
             eta: asked.eta,
@@ -285,10 +307,11 @@ pub fn make(
         let one = Imagine { seed, count: 1, ..asked.clone() };
         let imagined = model.draw(&one, &mut |sketch| view.step(at, sketch))?;
         if at == 0 {
-            view.tell(imagined.texts);
+            view.tell(&imagined, asked);
         }
         let [height, width] = imagined.size;
-        let made = Record { scheduler: imagined.scheduler, width, height, ..record.clone() };
+        let tiled = imagined.coding == Coding::Tiled;
+        let made = Record { scheduler: imagined.scheduler, width, height, tiled, ..record.clone() };
         imagined.pictures.iter().for_each(|picture| view.made(picture));
         sheet.extend(imagined.pictures);
         let (record, file) = match made.grid {
@@ -377,9 +400,15 @@ impl View {
         ControlFlow::Continue(())
     }
 
-    /// What became of the prompts, if they are long.
-    fn tell(&self, Texts { rows, left_out }: Texts) {
+    /// What became of the prompts, if they are long, and of the picture, if it is large.
+    fn tell(&self, imagined: &Imagined, asked: &Imagine) {
+        let Texts { rows, left_out } = imagined.texts;
         self.bar.suspend(|| {
+            if asked.coding.is_none() && imagined.coding == Coding::Tiled {
+                eprintln!(
+                    "the picture is large: it is decoded in tiles, unless --decode whole says otherwise"
+                );
+            }
             if rows > 1 {
                 eprintln!("the text is longer than the text encoder reads: it is read in {rows} pieces");
             }

@@ -8,6 +8,7 @@ use clap::Args;
 use serde::Serialize;
 use volary::Error;
 use volary::folder::Folder;
+use volary::pictures;
 use volary::preset::{Preset, bytes, count};
 use volary::pretrained::{EMBEDDED, Place, locate};
 use volary::record::Record;
@@ -55,10 +56,28 @@ struct Stored {
     /// How weights are packed, if they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     quantization: Option<String>,
-    preprocessor: String,
-    tokenizer: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preprocessor: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<String>,
+    /// Of a pipeline, which has preprocessor and tokenizer among them if it has any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    parts: Vec<Part>,
     /// What does not fit between weights and model.
     problems: Vec<String>,
+}
+
+/// A part of a pipeline.
+#[derive(Serialize)]
+struct Part {
+    name: &'static str,
+    /// What its configuration calls it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    class: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    parameters: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<String>,
 }
 
 /// Runs the command.
@@ -103,8 +122,18 @@ pub fn run(arguments: Arguments, shared: &Shared) -> Result<()> {
         if let Some(quantization) = &stored.quantization {
             say(format!("quantized     {quantization}"))?;
         }
-        say(format!("preprocessor  {}", stored.preprocessor))?;
-        say(format!("tokenizer     {}", stored.tokenizer))?;
+        if let Some(preprocessor) = &stored.preprocessor {
+            say(format!("preprocessor  {preprocessor}"))?;
+        }
+        if let Some(tokenizer) = &stored.tokenizer {
+            say(format!("tokenizer     {tokenizer}"))?;
+        }
+        for Part { name, class, parameters, tokenizer } in &stored.parts {
+            let parameters = parameters.map(|count| format!("{count} parameters"));
+            let told: Vec<&str> =
+                [class, &parameters, tokenizer].into_iter().flatten().map(String::as_str).collect();
+            say(format!("part          {name}: {}", told.join(", ")))?;
+        }
         for problem in &stored.problems {
             say(format!("does not fit  {problem}"))?;
         }
@@ -159,17 +188,18 @@ fn of_preset(system: &System, preset: &Preset) -> Info {
 fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
     let system = System::of(folder)?;
     let Description { parameters, problems, dtypes, quantization } = (system.describe)(folder)?;
-    let preprocessor = match folder.preprocessor() {
+    let preprocessor = || match folder.preprocessor() {
         Ok(preprocessor) => match preprocessor.image_size() {
             Some([height, width]) => format!("{height}x{width} pixels"),
             None => "a size that depends on the picture".into(),
         },
         Err(error) => format!("none ({error})"),
     };
-    let tokenizer = match folder.tokenizer() {
-        Ok(tokenizer) => format!("{} tokens", tokenizer.vocab_size()),
-        Err(error) => format!("none ({error})"),
+    let parts = match pictures::parts(folder) {
+        Ok(parts) => parts.into_iter().map(|(name, folder)| part(name, &folder, &parameters)).collect(),
+        Err(_) => Vec::new(), // it does not draw
     };
+    let is_whole = parts.is_empty();
     Ok(Info {
         name: name.into(),
         system: system.name,
@@ -181,12 +211,40 @@ fn of_folder(name: &str, folder: &Folder) -> Result<Info> {
         stored: Some(Stored {
             dtypes,
             quantization,
-            preprocessor,
-            tokenizer,
+            preprocessor: is_whole.then(preprocessor),
+            tokenizer: is_whole.then(|| tokenizer(folder)),
+            parts,
             problems: problems.iter().map(ToString::to_string).collect(),
         }),
         shapes: parameters.into_iter().map(|parameter| (parameter.path, parameter.shape)).collect(),
     })
+}
+
+fn tokenizer(folder: &Folder) -> String {
+    match folder.tokenizer() {
+        Ok(tokenizer) => format!("{} tokens", tokenizer.vocab_size()),
+        Err(error) => format!("none ({error})"),
+    }
+}
+
+/// A part of a pipeline that has these parameters.
+fn part(name: &'static str, folder: &Folder, parameters: &[Parameter]) -> Part {
+    let config = ["config.json", "scheduler_config.json"].iter().find_map(|file| folder.config(file).ok());
+    let class = config.as_ref().and_then(|config| {
+        let listed = config.texts("architectures").and_then(|names| names.into_iter().next());
+        config.text("_class_name").map(str::to_owned).or(listed)
+    });
+    let own: Vec<Parameter> = parameters
+        .iter()
+        .filter(|parameter| parameter.path.starts_with(&format!("{name}.")))
+        .cloned()
+        .collect();
+    Part {
+        name,
+        class,
+        parameters: Some(count(&own)).filter(|&count| count > 0),
+        tokenizer: config.is_none().then(|| tokenizer(folder)),
+    }
 }
 
 /// In 8 and 4 bits as `--dtype` has it: matrices in blocks of 32, all else in f32.

@@ -5,7 +5,7 @@ use burn::tensor::DType;
 /// `[batch, heads, kv_heads, queries, keys, d_head]`.
 type Shape = [usize; 6];
 
-const SHAPES: [Shape; 8] = [
+const SHAPES: [Shape; 11] = [
     [1, 1, 1, 1, 1, 1],
     [2, 3, 3, 5, 5, 7],
     [2, 4, 2, 5, 9, 8],  // grouped, and the past in a cache
@@ -13,7 +13,10 @@ const SHAPES: [Shape; 8] = [
     [1, 2, 2, 6, 1, 3],  // one key
     [2, 2, 1, 1, 11, 6], // one query
     [2, 1, 1, 3, 4, 1],
-    [1, 1, 1, 515, 517, 4], // scores of more than 256 Ki: the backend's tiled path
+    [1, 1, 1, 515, 517, 4],  // scores of more than 256 Ki: the backend's tiled path
+    [1, 2, 1, 100, 330, 20], // more than a block of the own body
+    [2, 1, 1, 17, 5, 70],    // wider than a panel of it, and queries that see no key
+    [1, 3, 3, 16, 64, 16],   // whole panels
 ];
 
 /// What a mask adds to the score of `[batch, head, query, key]`: a bias, or -∞ where the key is hidden.
@@ -234,6 +237,33 @@ fn half_precision_is_close_to_f32() {
             assert_close(found, &expected, tolerance);
         }
     }
+}
+
+#[test]
+fn half_precision_of_many_queries_is_close_to_f32() {
+    let device = Device::flex();
+    let [q, k, v] = [1, 2, 3].map(|seed| noise([1, 2, 40, 24], seed, &device));
+    for mask in [Mask::Full, Mask::Causal] {
+        let expected = floats(attention(q.clone(), k.clone(), v.clone(), &mask, None));
+        for (dtype, tolerance) in [(DType::F16, 2e-3), (DType::BF16, 2e-2)] {
+            let [q, k, v] = [&q, &k, &v].map(|x| x.clone().cast(dtype));
+            let found = attention(q, k, v, &mask, None);
+            assert_eq!(found.dtype(), dtype);
+            assert_close(found, &expected, tolerance);
+        }
+    }
+}
+
+/// What is no number is seen by those who see it, and by nobody else.
+#[test]
+fn what_is_no_number_stays_none() {
+    let device = Device::flex();
+    let [q, k, v] = [1, 2, 3].map(|seed| noise([1, 1, 20, 4], seed, &device));
+    let bad = Tensor::<4>::full([1, 1, 1, 4], f32::NAN, &device);
+    let k = Tensor::cat(vec![k.narrow(2, 0, 19), bad], 2);
+    let found = floats(attention(q, k, v, &Mask::Causal, None));
+    let (before, last) = found.split_at(19 * 4);
+    assert!(before.iter().all(|value| value.is_finite()) && last.iter().all(|value| value.is_nan()));
 }
 
 #[test]
