@@ -1,8 +1,11 @@
 //! Tensors whose values lie in this machine's memory: bodies read and write them where they lie.
 
+use std::marker::PhantomData;
+
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Element, Tensor, TensorData};
+use bytemuck::Pod;
 use rayon::prelude::*;
 
 /// Values of a parallel task: few enough to stay in a core's nearest cache, many enough to be worth a thread.
@@ -16,31 +19,42 @@ pub fn is_host<const D: usize>(x: &Tensor<D>) -> bool {
         && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// The values of a tensor in f32, in order.
-pub struct Values(FlexTensor);
+/// The values of a tensor, in order.
+pub struct Values<T = f32>(FlexTensor, PhantomData<T>);
+
+impl<T: Element + Pod> Values<T> {
+    /// As they are. Nothing is copied of values that lie in order; others are brought into order.
+    ///
+    /// # Panics
+    /// If it is not [`is_host`], or its values are of another type.
+    pub fn held<const D: usize>(x: Tensor<D>) -> Self {
+        assert_eq!(x.dtype(), T::dtype(), "type of a tensor's values (left) and of those wanted");
+        let x = x.try_into_primitive::<Flex>();
+        let x = x.unwrap_or_else(|error| panic!("the tensor is not in this machine's memory: {error:?}"));
+        Self(if x.is_contiguous() { x } else { x.to_contiguous() }, PhantomData)
+    }
+}
 
 impl Values {
-    /// Nothing is copied of f32 values that lie in order; others are cast, or brought into order.
+    /// In f32. Nothing is copied of f32 values that lie in order; others are cast, or brought into order.
     ///
     /// # Panics
     /// If it is not [`is_host`].
     pub fn of<const D: usize>(x: Tensor<D>) -> Self {
-        let x = x.cast(DType::F32).try_into_primitive::<Flex>();
-        let x = x.unwrap_or_else(|error| panic!("the tensor is not in this machine's memory: {error:?}"));
-        Self(if x.is_contiguous() { x } else { x.to_contiguous() })
+        Self::held(x.cast(DType::F32))
     }
 }
 
-impl std::ops::Deref for Values {
-    type Target = [f32];
+impl<T: Element + Pod> std::ops::Deref for Values<T> {
+    type Target = [T];
 
-    fn deref(&self) -> &[f32] {
-        self.0.as_slice().unwrap_or_default() // of f32 and in order, as `of` makes them
+    fn deref(&self) -> &[T] {
+        self.0.as_slice().unwrap_or_default() // of this type and in order, as `held` makes them
     }
 }
 
 /// A tensor of these values.
-pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+pub fn tensor<T: Element, const D: usize>(values: Vec<T>, shape: [usize; D]) -> Tensor<D> {
     Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(values, shape)))
 }
 
@@ -62,7 +76,7 @@ pub fn change<const D: usize>(
         return x;
     }
     assert!(count.is_multiple_of(width), "{shape:?} in rows of {width}");
-    let Values(mut x) = Values::of(x);
+    let Values(mut x, _) = Values::of(x);
     let is_whole = x.bytes().len() == count * size_of::<f32>();
     let changed = match x.try_storage_mut::<f32>().filter(|_| is_whole) {
         Some(values) => {
@@ -71,7 +85,7 @@ pub fn change<const D: usize>(
         }
         None => {
             let mut changed = vec![0.0; count];
-            let values = Values(x);
+            let values: Values = Values(x, PhantomData);
             by_rows(&mut changed, width, |first, changed| {
                 let at = first * width;
                 changed.copy_from_slice(&values[at..at + changed.len()]);

@@ -125,9 +125,14 @@ impl GatedExpertMlp {
 impl Experts {
     /// How many there are.
     pub fn n_experts(&self) -> usize {
+        self.up().weight.lazy_shape()[0]
+    }
+
+    /// The projection that both forms have first.
+    pub(in crate::moe) fn up(&self) -> &ExpertLinear {
         match self {
-            Experts::Plain(experts) => experts.up.weight.lazy_shape()[0],
-            Experts::Gated(experts) => experts.up.weight.lazy_shape()[0],
+            Experts::Plain(experts) => &experts.up,
+            Experts::Gated(experts) => &experts.up,
         }
     }
 

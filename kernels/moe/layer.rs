@@ -176,10 +176,7 @@ mod tests {
                         let weights = noise([TOKENS, WIDTH], 9, &device);
                         let gradient = |y: Tensor<2>| {
                             let gradients = (y * weights.clone()).sum().backward();
-                            let experts = match &layer.experts {
-                                Experts::Plain(mlp) => mlp.up.weight.val().grad(&gradients),
-                                Experts::Gated(mlp) => mlp.up.weight.val().grad(&gradients),
-                            };
+                            let experts = layer.experts.up().weight.val().grad(&gradients);
                             (x.grad(&gradients).unwrap(), experts.unwrap())
                         };
                         let (found, expected) = (gradient(y), gradient(expected));

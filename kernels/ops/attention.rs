@@ -1,10 +1,10 @@
-use burn::backend::Flex;
 use burn::tensor::module::attention as scaled_dot_product;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use half::{bf16, f16};
 
-use crate::cpu::{self, host::is_host};
+use crate::cpu;
+use crate::cpu::host::{Values, is_host, tensor};
 
 /// With fewer queries there is nothing to gain from keys and values that are laid out for them.
 const FEW: usize = 16;
@@ -94,21 +94,17 @@ fn is_fast(query: &Tensor<4>, key: &Tensor<4>, value: &Tensor<4>) -> bool {
 
 /// Without a matrix of scores; `key` and `value` have as many heads as `query`.
 fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
-    let (device, dtype, [batch, heads, queries, d_head]) = (query.device(), query.dtype(), query.dims());
+    let (dtype, [batch, heads, queries, d_head]) = (query.dtype(), query.dims());
     let [_, _, keys, d_value] = value.dims();
     let scale = scale.unwrap_or(1.0 / (d_head as f64).sqrt()) as f32;
     let sizes = cpu::attention::Sizes { queries, keys, d_head, d_value, scale, causal };
     let shape = [batch, heads, queries, d_value];
-    let [query, key, value] = [query, key, value].map(|tensor| {
-        tensor.try_into_primitive::<Flex>().expect("tensors on this device are Flex's").to_contiguous()
-    });
     macro_rules! attended {
         ($type:ty) => {{
             let mut out = vec![<$type>::default(); shape.iter().product()];
-            let [query, key, value] = [&query, &key, &value]
-                .map(|held| held.as_slice::<$type>().expect("contiguous, of this type"));
-            cpu::attention::attention(query, key, value, sizes, &mut out);
-            Tensor::from_data(TensorData::new(out, shape), (&device, dtype))
+            let [query, key, value] = [query, key, value].map(Values::<$type>::held);
+            cpu::attention::attention(&query, &key, &value, sizes, &mut out);
+            tensor(out, shape)
         }};
     }
     match dtype {

@@ -1,11 +1,10 @@
-use burn::backend::Flex;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 
 use crate::cpu::convolution::{Sizes, convolve};
-use crate::cpu::host::is_host;
+use crate::cpu::host::{Values, is_host, tensor};
 
 /// Convolution (LeCun et al. 1989), as networks have it: without turning the kernel.
 ///
@@ -39,7 +38,7 @@ pub fn convolution(
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [channels_out], "a bias (left) of {channels_out} channels");
     }
-    let (device, dtype) = (x.device(), x.dtype());
+    let dtype = x.dtype();
     if !is_host(&x) || weight.dtype() != dtype {
         return conv2d(x, weight, bias, ConvOptions::new([stride; 2], [border; 2], [1, 1], 1));
     }
@@ -53,18 +52,12 @@ pub fn convolution(
     let [height, width] = sizes.output();
     let shape = [batch, channels_out, height, width];
     let bias: Option<Vec<f32>> = bias.map(|bias| bias.into_data().iter().collect());
-    let [x, weight] = [x, weight].map(|tensor| {
-        let held = tensor.try_into_primitive::<Flex>().expect("tensors on this device are Flex's");
-        held.to_contiguous()
-    });
-    /// With both as slices.
     macro_rules! convolved {
         ($type:ty) => {{
             let mut out = vec![<$type>::default(); shape.iter().product()];
-            let part = "contiguous, of this type";
-            let (x, weight) = (x.as_slice::<$type>().expect(part), weight.as_slice::<$type>().expect(part));
-            convolve(x, weight, bias.as_deref(), sizes, &mut out);
-            Tensor::from_data(TensorData::new(out, shape), (&device, dtype))
+            let [x, weight] = [x, weight].map(Values::<$type>::held);
+            convolve(&x, &weight, bias.as_deref(), sizes, &mut out);
+            tensor(out, shape)
         }};
     }
     match dtype {

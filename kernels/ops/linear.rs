@@ -1,6 +1,5 @@
-use burn::backend::Flex;
 use burn::tensor::module::linear as burns;
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Tensor};
 use half::bf16;
 
 use super::{Activation, add_bias};
@@ -80,26 +79,22 @@ pub fn linear<const D: usize>(
 fn in_bf16<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
     /// From so many rows on the weights are laid out for them; fewer are laid out for the weights.
     const MANY: usize = 32;
-    let (device, mut shape) = (x.device(), x.dims());
+    let mut shape = x.dims();
     let [d_out, d_in] = weight.dims();
     let rows = shape[..D - 1].iter().product();
     shape[D - 1] = d_out;
-    let flex = "tensors on this device are Flex's";
-    let x = x.try_into_primitive::<Flex>().expect(flex).to_contiguous();
-    let weight = weight.try_into_primitive::<Flex>().expect(flex).to_contiguous();
-    let part = "contiguous, of this type";
-    let (x, weight): (&[bf16], &[bf16]) = (x.as_slice().expect(part), weight.as_slice().expect(part));
+    let (x, weight) = (Values::<bf16>::held(x), Values::<bf16>::held(weight));
     let mut out = vec![bf16::ZERO; rows * d_out];
     if rows >= MANY {
-        product(x, d_in, &[Transposed::new(weight, d_in)], d_out, None, &mut out);
+        product(&x, d_in, &[Transposed::new(&weight, d_in)], d_out, None, &mut out);
     } else {
         let mut turned = out.clone();
-        product(weight, d_in, &[Transposed::new(x, d_in)], rows, None, &mut turned);
+        product(&weight, d_in, &[Transposed::new(&x, d_in)], rows, None, &mut turned);
         for (at, out) in out.iter_mut().enumerate() {
             *out = turned[at % d_out * rows + at / d_out];
         }
     }
-    Tensor::from_data(TensorData::new(out, shape), (&device, DType::BF16))
+    host::tensor(out, shape)
 }
 
 #[cfg(test)]

@@ -118,65 +118,42 @@ pub trait Checkpoint: Send + Sync {
     fn release(&self, _name: &str) {}
 }
 
-impl<C: Checkpoint + ?Sized> Checkpoint for &C {
-    fn path(&self) -> &Path {
-        (**self).path()
-    }
+/// What points to a checkpoint is one.
+macro_rules! pointers {
+    ($($pointer:ty),*) => {
+        $(impl<C: Checkpoint + ?Sized> Checkpoint for $pointer {
+            fn path(&self) -> &Path {
+                (**self).path()
+            }
 
-    fn entries(&self) -> &[Entry] {
-        (**self).entries()
-    }
+            fn entries(&self) -> &[Entry] {
+                (**self).entries()
+            }
 
-    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        (**self).bytes(name)
-    }
+            fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
+                (**self).bytes(name)
+            }
 
-    fn shared(&self, name: &str) -> Option<Bytes> {
-        (**self).shared(name)
-    }
+            fn shared(&self, name: &str) -> Option<Bytes> {
+                (**self).shared(name)
+            }
 
-    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
-        (**self).packed(name)
-    }
+            fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
+                (**self).packed(name)
+            }
 
-    fn quantization(&self) -> Option<Quantization> {
-        (**self).quantization()
-    }
+            fn quantization(&self) -> Option<Quantization> {
+                (**self).quantization()
+            }
 
-    fn release(&self, name: &str) {
-        (**self).release(name);
-    }
+            fn release(&self, name: &str) {
+                (**self).release(name);
+            }
+        })*
+    };
 }
 
-impl<C: Checkpoint + ?Sized> Checkpoint for Box<C> {
-    fn path(&self) -> &Path {
-        (**self).path()
-    }
-
-    fn entries(&self) -> &[Entry] {
-        (**self).entries()
-    }
-
-    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
-        (**self).bytes(name)
-    }
-
-    fn shared(&self, name: &str) -> Option<Bytes> {
-        (**self).shared(name)
-    }
-
-    fn packed(&self, name: &str) -> Result<Option<PackedMatrix>, Error> {
-        (**self).packed(name)
-    }
-
-    fn quantization(&self) -> Option<Quantization> {
-        (**self).quantization()
-    }
-
-    fn release(&self, name: &str) {
-        (**self).release(name);
-    }
-}
+pointers!(&C, Box<C>);
 
 /// Where the bytes of a checkpoint lie.
 pub(crate) trait Backing: AsRef<[u8]> + Send + Sync {

@@ -114,11 +114,7 @@ impl ParallelMoe {
 
     /// What the layer's traffic depends on, for tokens whose values are of so many bytes.
     pub fn traffic(&self, value: usize) -> LayerTraffic {
-        let weight = match &self.experts {
-            Experts::Plain(experts) => &experts.up.weight,
-            Experts::Gated(experts) => &experts.up.weight,
-        };
-        let shape = weight.lazy_shape();
+        let shape = self.experts.up().weight.lazy_shape();
         let [size, n_local, chunks, d_model, value] =
             [self.ranks.size(), shape[0], self.chunks, shape[1], value].map(|number| number as u64);
         LayerTraffic { size, n_local, chunks, d_model, value }
