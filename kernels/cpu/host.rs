@@ -20,6 +20,7 @@ pub fn is_host<const D: usize>(x: &Tensor<D>) -> bool {
 }
 
 /// The values of a tensor, in order.
+#[derive(Clone, Debug)]
 pub struct Values<T = f32>(FlexTensor, PhantomData<T>);
 
 impl<T: Element + Pod> Values<T> {

@@ -1,10 +1,13 @@
-//! Products of two matrices, on the calling thread alone.
+//! Products of two matrices.
 //!
 //! The right one is packed, some columns and rows of it at a time, so that it stays in the nearest cache while rows of the
 //! left one go by; a tile of the product is summed in registers. How large the tiles are depends on the instructions.
 
+use super::host::by_task;
 use super::instructions::Instructions;
 
+/// So many rows, at most, are one thread's at a time.
+const BLOCK: usize = 256;
 /// Rows of the right matrix that are packed at a time.
 const DEPTH: usize = 256;
 
@@ -17,7 +20,27 @@ pub enum Right<'a> {
     Columns(&'a [f32]),
 }
 
-/// `out = x w`: `x` is `[rows, d_in]`, `w` `[d_in, d_out]`, `out` `[rows, d_out]`, row after row.
+/// `x w`: `x` is `[rows, d_in]`, `w` `[d_in, d_out]`; several threads beside each other; `finish` gets whole rows of it as they are done.
+///
+/// # Panics
+/// If the sizes do not fit.
+pub fn by_blocks(
+    x: &[f32],
+    w: Right,
+    [rows, d_in, d_out]: [usize; 3],
+    finish: impl Fn(&mut [f32]) + Sync,
+) -> Vec<f32> {
+    let mut out = vec![0.0; rows * d_out];
+    let block = rows.div_ceil(rayon::current_num_threads()).clamp(1, BLOCK);
+    by_task(&mut out, block * d_out, |at, values| {
+        let (first, count) = (at / d_out, values.len() / d_out);
+        matmul(&x[first * d_in..(first + count) * d_in], w, [d_in, d_out], values);
+        finish(values);
+    });
+    out
+}
+
+/// `out = x w` on the calling thread: `x` is `[rows, d_in]`, `w` `[d_in, d_out]`, `out` `[rows, d_out]`, row after row.
 ///
 /// # Panics
 /// If the sizes do not fit.
@@ -213,6 +236,25 @@ vectors!(
     _mm512_fmadd_ps,
     _mm512_storeu_ps
 );
+
+/// `[rows, columns]` turned, `[columns, rows]`.
+pub fn turned(x: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
+    /// Both sides of what is turned at a time: a line of a cache, which is read and written whole.
+    const SIDE: usize = 16;
+    let mut out = vec![0.0; rows * columns];
+    by_task(&mut out, SIDE * rows.max(1), |at, values| {
+        let first = at / rows;
+        for row in (0..rows).step_by(SIDE) {
+            for (column, out) in (first..).zip(values.chunks_mut(rows)) {
+                let out = &mut out[row..rows.min(row + SIDE)];
+                for (at, out) in out.iter_mut().enumerate() {
+                    *out = x[(row + at) * columns + column];
+                }
+            }
+        }
+    });
+    out
+}
 
 /// Writes sums, or adds them to what is there.
 #[inline(always)]

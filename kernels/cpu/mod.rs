@@ -2,6 +2,8 @@
 
 pub mod attention;
 pub mod convolution;
+#[cfg(feature = "autodiff")]
+pub mod gradient;
 pub mod host;
 mod instructions;
 pub mod matmul;

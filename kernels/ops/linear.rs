@@ -4,23 +4,24 @@ use half::bf16;
 
 use super::{Activation, add_bias};
 use crate::cpu::Instructions;
+#[cfg(feature = "autodiff")]
+use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host};
-use crate::cpu::matmul::{Right, matmul};
+use crate::cpu::matmul::{Right, by_blocks};
 use crate::cpu::pointwise::Finish;
 use crate::cpu::tiles::{Transposed, product};
 
 /// Fewer rows are left to Burn's product, which reads a weight only once and does not pack it.
 const FEW: usize = 16;
-/// So many rows, at most, are one thread's at a time.
-const BLOCK: usize = 256;
 
 /// `act(x Wᵀ + b)`: `[..., d_in] -> [..., d_out]`.
 ///
 /// - `weight`: `[d_out, d_in]`
 /// - `bias`: `[d_out]`
 ///
-/// On the CPU rows of f32 go through all of it at once, several threads beside each other; numbers in bf16 are multiplied as
-/// they are and summed in f32. Few rows in f32, f16, other devices, and where gradients are wanted: Burn's product.
+/// On the CPU rows of f32 go through all of it at once, several threads beside each other, and gradients of products are such
+/// products too; numbers in bf16 are multiplied as they are and summed in f32. Few rows in f32, f16, and other devices:
+/// Burn's product.
 ///
 /// # Panics
 /// If the widths differ.
@@ -42,14 +43,15 @@ pub fn linear<const D: usize>(
             None => y,
         };
     }
-    if !is_host(&x) || !is_host(&weight) {
-        let y = burns(x, weight.transpose(), bias);
-        return activation.map_or(y.clone(), |activation| activation.forward(y));
-    }
     let dtypes = [x.dtype(), weight.dtype()];
-    if rows < FEW || dtypes != [DType::F32; 2] {
+    if !is_host(&x) || !is_host(&weight) || rows < FEW || dtypes != [DType::F32; 2] {
         let y = match dtypes {
-            [DType::BF16, DType::BF16] => in_bf16(x, weight),
+            [DType::BF16, DType::BF16] if is_host(&x) && is_host(&weight) => in_bf16(x, weight),
+            #[cfg(feature = "autodiff")]
+            [DType::F32, DType::F32] if rows >= FEW && is_tracked(&x) && is_tracked(&weight) => {
+                shape[D - 1] = d_out;
+                gradient::linear(x.reshape([rows, d_in]), weight).reshape(shape)
+            }
             _ => burns(x, weight.transpose(), None),
         };
         return match (activation, bias) {
@@ -62,12 +64,7 @@ pub fn linear<const D: usize>(
     if let Some(bias) = &bias {
         assert_eq!(bias.len(), d_out, "width of a bias (left) and of what it is added to");
     }
-    let block = rows.div_ceil(rayon::current_num_threads()).min(BLOCK);
-    let mut out = vec![0.0; rows * d_out];
-    host::by_task(&mut out, block * d_out, |at, values| {
-        let (first, count) = (at / d_out, values.len() / d_out);
-        let x = &x[first * d_in..(first + count) * d_in];
-        matmul(x, Right::Columns(&weight), [d_in, d_out], values);
+    let out = by_blocks(&x, Right::Columns(&weight), [rows, d_in, d_out], |values| {
         let finish = Finish { values, bias: bias.as_deref(), activation, factors: None };
         Instructions::in_use().run(finish);
     });
@@ -122,6 +119,32 @@ mod tests {
                 assert_close(biased, &floats(y.clone()), 2e-5);
                 let activated = linear(x.clone(), weight, Some(bias.clone()), Some(Activation::Gelu));
                 assert_close(activated, &floats(Activation::Gelu.forward(y)), 2e-5);
+            }
+        }
+    }
+
+    /// Beside those of Burn's operations: of both, and of either one.
+    #[test]
+    fn gradients_agree() {
+        let device = Device::flex().autodiff();
+        for [batch, seq, d_in, d_out] in [[1, 16, 1, 1], [2, 33, 40, 17], [3, 200, 65, 33]] {
+            for (to_x, to_weight) in [(true, true), (true, false), (false, true)] {
+                let gradients = |linear: &dyn Fn(Tensor<3>, Tensor<2>) -> Tensor<3>| {
+                    let x = noise([batch, d_in, seq], 1, &device).set_require_grad(to_x);
+                    let weight = noise([d_out, d_in], 2, &device).set_require_grad(to_weight);
+                    let y = linear(x.clone().swap_dims(1, 2), weight.clone());
+                    let gradients = (y * noise([batch, seq, d_out], 3, &device)).sum().backward();
+                    let of_x = x.grad(&gradients).map(floats);
+                    (of_x, weight.grad(&gradients).map(floats))
+                };
+                let found = gradients(&|x, weight| linear(x, weight, None, None));
+                let expected = gradients(&|x, weight| burns(x, weight.transpose(), None));
+                assert_eq!((found.0.is_some(), found.1.is_some()), (to_x, to_weight));
+                for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+                    let [found, expected] = [found, expected].map(Option::unwrap_or_default);
+                    assert_eq!(found.len(), expected.len());
+                    assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 4e-5));
+                }
             }
         }
     }

@@ -21,6 +21,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use super::journey::Journey;
+use crate::cpu::gradient::{node, primitive};
 use crate::moe::Experts;
 use crate::ops::Activation;
 use crate::ops::moe::{Dispatch, combine, permute};
@@ -87,7 +88,7 @@ where
     let mut parents = Parents::<C> { nodes: Vec::with_capacity(PARENTS), checkpointing: PhantomData };
     parents.add(rows.clone());
     experts.visit(&mut parents);
-    parents.nodes.resize_with(PARENTS, || node::<1, C>(Tensor::zeros([1], &device)));
+    parents.nodes.resize_with(PARENTS, || node::<1, C>(&Tensor::zeros([1], &device)));
     let nodes =
         <[NodeGuard; PARENTS]>::try_from(parents.nodes).expect("experts have at most three projections");
 
@@ -122,7 +123,7 @@ where
     DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
 {
     fn add<const D: usize>(&mut self, tensor: Tensor<D>) {
-        self.nodes.push(node::<D, C>(tensor));
+        self.nodes.push(node::<D, C>(&tensor));
     }
 }
 
@@ -133,14 +134,6 @@ where
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.add(param.val());
     }
-}
-
-fn node<const D: usize, C: CheckpointStrategy>(tensor: Tensor<D>) -> NodeGuard
-where
-    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
-{
-    let tensor = tensor.try_into_primitive::<Autodiff<Flex, C>>();
-    tensor.expect("gradients of experts of other ranks are computed on the CPU").node()
 }
 
 /// Where the graph of this rank's experts begins.
@@ -229,10 +222,6 @@ impl ModuleVisitor for Sums {
         }
         self.at += 1;
     }
-}
-
-fn primitive<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Flex> {
-    tensor.try_into_primitive::<Flex>().expect("gradients of experts of other ranks are computed on the CPU")
 }
 
 fn tensor(data: TensorData, device: &Device) -> Tensor<2> {

@@ -1,0 +1,157 @@
+//! Operations of Burn's autodiff whose both directions are bodies of ours.
+
+use std::fmt::Debug;
+use std::marker::PhantomData;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::{
+    BalancedCheckpointing, CheckpointStrategy, NoCheckpointing,
+};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::flex::FlexTensor;
+use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex};
+use burn::tensor::{DType, Device, Tensor};
+
+use super::host::{Values, tensor};
+use super::matmul::{Right, by_blocks, turned};
+
+/// Whether a tensor of f32 lies in this machine's memory, and gradients may be wanted.
+pub fn is_tracked<const D: usize>(x: &Tensor<D>) -> bool {
+    let device = x.device();
+    device.is_autodiff() && device.inner() == Device::flex() && x.dtype() == DType::F32
+}
+
+/// `x Wᵀ`: `[rows, d_in] -> [rows, d_out]`; `weight` is `[d_out, d_in]`.
+///
+/// # Panics
+/// If not both are [`is_tracked`], or their widths differ.
+pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    let nodes = Nodes::of(&x).and(&weight);
+    let [x, weight] = [x, weight].map(Tensor::inner);
+    let ([rows, d_in], [d_out, _]) = (x.dims(), weight.dims());
+    let linear = Linear { x: Values::of(x), weight: Values::of(weight), shape: [rows, d_in, d_out] };
+    let out = by_blocks(&linear.x, Right::Columns(&linear.weight), [rows, d_in, d_out], |_| ());
+    nodes.record(linear, tensor(out, [rows, d_out]))
+}
+
+#[derive(Clone, Debug)]
+struct Linear {
+    x: Values,
+    weight: Values,
+    /// Rows, `d_in`, `d_out`.
+    shape: [usize; 3],
+}
+
+impl Operation<2> for Linear {
+    fn backward(self, gradient: FlexTensor, [to_x, to_weight]: [bool; 2]) -> [Option<FlexTensor>; 2] {
+        let [rows, d_in, d_out] = self.shape;
+        let gradient = Values::of(Tensor::<2>::from_primitive::<Flex>(gradient));
+        let x = to_x.then(|| {
+            let x = by_blocks(&gradient, Right::Rows(&self.weight), [rows, d_out, d_in], |_| ());
+            primitive(tensor(x, [rows, d_in]))
+        });
+        let weight = to_weight.then(|| {
+            let turned = turned(&gradient, [rows, d_out]);
+            let weight = by_blocks(&turned, Right::Rows(&self.x), [d_out, rows, d_in], |_| ());
+            primitive(tensor(weight, [d_out, d_in]))
+        });
+        [x, weight]
+    }
+}
+
+/// What an operation keeps for its backward pass.
+trait Operation<const N: usize>: Clone + Debug + Send + 'static {
+    /// Gradients of what goes in, of the gradient of what comes out; at least those that are wanted.
+    fn backward(self, gradient: FlexTensor, wanted: [bool; N]) -> [Option<FlexTensor>; N];
+}
+
+/// What goes into an operation, in the graph of gradients.
+struct Nodes<const N: usize> {
+    nodes: [NodeGuard; N],
+    /// Whether the graph computes cheap operations once more on the way back.
+    is_balanced: bool,
+}
+
+impl Nodes<1> {
+    fn of<const D: usize>(x: &Tensor<D>) -> Self {
+        match x.clone().try_into_primitive::<Autodiff<Flex, NoCheckpointing>>() {
+            Ok(x) => Self { nodes: [x.node()], is_balanced: false },
+            Err(_) => Self { nodes: [node::<D, BalancedCheckpointing>(x)], is_balanced: true },
+        }
+    }
+
+    fn and<const D: usize>(self, other: &Tensor<D>) -> Nodes<2> {
+        let other = match self.is_balanced {
+            true => node::<D, BalancedCheckpointing>(other),
+            false => node::<D, NoCheckpointing>(other),
+        };
+        let [node] = self.nodes;
+        Nodes { nodes: [node, other], is_balanced: self.is_balanced }
+    }
+}
+
+impl<const N: usize> Nodes<N> {
+    /// `out`, which came of them, with the way back.
+    fn record<O: Operation<N>, const D: usize>(self, operation: O, out: Tensor<D>) -> Tensor<D> {
+        match self.is_balanced {
+            true => self.recorded::<O, BalancedCheckpointing, D>(operation, out),
+            false => self.recorded::<O, NoCheckpointing, D>(operation, out),
+        }
+    }
+
+    fn recorded<O: Operation<N>, C: CheckpointStrategy, const D: usize>(
+        self,
+        operation: O,
+        out: Tensor<D>,
+    ) -> Tensor<D>
+    where
+        DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+    {
+        let out = primitive(out);
+        let step = Step::<O>(PhantomData);
+        let out = match step.prepare::<C>(self.nodes).compute_bound().stateful() {
+            OpsKind::Tracked(node) => node.finish(operation, out),
+            OpsKind::UnTracked(node) => node.finish(out),
+        };
+        Tensor::from_primitive::<Autodiff<Flex, C>>(out)
+    }
+}
+
+/// The way back through an operation.
+#[derive(Debug)]
+struct Step<O>(PhantomData<O>);
+
+impl<O: Operation<N>, const N: usize> Backward<Flex, N> for Step<O> {
+    type State = O;
+
+    fn backward(self, ops: Ops<O, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let gradient = gradients.consume::<Flex>(&ops.node);
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        for (parent, gradient) in ops.parents.into_iter().zip(ops.state.backward(gradient, wanted)) {
+            if let (Some(parent), Some(gradient)) = (parent, gradient) {
+                gradients.register::<Flex>(parent.id, gradient);
+            }
+        }
+    }
+}
+
+/// A tensor in the graph of gradients.
+///
+/// # Panics
+/// If its gradients are not computed on the CPU, or in another way.
+pub fn node<const D: usize, C: CheckpointStrategy>(x: &Tensor<D>) -> NodeGuard
+where
+    DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
+{
+    let x = x.clone().try_into_primitive::<Autodiff<Flex, C>>();
+    x.expect("both tensors have gradients, on the CPU and in the same way").node()
+}
+
+/// A tensor without gradients, as Burn's backend has it.
+///
+/// # Panics
+/// If it is not on the CPU.
+pub fn primitive<const D: usize>(x: Tensor<D>) -> FlexTensor {
+    x.try_into_primitive::<Flex>().expect("the tensor is on the CPU, without gradients")
+}
