@@ -1,7 +1,8 @@
 //! Products of two matrices.
 //!
 //! The right one is packed, some columns and rows of it at a time, so that it stays in the nearest cache while rows of the
-//! left one go by; a tile of the product is summed in registers. How large the tiles are depends on the instructions.
+//! left one go by; a tile of the product is summed in registers. What is packed next is asked for while the first tile is
+//! summed, as few rows wait for memory only. How large the tiles are depends on the instructions.
 
 use super::host::by_task;
 use super::instructions::Instructions;
@@ -83,17 +84,28 @@ fn by_tiles<T: Tiles<C>, const R: usize, const C: usize>(
         let panel = &mut panel[..DEPTH.min(d_in - depth)];
         for column in (0..d_out).step_by(C) {
             let wide = C.min(d_out - column);
-            match w {
-                Right::Rows(w) => pack_rows(&w[depth * d_out..], d_out, column, wide, panel),
-                Right::Columns(w) => pack_columns(&w[column * d_in..], d_in, depth, wide, panel),
-            }
-            let place = Place { d_in, d_out, wide, add: depth > 0 };
+            let next = match w {
+                Right::Rows(w) => {
+                    let w = &w[depth * d_out..];
+                    pack_rows(w, d_out, column, wide, panel);
+                    Next { start: w.as_ptr().wrapping_add(column + C), stride: d_out, lines: 0 }
+                }
+                Right::Columns(w) => {
+                    let w = &w[column * d_in..];
+                    // SAFETY: `multiply` chose instructions of this machine.
+                    unsafe { T::pack_columns(w, d_in, depth, wide, panel) };
+                    let start = w.as_ptr().wrapping_add(C * d_in + depth);
+                    Next { start, stride: d_in, lines: (DEPTH / C).ilog2() }
+                }
+            };
+            let mut place = Place { d_in, d_out, wide, add: depth > 0, next: Some(next) };
             let (mut x, mut out) = (x, &mut *out);
             macro_rules! tiles {
                 ($($rows:expr),*) => { $(while $rows <= R && out.len() >= $rows * d_out {
                     let x_tile = &x[depth..($rows - 1) * d_in + depth + panel.len()];
                     // SAFETY: `multiply` chose instructions of this machine, and so many rows were just cut out.
                     unsafe { T::tile::<{ $rows }>(x_tile, panel, &mut out[column..], place) };
+                    place.next = None;
                     (x, out) = (&x[$rows * d_in..], &mut out[$rows * d_out..]);
                 })* };
             }
@@ -140,6 +152,18 @@ struct Place {
     wide: usize,
     /// Whether it is added to what is there.
     add: bool,
+    /// What is packed next, asked for on the way.
+    next: Option<Next>,
+}
+
+/// What is packed after a panel.
+#[derive(Clone, Copy)]
+struct Next {
+    start: *const f32,
+    /// How far what follows each other there is apart.
+    stride: usize,
+    /// The logarithm of how many times as wide as a panel each is.
+    lines: u32,
 }
 
 /// Tiles of `C` columns.
@@ -149,6 +173,14 @@ trait Tiles<const C: usize> {
     /// # Safety
     /// The machine has the instructions, and `x` has `R` rows, `panel` long.
     unsafe fn tile<const R: usize>(x: &[f32], panel: &[[f32; C]], out: &mut [f32], place: Place);
+
+    /// Rows from `depth` on of `wide` columns that follow each other.
+    ///
+    /// # Safety
+    /// The machine has the instructions.
+    unsafe fn pack_columns(w: &[f32], d_in: usize, depth: usize, wide: usize, panel: &mut [[f32; C]]) {
+        pack_columns(w, d_in, depth, wide, panel);
+    }
 }
 
 struct Plain;
@@ -176,7 +208,7 @@ impl<const C: usize> Tiles<C> for Plain {
 /// The same with vectors that the compiler cannot but keep in registers.
 #[cfg(target_arch = "x86_64")]
 macro_rules! vectors {
-    ($name:ident, $features:literal, $lanes:literal, $zero:ident, $splat:ident, $load:ident, $fma:ident, $store:ident) => {
+    ($name:ident, $features:literal, $lanes:literal, $zero:ident, $splat:ident, $load:ident, $fma:ident, $store:ident, $turn:ident) => {
         struct $name;
 
         impl Tiles<{ 2 * $lanes }> for $name {
@@ -191,6 +223,14 @@ macro_rules! vectors {
 
                 let mut sums = [[$zero(); 2]; R];
                 for (at, columns) in panel.iter().enumerate() {
+                    if let Some(Next { start, stride, lines }) = place.next {
+                        let within = (at & ((1 << lines) - 1)) * 2 * $lanes;
+                        let next = start.wrapping_add((at >> lines) * stride + within);
+                        for line in (0..2 * $lanes).step_by(16) {
+                            // SAFETY: of any address.
+                            unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast()) };
+                        }
+                    }
                     // SAFETY: both halves of an array.
                     let halves = unsafe { [$load(columns.as_ptr()), $load(columns.as_ptr().add($lanes))] };
                     for row in 0..R {
@@ -210,6 +250,24 @@ macro_rules! vectors {
                     put(&values, &mut out[row * place.d_out..][..place.wide], place.add);
                 }
             }
+
+            #[target_feature(enable = $features)]
+            unsafe fn pack_columns(
+                w: &[f32],
+                d_in: usize,
+                depth: usize,
+                wide: usize,
+                panel: &mut [[f32; 2 * $lanes]],
+            ) {
+                let whole = if wide < 2 * $lanes { 0 } else { panel.len() / $lanes * $lanes };
+                let (blocks, rest) = panel.split_at_mut(whole);
+                pack_columns(w, d_in, depth + whole, wide, rest);
+                for (depth, block) in (depth..).step_by($lanes).zip(blocks.chunks_mut($lanes)) {
+                    for half in [0, $lanes] {
+                        $turn(&w[half * d_in + depth..], d_in, block, half);
+                    }
+                }
+            }
         }
     };
 }
@@ -223,7 +281,8 @@ vectors!(
     _mm256_set1_ps,
     _mm256_loadu_ps,
     _mm256_fmadd_ps,
-    _mm256_storeu_ps
+    _mm256_storeu_ps,
+    turn_8
 );
 #[cfg(target_arch = "x86_64")]
 vectors!(
@@ -234,7 +293,8 @@ vectors!(
     _mm512_set1_ps,
     _mm512_loadu_ps,
     _mm512_fmadd_ps,
-    _mm512_storeu_ps
+    _mm512_storeu_ps,
+    turn_16
 );
 
 /// `[rows, columns]` turned, `[columns, rows]`.
@@ -254,6 +314,83 @@ pub fn turned(x: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
         }
     });
     out
+}
+
+/// 8 rows of `w`, `stride` apart, become columns of `panel` from `first` on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn turn_8(w: &[f32], stride: usize, panel: &mut [[f32; 16]], first: usize) {
+    use std::arch::x86_64::*;
+
+    let mut rows = [_mm256_setzero_ps(); 8];
+    for (at, row) in rows.iter_mut().enumerate() {
+        // SAFETY: so many numbers were just cut out.
+        *row = unsafe { _mm256_loadu_ps(w[at * stride..][..8].as_ptr()) };
+    }
+    let pairs: [__m256; 8] = std::array::from_fn(|at| match at % 2 {
+        0 => _mm256_unpacklo_ps(rows[at], rows[at + 1]),
+        _ => _mm256_unpackhi_ps(rows[at - 1], rows[at]),
+    });
+    // Of four rows, place `at % 4` in each half.
+    let fours: [__m256; 8] = std::array::from_fn(|at| {
+        let (low, high) = (pairs[at / 4 * 4 + at % 4 / 2], pairs[at / 4 * 4 + at % 4 / 2 + 2]);
+        match at % 2 {
+            0 => _mm256_shuffle_ps::<0x44>(low, high),
+            _ => _mm256_shuffle_ps::<0xee>(low, high),
+        }
+    });
+    for (at, packed) in panel[..8].iter_mut().enumerate() {
+        let (low, high) = (fours[at % 4], fours[4 + at % 4]);
+        let row = match at / 4 {
+            0 => _mm256_permute2f128_ps::<0x20>(low, high),
+            _ => _mm256_permute2f128_ps::<0x31>(low, high),
+        };
+        // SAFETY: so many numbers were just cut out.
+        unsafe { _mm256_storeu_ps(packed[first..first + 8].as_mut_ptr(), row) };
+    }
+}
+
+/// 16 rows of `w`, `stride` apart, become columns of `panel` from `first` on.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn turn_16(w: &[f32], stride: usize, panel: &mut [[f32; 32]], first: usize) {
+    use std::arch::x86_64::*;
+
+    let mut rows = [_mm512_setzero_ps(); 16];
+    for (at, row) in rows.iter_mut().enumerate() {
+        // SAFETY: so many numbers were just cut out.
+        *row = unsafe { _mm512_loadu_ps(w[at * stride..][..16].as_ptr()) };
+    }
+    let mut pairs = rows;
+    for at in (0..16).step_by(2) {
+        pairs[at] = _mm512_unpacklo_ps(rows[at], rows[at + 1]);
+        pairs[at + 1] = _mm512_unpackhi_ps(rows[at], rows[at + 1]);
+    }
+    // Of four rows, place `at % 4` in each quarter.
+    let mut fours = pairs;
+    for at in (0..16).step_by(4) {
+        for half in 0..2 {
+            let [low, high] = [pairs[at + half], pairs[at + 2 + half]].map(|pair| _mm512_castps_pd(pair));
+            fours[at + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            fours[at + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    }
+    for place in 0..4 {
+        let [a, b, c, d] = [0, 4, 8, 12].map(|rows| fours[rows + place]);
+        let [low, high] = [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b)];
+        let [low_2, high_2] = [_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d)];
+        let quarters = [
+            _mm512_shuffle_f32x4::<0x88>(low, low_2),
+            _mm512_shuffle_f32x4::<0xdd>(low, low_2),
+            _mm512_shuffle_f32x4::<0x88>(high, high_2),
+            _mm512_shuffle_f32x4::<0xdd>(high, high_2),
+        ];
+        for (quarter, row) in quarters.into_iter().enumerate() {
+            let packed = &mut panel[4 * quarter + place][first..first + 16];
+            // SAFETY: so many numbers were just cut out.
+            unsafe { _mm512_storeu_ps(packed.as_mut_ptr(), row) };
+        }
+    }
 }
 
 /// Writes sums, or adds them to what is there.
