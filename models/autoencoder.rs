@@ -28,7 +28,7 @@ use crate::tensors::{Inputs, Outputs, output};
 use crate::unet::{self, LIMITS, RESIDUAL};
 
 /// Of every norm, whatever the configuration.
-const NORM_EPS: f64 = 1e-6;
+pub(crate) const NORM_EPS: f64 = 1e-6;
 
 /// Encoder and decoder in `config.json` of diffusers; `d_latent` are the channels of a latent that does not say.
 ///

@@ -59,6 +59,8 @@ pub struct Imagine {
     pub scheduler: Option<String>,
     /// How much noise DDIM draws at each step, 0 to 1.
     pub eta: f64,
+    /// How freely codes are drawn, 0 for the likeliest; the model's own without. Only models that draw by tokens have one.
+    pub temperature: Option<f64>,
     /// A picture that is changed.
     pub init: Option<Init>,
     /// What becomes of a prompt that is longer than the text encoder reads.
@@ -113,6 +115,7 @@ impl Default for Imagine {
             count: 1,
             scheduler: None,
             eta: 0.0,
+            temperature: None,
             init: None,
             long: Long::Rows(ROWS),
             coding: None,
@@ -129,11 +132,15 @@ impl Imagine {
                 problems.push(problem);
             }
         };
-        let Self { steps, guidance, eta, count, .. } = self;
+        let Self { steps, guidance, eta, temperature, count, .. } = self;
         check(*steps > 0, "0 steps: expected 1 or more".into());
         check((1..=MOST).contains(count), format!("{count} pictures: expected 1 to {MOST}"));
         check(guidance.is_finite(), format!("a guidance of {guidance}"));
         check((0.0..=1.0).contains(eta), format!("an eta of {eta}: expected 0 to 1"));
+        if let Some(temperature) = temperature {
+            let is_right = temperature.is_finite() && *temperature >= 0.0;
+            check(is_right, format!("a temperature of {temperature}: expected 0 or more"));
+        }
         if let Some(Init { picture, strength, mask }) = &self.init {
             let found @ [height, width] = [picture.height(), picture.width()];
             let [asked_height, asked_width] = self.size.unwrap_or(found);
@@ -396,6 +403,9 @@ impl TextToImage {
         }
         if size.iter().any(|side| *side > volary_vision::preprocess::MAX_SIDE) {
             problems.push(format!("{width}x{height} pixels are too many"));
+        }
+        if asked.temperature.is_some() {
+            problems.push("a diffusion takes no temperature".into());
         }
         problems
     }

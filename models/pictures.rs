@@ -68,6 +68,7 @@ impl Draws for TokenDrawing {
         Imagine {
             steps: self.plan.len(),
             guidance: DrawSettings::default().guidance.into(),
+            temperature: Some(DrawSettings::default().sampling.temperature),
             size: Some([self.side(); 2]),
             ..Imagine::default()
         }
@@ -104,7 +105,8 @@ impl Draws for TokenDrawing {
         for at in 0..asked.count {
             let seed = asked.seed.wrapping_add(at as u64);
             let usual = DrawSettings::default();
-            let sampling = Sampling { seed, ..usual.sampling.clone() };
+            let temperature = asked.temperature.unwrap_or(usual.sampling.temperature);
+            let sampling = Sampling { temperature, seed, ..usual.sampling };
             let settings = DrawSettings { guidance: asked.guidance as f32, sampling, ..usual };
             let (mut codes, mut stopped) = (Vec::new(), false);
             let mut told = |piece: Piece| {
@@ -151,7 +153,7 @@ const DRAWING: &[Drawing] = &[
     },
     Drawing {
         system: &token_drawing::SYSTEM,
-        parts: token_drawing::PARTS,
+        parts: &token_drawing::PARTS,
         open: |folder, extras, options, device| {
             let Extras { loras, embeddings, single_file } = extras;
             if !loras.is_empty() || !embeddings.is_empty() || single_file.is_some() {

@@ -81,6 +81,8 @@ pub enum Shape {
     AutoencoderKl(volary_vision::autoencoder::AutoencoderKlConfig),
     /// [`crate::vqmodel`]
     Vq(volary_vision::vq::VqConfig),
+    /// [`crate::token_drawing`]
+    TokenDrawing(&'static crate::token_drawing::TokenDrawingConfig),
     /// [`crate::mixtral`]
     Mixtral(crate::mixtral::MixtralConfig),
     /// [`crate::switch_transformers`]
@@ -181,6 +183,7 @@ impl Shape {
             Shape::UNet(config) => parameters(&config.init(&device)),
             Shape::AutoencoderKl(config) => parameters(&config.init(&device)),
             Shape::Vq(config) => parameters(&config.init(&device)),
+            Shape::TokenDrawing(config) => parameters(&config.init(&device)),
             Shape::Mixtral(config) => parameters(&config.init(&device)),
             Shape::Switch(config) => parameters(&config.init(&device)),
             Shape::M6(config) => parameters(&config.init(&device)),

@@ -17,10 +17,13 @@ use crate::registry::{SYSTEMS, System};
 use crate::taiyi::TaiyiClip;
 use crate::two_tower::{Fit, TwoTower};
 
-/// The name of the model inside this program.
+/// The name of [`EMOJI_CLIP`].
 pub const EMBEDDED: &str = "volary/emoji-clip";
 
-/// The bilingual model inside this program; `models/embedded/emoji-clip/README.md` says what it is.
+/// The name of [`EMOJI_DRAW`].
+pub const EMBEDDED_DRAWER: &str = "volary/emoji-draw";
+
+/// The bilingual model of pictures and texts inside this program; `models/embedded/emoji-clip/README.md` says what it is.
 pub const EMOJI_CLIP: Folder = Folder::Embedded {
     name: EMBEDDED,
     files: &[
@@ -34,6 +37,59 @@ pub const EMOJI_CLIP: Folder = Folder::Embedded {
     parts: &[],
 };
 
+/// The bilingual model inside this program that draws; `models/embedded/emoji-draw/README.md` says what it is.
+pub const EMOJI_DRAW: Folder = Folder::Embedded {
+    name: EMBEDDED_DRAWER,
+    files: &[
+        ("model_index.json", include_bytes!("embedded/emoji-draw/model_index.json")),
+        ("README.md", include_bytes!("embedded/emoji-draw/README.md")),
+    ],
+    parts: &[
+        (
+            "transformer",
+            Folder::Embedded {
+                name: "volary/emoji-draw/transformer",
+                files: &[
+                    ("config.json", include_bytes!("embedded/emoji-draw/transformer/config.json")),
+                    (
+                        "model.safetensors",
+                        include_bytes!("embedded/emoji-draw/transformer/model.safetensors"),
+                    ),
+                ],
+                parts: &[],
+            },
+        ),
+        (
+            "vqvae",
+            Folder::Embedded {
+                name: "volary/emoji-draw/vqvae",
+                files: &[
+                    ("config.json", include_bytes!("embedded/emoji-draw/vqvae/config.json")),
+                    (
+                        "diffusion_pytorch_model.safetensors",
+                        include_bytes!("embedded/emoji-draw/vqvae/diffusion_pytorch_model.safetensors"),
+                    ),
+                ],
+                parts: &[],
+            },
+        ),
+        (
+            "tokenizer",
+            Folder::Embedded {
+                name: "volary/emoji-draw/tokenizer",
+                files: &[
+                    ("tokenizer.json", include_bytes!("embedded/emoji-draw/tokenizer/tokenizer.json")),
+                    (
+                        "tokenizer_config.json",
+                        include_bytes!("embedded/emoji-draw/tokenizer/tokenizer_config.json"),
+                    ),
+                ],
+                parts: &[],
+            },
+        ),
+    ],
+};
+
 /// Where the model of a name is.
 #[derive(Clone, Debug)]
 pub enum Place {
@@ -43,7 +99,7 @@ pub enum Place {
     Hub(RepoId),
 }
 
-/// Where the model of a name is: a folder on disk, the embedded model, a preset, or `owner/name[@revision]`.
+/// Where the model of a name is: a folder on disk, a model inside this program, a preset, or `owner/name[@revision]`.
 ///
 /// # Errors
 /// If the name is none of these, or its weights were never released.
@@ -52,8 +108,10 @@ pub fn locate(name: &str) -> Result<Place, Error> {
     if path.is_dir() {
         return Ok(Place::Here(Folder::Disk(path.into())));
     }
-    if name == EMBEDDED {
-        return Ok(Place::Here(EMOJI_CLIP));
+    match name {
+        EMBEDDED => return Ok(Place::Here(EMOJI_CLIP)),
+        EMBEDDED_DRAWER => return Ok(Place::Here(EMOJI_DRAW)),
+        _ => {}
     }
     if path.exists() {
         let hint = Some(": it is a file; name the folder that holds it with its configuration".into());
@@ -243,7 +301,7 @@ impl Pretrained {
 const BATCH: usize = 64;
 
 impl Clip {
-    /// A model by its name: a folder, [`EMBEDDED`], a preset, or `owner/name[@revision]`.
+    /// A model by its name: a folder, a model inside this program, a preset, or `owner/name[@revision]`.
     ///
     /// # Errors
     /// If the name is none of these.

@@ -37,6 +37,9 @@ pub struct Record {
     pub guidance: f64,
     /// How much noise DDIM drew at each step.
     pub eta: f64,
+    /// How freely codes were drawn, if it was drawn by tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f64>,
     /// The picture's, or that of a sheet's first picture: the next one has the next.
     pub seed: u64,
     /// Pixels across, of one picture.
@@ -202,6 +205,7 @@ impl Record {
             count: self.grid.map_or(1, |[rows, columns]| rows.saturating_mul(columns)),
             scheduler: Some(self.scheduler.clone()).filter(|class| !class.is_empty()),
             eta: self.eta,
+            temperature: self.temperature,
             init,
             coding: Some(if self.tiled { Coding::Tiled } else { Coding::Whole }),
             ..Imagine::default()
@@ -230,6 +234,9 @@ impl Record {
         }
         if self.tiled {
             add("VAE", &"tiled");
+        }
+        if let Some(temperature) = &self.temperature {
+            add("Temperature", temperature);
         }
         if let Some([rows, columns]) = self.grid {
             add("Grid", &format!("{rows}x{columns}"));

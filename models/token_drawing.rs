@@ -5,21 +5,28 @@
 //! Both parts are in public layouts: `transformer` is LLaMA of `transformers`, whose last tokens are the codes, `vqvae` is
 //! `VQModel` of `diffusers`.
 
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use volary_kernels::ops::{Activation, Pairing, RopeScaling};
 use volary_text::generate::{Method, Piece, Sampling, Session, Settings, Silent, greedy, write};
 use volary_text::tokenizer::Tokenizer;
+use volary_vision::autoencoder::CodecConfig;
 use volary_vision::image::Rgb8;
 use volary_vision::patch::{patchify, unpatchify};
+use volary_vision::residual::NormConfig;
 use volary_vision::vq::{VqConfig, VqModel};
 use volary_weights::LoadOptions;
 
+use crate::autoencoder::NORM_EPS;
+use crate::causal::Head;
 use crate::config::{Config, ConfigError};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::imagine::pictures;
 use crate::llama::{Llama, LlamaConfig};
+use crate::preset::{Preset, Shape, Weights};
 use crate::registry::{Description, Forward, System, describe, fill};
 use crate::tensors::{Inputs, Outputs, output};
 use crate::vqmodel;
@@ -32,6 +39,17 @@ pub struct TokenDrawing {
     pub transformer: Llama,
     /// Of captions.
     pub tokenizer: Tokenizer,
+    /// How they fit together.
+    pub plan: Plan,
+}
+
+/// Shapes of the parts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenDrawingConfig {
+    /// Writes codes.
+    pub transformer: LlamaConfig,
+    /// Between codes and pixels.
+    pub vq: VqConfig,
     /// How they fit together.
     pub plan: Plan,
 }
@@ -157,34 +175,102 @@ impl Plan {
 const CLASS: &str = "TokenDrawingPipeline";
 
 /// Folders inside the model's.
-pub const PARTS: &[&str] = &["transformer", "vqvae", "tokenizer"];
+pub const PARTS: [&str; 3] = ["transformer", "vqvae", "tokenizer"];
 
-/// The parts of a folder, and their shapes.
+/// The folders of the parts, and their shapes.
 struct Parts {
-    transformer: Folder,
-    vqvae: Folder,
-    tokenizer: Folder,
-    decoder: LlamaConfig,
-    vq: VqConfig,
-    plan: Plan,
+    folders: [Folder; 3],
+    config: TokenDrawingConfig,
+}
+
+/// The folders of [`PARTS`].
+///
+/// # Errors
+/// If one is missing.
+pub fn folders(folder: &Folder) -> Result<[Folder; 3], Error> {
+    match PARTS.map(|name| folder.part(name)) {
+        [Some(transformer), Some(vqvae), Some(tokenizer)] => Ok([transformer, vqvae, tokenizer]),
+        found => {
+            let missing = PARTS.iter().zip(found).filter(|(_, part)| part.is_none());
+            let missing = missing.map(|(name, _)| (*name).to_owned()).collect();
+            Err(Error::NoParts { folder: folder.path().into(), missing, parts: &PARTS })
+        }
+    }
 }
 
 impl Parts {
     fn of(folder: &Folder) -> Result<Self, Error> {
         let index = folder.config("model_index.json")?;
-        let parts: Vec<Option<Folder>> = PARTS.iter().map(|name| folder.part(name)).collect();
-        let [Some(transformer), Some(vqvae), Some(tokenizer)] = &parts[..] else {
-            let missing = PARTS.iter().zip(&parts).filter(|(_, part)| part.is_none());
-            let missing = missing.map(|(name, _)| (*name).to_owned()).collect();
-            return Err(Error::NoParts { folder: folder.path().into(), missing, parts: PARTS });
-        };
+        let folders = folders(folder)?;
+        let [transformer, vqvae, _] = &folders;
         let decoder = LlamaConfig::parse(&transformer.config("config.json")?)?;
         let vq = vqmodel::parse(&vqvae.config("config.json")?)?;
         let plan = Plan::parse(&index, &decoder, &vq)?;
-        let [transformer, vqvae, tokenizer] = [transformer, vqvae, tokenizer].map(Folder::clone);
-        Ok(Self { transformer, vqvae, tokenizer, decoder, vq, plan })
+        Ok(Self { folders, config: TokenDrawingConfig { transformer: decoder, vq, plan } })
     }
 }
+
+impl TokenDrawingConfig {
+    /// The shapes that a folder's configurations say.
+    ///
+    /// # Errors
+    /// If a part is missing, a configuration malformed, or they do not fit together.
+    pub fn of(folder: &Folder) -> Result<Self, Error> {
+        Ok(Parts::of(folder)?.config)
+    }
+
+    /// Untrained parts. Nothing is allocated before first use.
+    pub fn init(&self, device: &Device) -> (Llama, VqModel) {
+        (self.transformer.init(device), self.vq.init(device))
+    }
+}
+
+/// The shapes of the embedded model: 64 codes of 1,024 make a picture of 64x64.
+const EMOJI: TokenDrawingConfig = TokenDrawingConfig {
+    transformer: LlamaConfig {
+        vocab_size: 5120,
+        n_positions: 128,
+        d_model: 192,
+        d_ff: 512,
+        n_layers: 8,
+        n_heads: 6,
+        n_kv_heads: 6,
+        d_head: 32,
+        activation: Activation::Silu,
+        attention_bias: false,
+        mlp_bias: false,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1000.0,
+        rope_scaling: RopeScaling::Unscaled,
+        pairing: Pairing::Half,
+        head: Head::Tied,
+    },
+    vq: VqConfig {
+        codec: CodecConfig {
+            channels_in: 12,
+            channels_out: 12,
+            channels: Cow::Borrowed(&[32, 64, 64]),
+            n_residuals: 1,
+            d_latent: 64,
+            norm: NormConfig { n_groups: 8, eps: NORM_EPS, activation: Activation::Silu },
+            attends: true,
+        },
+        n_codes: 1024,
+        d_code: 8,
+        scaling_factor: 1.0,
+    },
+    plan: Plan { first_code: 4096, n_codes: 1024, side: 8, patch: 2, max_caption: 24 },
+};
+
+/// The model inside this program.
+pub const PRESETS: &[Preset] = &[Preset {
+    name: "volary/emoji-draw",
+    shape: Shape::TokenDrawing(&EMOJI),
+    weights: Weights::Embedded,
+    license: "MIT OR Apache-2.0, trained on CC-BY-4.0, Apache-2.0 and MIT pictures",
+    parameters: 5_561_076,
+    source: "this repository",
+}];
 
 /// What draws by tokens, as the registry knows it.
 pub const SYSTEM: System = System {
@@ -193,14 +279,15 @@ pub const SYSTEM: System = System {
     file: "models/token_drawing.rs",
     tasks: &["imagine", "forward"],
     proved: &["token_drawing"],
-    presets: &[],
+    presets: PRESETS,
     recognises: |_, config| config.is_some_and(|config| config.text("_class_name") == Some(CLASS)),
     checkpoint: Folder::checkpoint,
     describe: |folder| {
-        let (Parts { transformer, vqvae, decoder, vq, .. }, device) = (Parts::of(folder)?, Device::flex());
+        let Parts { folders: [transformer, vqvae, _], config } = Parts::of(folder)?;
+        let (decoder, vq) = config.init(&Device::flex());
         Ok(Description::of_parts([
-            ("transformer", describe(&transformer, &decoder.init(&device), decoder.keys())?),
-            ("vq", describe(&vqvae, &vq.init(&device), &vqmodel::KEYS)?),
+            ("transformer", describe(&transformer, &decoder, config.transformer.keys())?),
+            ("vq", describe(&vqvae, &vq, &vqmodel::KEYS)?),
         ]))
     },
     open: |folder, options, device| Ok(Box::new(Runner(TokenDrawing::load(folder, options, device)?))),
@@ -240,12 +327,13 @@ impl TokenDrawing {
     /// # Errors
     /// If a part is missing or malformed, or they do not fit together.
     pub fn load(folder: &Folder, options: &LoadOptions, device: &Device) -> Result<Self, Error> {
-        let Parts { transformer, vqvae, tokenizer, decoder, vq, plan } = Parts::of(folder)?;
+        let Parts { folders: [transformer, vqvae, tokenizer], config } = Parts::of(folder)?;
+        let (decoder, vq) = config.init(device);
         Ok(Self {
             tokenizer: tokenizer.tokenizer()?,
-            vq: fill(&vqvae, vq.init(device), &vqmodel::KEYS, options)?,
-            transformer: fill(&transformer, decoder.init(device), decoder.keys(), options)?,
-            plan,
+            vq: fill(&vqvae, vq, &vqmodel::KEYS, options)?,
+            transformer: fill(&transformer, decoder, config.transformer.keys(), options)?,
+            plan: config.plan,
         })
     }
 
@@ -377,6 +465,7 @@ impl<S: Session> Session for Codes<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pretrained::EMOJI_DRAW;
 
     const PLAN: Plan = Plan { first_code: 2, n_codes: 3, side: 2, patch: 2, max_caption: 4 };
 
@@ -461,8 +550,13 @@ mod tests {
     }
 
     #[test]
+    fn the_embedded_folder_has_the_preset_s_shapes() {
+        assert_eq!(TokenDrawingConfig::of(&EMOJI_DRAW).unwrap(), EMOJI);
+    }
+
+    #[test]
     fn a_long_caption_keeps_its_end() {
-        let tokenizer = crate::pretrained::EMOJI_CLIP.tokenizer().unwrap();
+        let tokenizer = EMOJI_DRAW.part("tokenizer").unwrap().tokenizer().unwrap();
         let Caption { ids, cut } = PLAN.caption(&tokenizer, "a cat and a dog").unwrap();
         let whole = tokenizer.encode("a cat and a dog").unwrap().ids;
         assert_eq!((ids.len(), cut), (4, whole.len() - 4));

@@ -444,13 +444,24 @@ fn what_draws_by_tokens_is_asked_in_the_same_way() {
     assert!(place.picture("of-1.png") != place.picture("of-2.png"));
     imagine(&["--seed", "4", "--guidance", "30", "--negative", "c", "-o", "guided.png"]);
     assert!(place.picture("guided.png") != place.picture("one.png"));
-    for file in ["one", "guided"] {
+    imagine(&["--seed", "4", "--temperature", "0", "-o", "cold.png"]);
+    imagine(&["--seed", "9", "--temperature", "0", "-o", "colder.png"]);
+    assert!(
+        place.picture("cold.png") == place.picture("colder.png"),
+        "the likeliest codes have no chance in them"
+    );
+    imagine(&["--seed", "4", "--temperature", "50", "-o", "hot.png"]);
+    for file in ["one", "guided", "cold", "hot"] {
         place.does(&["replay", &format!("{file}.png")]);
         assert!(place.bytes(&format!("{file}.replay.png")) == place.bytes(&format!("{file}.png")));
     }
     let record = Record::read(&place.at("one.png")).unwrap();
     assert_eq!((record.steps, record.guidance, record.width, record.height), (16, 1.0, 16, 16));
-    assert!(record.told().contains("Steps: 16, CFG scale: 1, Seed: 4, Size: 16x16, Model: model"));
+    assert!(
+        record
+            .told()
+            .contains("Steps: 16, CFG scale: 1, Seed: 4, Size: 16x16, Temperature: 0.7, Model: model")
+    );
 
     let told = place.fails(1, &["imagine", "", "--model", "model"]);
     assert!(told.contains("the caption \"\" has no tokens"), "{told}");
@@ -472,12 +483,29 @@ fn what_draws_by_tokens_is_asked_in_the_same_way() {
     assert!(place.fails(1, &["replay", "one.png"]).contains("another model than one.png was made with"));
 }
 
+/// Without a model, without a network, in both languages.
+#[test]
+fn the_model_inside_the_program_draws() {
+    let place = Place::new();
+    place.does(&["imagine", "一只红色的猫", "--seed", "1", "-o", "cat.png"]);
+    place.does(&["imagine", "a red cat", "--seed", "1", "-o", "cat.en.png"]);
+    assert!(place.picture("cat.png") != place.picture("cat.en.png"));
+    place.does(&["replay", "cat.png"]);
+    assert!(place.bytes("cat.replay.png") == place.bytes("cat.png"));
+    let record = Record::read(&place.at("cat.png")).unwrap();
+    assert_eq!((record.width, record.height, &record.model.name[..]), (64, 64, "volary/emoji-draw"));
+    let told = place.fails(1, &["imagine", "a cat", "--size", "512x512"]);
+    assert!(told.contains("this model draws pictures of 64x64 pixels"), "{told}");
+}
+
 #[test]
 fn wrong_use_is_told_before_anything_is_loaded() {
     let place = Place::new();
-    let told = place.fails(2, &["imagine", "a cat"]);
-    assert!(told.contains("give --model") && told.contains("volary fetch IDEA-CCNL/Taiyi"), "{told}");
     place.grey("grey.png", 64, 90);
+    for diffusion in [&["imagine", "a cat", "--scheduler", "ddim"][..], &["variations", "grey.png"]] {
+        let told = place.fails(2, diffusion);
+        assert!(told.contains("give --model") && told.contains("volary fetch IDEA-CCNL/Taiyi"), "{told}");
+    }
     place.grey("small.png", 32, 255);
     // no model of that name is looked for
     let told = place.fails(
@@ -499,6 +527,8 @@ fn wrong_use_is_told_before_anything_is_loaded() {
             "small.png",
             "--eta",
             "-1",
+            "--temperature",
+            "-2",
             "--lora",
             "no.safetensors:0.5",
             "--size",
@@ -516,6 +546,7 @@ fn wrong_use_is_told_before_anything_is_loaded() {
         "a guidance of NaN",
         "a strength of 1.5: expected 0 to 1",
         "an eta of -1: expected 0 to 1",
+        "a temperature of -2: expected 0 or more",
         "0 pictures: expected 1 to 10000",
         "the mask has 32x32 pixels, the picture 64x64",
         "the picture has 64x64 pixels, asked are 72x64",

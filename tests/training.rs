@@ -9,7 +9,7 @@ use volary::Clip;
 use volary::clip::{ClipConfig, ClipModel, Pooling, TextConfig, TransformerConfig, VisionConfig, VitConfig};
 use volary::folder::Folder;
 use volary::llama::LlamaConfig;
-use volary::pretrained::EMOJI_CLIP;
+use volary::pretrained::{EMOJI_CLIP, EMOJI_DRAW};
 use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Outcome, Recipe, train};
 use volary::recipe::data::{Dataset, Gallery, Style};
@@ -22,7 +22,7 @@ use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::run::TrainError;
 use volary::recipe::segmentation;
 use volary::recipe::shapes::Part;
-use volary::token_drawing::{DrawSettings, Plan, TokenDrawing};
+use volary::token_drawing::{DrawSettings, Plan, TokenDrawing, TokenDrawingConfig};
 use volary_kernels::layers::Embedding;
 use volary_kernels::ops::Activation;
 use volary_kernels::random::seeded;
@@ -372,8 +372,8 @@ fn the_toy_clip_learns_and_is_written() {
 }
 
 /// Shapes of a model that draws, and the size of a toy.
-fn drawer() -> drawing::Shape {
-    let shape = drawing::Shape::emoji().unwrap();
+fn drawer() -> TokenDrawingConfig {
+    let shape = TokenDrawingConfig::of(&EMOJI_DRAW).unwrap();
     let codec = CodecConfig { channels: vec![8, 8, 8].into(), d_latent: 8, ..shape.vq.codec };
     let vq = VqConfig { codec, n_codes: 16, d_code: 4, ..shape.vq };
     let transformer = LlamaConfig {
@@ -385,7 +385,7 @@ fn drawer() -> drawing::Shape {
         d_head: 8,
         ..shape.transformer
     };
-    drawing::Shape { vq, transformer, plan: Plan { n_codes: 16, ..shape.plan } }
+    TokenDrawingConfig { vq, transformer, plan: Plan { n_codes: 16, ..shape.plan } }
 }
 
 /// Both runs with so many steps; the schedule of the first two does not depend on it.
@@ -439,11 +439,11 @@ fn a_run_that_learns_to_draw_resumes() {
 #[test]
 fn a_drawer_s_folder_is_read_again() {
     let folder = tempfile::tempdir().unwrap();
-    let (device, shape) = (Device::flex(), drawing::Shape::emoji().unwrap());
+    let (device, shape) = (Device::flex(), TokenDrawingConfig::of(&EMOJI_DRAW).unwrap());
     let vq = seeded(1, &device, |device| shape.vq.init(device));
     let transformer = seeded(1, &device, |device| shape.transformer.init(device));
     assert_eq!(vq.num_params() + transformer.num_params(), 5_561_076, "below 12 MB in f16");
-    drawing::export(&vq, &transformer, &EMOJI_CLIP, folder.path()).unwrap();
+    drawing::export(&vq, &transformer, &EMOJI_DRAW, folder.path()).unwrap();
     let read =
         TokenDrawing::load(&Folder::Disk(folder.path().into()), &LoadOptions::default(), &device).unwrap();
     assert_eq!(read.plan, shape.plan);

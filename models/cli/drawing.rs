@@ -13,6 +13,7 @@ use volary::Error;
 use volary::folder::Folder;
 use volary::imagine::{Coding, Imagine, Imagined, Init, Texts, strength_problem};
 use volary::pictures::{Draws, Sketch, drawing, pipeline_hash};
+use volary::pretrained::EMBEDDED_DRAWER;
 use volary::record::{Change, Model, Record, Source, Weighted};
 use volary_vision::image::{ReadOptions, Rgb8, read};
 
@@ -23,7 +24,8 @@ use super::{Shared, Usage, say, say_json};
 #[derive(Args)]
 pub struct Drawing {
     /// A folder in diffusers' layout, a preset, or owner/name: Stable Diffusion 1 or 2, Taiyi, AltDiffusion; or a folder that
-    /// draws by tokens, which takes no size, steps, scheduler, picture or file beside it.
+    /// draws by tokens, which takes no size, steps, scheduler, picture or file beside it. Without it the small model inside
+    /// this program, which draws emoji by tokens.
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
     /// What the picture does not show.
@@ -52,6 +54,10 @@ pub struct Drawing {
     /// How much noise --scheduler ddim draws at each step, 0 to 1; without it none.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     eta: Option<f64>,
+    /// How freely codes are drawn by a model that draws by tokens: 0 takes the likeliest, and more is more varied; without it
+    /// the model's own.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    temperature: Option<f64>,
     /// A file of low-rank changes of the weights (LoRA), and how much it counts, 1 without a number; may be repeated.
     #[arg(long, value_name = "FILE[:WEIGHT]", value_parser = lora)]
     lora: Vec<(PathBuf, f64)>,
@@ -168,7 +174,12 @@ impl Drawing {
     /// # Errors
     /// With everything that is wrong with flags and files, before the model is loaded; then with what is wrong for the model.
     pub fn run(self, subject: Subject, shared: &Shared) -> Result<()> {
-        let name = self.model.ok_or_else(no_model)?;
+        let is_diffusion = subject.init.is_some() || self.scheduler.is_some() || self.single_file.is_some();
+        let name = match self.model {
+            Some(name) => name,
+            None if is_diffusion => return Err(no_diffusion().into()),
+            None => EMBEDDED_DRAWER.into(),
+        };
         let seed = self.seed.unwrap_or_else(|| fastrand::u32(..).into()); // few digits, to be typed again
         let output = self.output.unwrap_or_else(|| format!("imagined-{seed}.png").into());
         check_output(&output)?;
@@ -187,6 +198,7 @@ impl Drawing {
             count: self.grid.map_or(self.count, |[rows, columns]| rows.saturating_mul(columns)),
             scheduler: self.scheduler.map(|scheduler| scheduler.class().to_owned()),
             eta: self.eta.unwrap_or_default(),
+            temperature: self.temperature,
             init: init.as_ref().and_then(|change| problems.init(change)),
             coding: self.decode.map(Coding::from),
             ..Imagine::default()
@@ -194,6 +206,7 @@ impl Drawing {
         let over = |asked: &mut Imagine, usual: &Imagine| {
             asked.steps = self.steps.unwrap_or(usual.steps);
             asked.guidance = self.guidance.unwrap_or(usual.guidance);
+            asked.temperature = self.temperature.or(usual.temperature);
         };
         over(&mut asked, &Imagine::default());
         problems.none(&asked)?;
@@ -212,6 +225,7 @@ impl Drawing {
             steps: asked.steps,
             guidance: asked.guidance,
             eta: asked.eta,
+            temperature: asked.temperature,
             seed,
             grid: self.grid,
             init,
@@ -222,7 +236,8 @@ impl Drawing {
         let model =
             (drawing(&folder)?.open)(&folder, &record.extras(), &shared.load_options(), &shared.device()?)?;
         over(&mut asked, &model.usual());
-        (record.steps, record.guidance) = (asked.steps, asked.guidance);
+        (record.steps, record.guidance, record.temperature) =
+            (asked.steps, asked.guidance, asked.temperature);
         make(model.as_ref(), &asked, &record, &output, self.preview, shared)
     }
 }
@@ -359,12 +374,14 @@ pub fn check_output(file: &Path) -> Result<()> {
     Ok(())
 }
 
-fn no_model() -> Usage {
+/// What is asked for takes a diffusion, and no model is named.
+fn no_diffusion() -> Usage {
     let name = "IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1";
     Usage(format!(
-        "no model that draws is inside this program: give --model a folder, a preset or owner/name. For example:\n  \
+        "the model inside this program draws by tokens, after a prompt alone: to change pictures, or for a scheduler or a file \
+         of weights, give --model a folder, a preset or owner/name. For example:\n  \
          volary fetch {name}\n  \
-         volary imagine \"一只戴帽子的猫\" --model {name} -o cat.png\n\
+         volary variations cat.png --model {name}\n\
          `volary list --task imagine` shows what can be read."
     ))
 }

@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use clap::{Args, Subcommand};
 use volary::clip::{ClipConfig, ClipModel, EMOJI};
 use volary::folder::Folder;
-use volary::pretrained::{Clip, EMOJI_CLIP};
+use volary::pretrained::{Clip, EMOJI_CLIP, EMOJI_DRAW};
 use volary::recipe::clip_folder::{export, tokenizer};
 use volary::recipe::contrastive::{Job, Recipe, train};
 use volary::recipe::curve;
@@ -21,7 +21,8 @@ use volary::recipe::moe_chars::{self, Router, Twin};
 use volary::recipe::named_shapes::{self, Asked, SHAPES_CLIP};
 use volary::recipe::segmentation::{self, evaluate, sheet};
 use volary::recipe::shapes::Part;
-use volary::token_drawing::{DrawSettings, TokenDrawing};
+use volary::token_drawing::{DrawSettings, TokenDrawing, TokenDrawingConfig, folders};
+use volary_text::generate::Sampling;
 use volary_weights::{LoadOptions, Packing};
 
 use super::{Shared, Usage, say, say_json};
@@ -191,6 +192,12 @@ struct EmojiDraw {
     /// Of initial weights, order, captions and colours.
     #[arg(long, default_value_t = drawing::Recipe::decoder().seed)]
     seed: u64,
+    /// How freely the drawings that are judged are drawn; a run that is done is only judged again.
+    #[arg(long, default_value_t = DrawSettings::default().sampling.temperature)]
+    temperature: f64,
+    /// How strictly they follow their captions.
+    #[arg(long, default_value_t = DrawSettings::default().guidance)]
+    guidance: f32,
 }
 
 /// Runs the command.
@@ -328,23 +335,26 @@ fn contrastive(arguments: Contrastive, shared: &Shared) -> Result<()> {
 fn emoji_draw(arguments: EmojiDraw, shared: &Shared) -> Result<()> {
     /// Every so many of the held-out pictures are asked for.
     const STRIDE: usize = 8;
-    let EmojiDraw { data: place, out, codes_steps, steps, seed } = arguments;
+    let EmojiDraw { data: place, out, codes_steps, steps, seed, temperature, guidance } = arguments;
     let data = Dataset::read(&place, |style| drawing::STYLES.contains(&style))?;
     let device = shared.device()?;
-    let tokenizer = EMOJI_CLIP.tokenizer()?;
-    let shape = drawing::Shape::emoji()?;
+    let [_, _, tokenizer] = folders(&EMOJI_DRAW)?;
+    let tokenizer = tokenizer.tokenizer()?;
+    let shape = TokenDrawingConfig::of(&EMOJI_DRAW)?;
     let recipe = drawing::Recipe { steps: codes_steps, seed, ..drawing::Recipe::codes() };
     let vq = drawing::train_codes(&recipe, &shape, &data, &out.join("codes"), &device)?;
     let recipe = drawing::Recipe { steps, seed, ..drawing::Recipe::decoder() };
     let drawn = drawing::Drawn { data: &data, vq: &vq, tokenizer: &tokenizer, plan: &shape.plan };
     let decoder = drawing::train_decoder(&recipe, &shape.transformer, &drawn, &out.join("decoder"), &device)?;
     let folder = out.join("export");
-    drawing::export(&vq, &decoder, &EMOJI_CLIP, &folder)?;
+    drawing::export(&vq, &decoder, &EMOJI_DRAW, &folder)?;
     say(format!("the model is in {}", folder.display()))?;
     let model = TokenDrawing::load(&Folder::Disk(folder), &shared.load_options(), &device)?;
     let judge = Clip::embedded().load(&device)?;
+    let sampling = Sampling { temperature, ..DrawSettings::default().sampling };
+    let settings = DrawSettings { guidance, sampling, ..DrawSettings::default() };
     for gallery in &Gallery::read(&place, |style| style == HELD_OUT[0])? {
-        let judged = drawing::evaluate(&model, &judge, gallery, STRIDE, &DrawSettings::default())?;
+        let judged = drawing::evaluate(&model, &judge, gallery, STRIDE, &settings)?;
         say(drawing::table(&judged.scores).trim_end())?;
         drawing::sheet(&judged.drawings)?.save_png(&out.join("drawings.png"))?;
     }

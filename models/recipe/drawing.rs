@@ -21,7 +21,7 @@ use volary_multimodal::retrieval::{Recall, recall};
 use volary_text::generate::LeftPadded;
 use volary_text::tokenizer::Tokenizer;
 use volary_vision::image::Rgb8;
-use volary_vision::vq::{VqConfig, VqModel};
+use volary_vision::vq::VqModel;
 use volary_weights::save;
 
 use super::colour::{COLOURS, Colour, is_held_out, is_paintable};
@@ -30,44 +30,15 @@ use super::evaluate::{percent, rows};
 use super::run::{
     Computed, State, Store, TrainError, check, floats, gradients, learning_rate, mean_of_last, mix, progress,
 };
-use crate::config::Config;
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::llama::{self, Llama, LlamaConfig, LlamaInput};
 use crate::pretrained::Clip;
-use crate::token_drawing::{DrawSettings, Plan, TokenDrawing};
+use crate::token_drawing::{DrawSettings, PARTS, Plan, TokenDrawing, TokenDrawingConfig, folders};
 use crate::vqmodel;
 
 /// The styles that are learned: flat ones, alike enough that a mean of them is still a picture.
 pub const STYLES: [&str; 3] = ["twemoji", "noto", "fluent_flat"];
-
-const TRANSFORMER_CONFIG: &str = include_str!("drawing/transformer_config.json");
-const VQVAE_CONFIG: &str = include_str!("drawing/vqvae_config.json");
-const MODEL_INDEX: &str = include_str!("drawing/model_index.json");
-
-/// Shapes of the parts.
-pub struct Shape {
-    /// Between codes and pixels.
-    pub vq: VqConfig,
-    /// Writes codes.
-    pub transformer: LlamaConfig,
-    /// How they fit together.
-    pub plan: Plan,
-}
-
-impl Shape {
-    /// Of the embedded model: 64 codes of 1,024 make a picture of 64 x 64.
-    ///
-    /// # Errors
-    /// Never, unless a file in this repository is malformed.
-    pub fn emoji() -> Result<Self, Error> {
-        let parse = |text: &str| Config::parse(Path::new("config.json"), text.as_bytes());
-        let transformer = LlamaConfig::parse(&parse(TRANSFORMER_CONFIG)?)?;
-        let vq = vqmodel::parse(&parse(VQVAE_CONFIG)?)?;
-        let plan = Plan::parse(&parse(MODEL_INDEX)?, &transformer, &vq)?;
-        Ok(Self { vq, transformer, plan })
-    }
-}
 
 /// The settings of one of the two runs; written beside its checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -216,7 +187,7 @@ fn shown(data: &Dataset, recipe: &Recipe, step: usize) -> Vec<(Shown, Rng)> {
 /// If files of the run cannot be read or written, or the loss diverges.
 pub fn train_codes(
     recipe: &Recipe,
-    Shape { vq: config, plan, .. }: &Shape,
+    TokenDrawingConfig { vq: config, plan, .. }: &TokenDrawingConfig,
     data: &Dataset,
     folder: &Path,
     device: &Device,
@@ -419,17 +390,13 @@ impl Lines {
     }
 }
 
-/// Writes a trained model as a folder, weights in f16; `tokenizer` are the files of the captions' tokenizer. The model card is
-/// written by hand.
+/// Writes a trained model as a folder, weights in f16, the rest as it is in a folder `like` it. The model card is written by
+/// hand.
 ///
 /// # Errors
-/// If a file cannot be written.
-pub fn export(vq: &VqModel, transformer: &Llama, tokenizer: &Folder, folder: &Path) -> Result<(), Error> {
-    let write = |name: &str, bytes: &[u8]| {
-        let file = folder.join(name);
-        fs::write(&file, bytes).map_err(Error::io(&file))
-    };
-    for part in ["transformer", "vqvae", "tokenizer"] {
+/// If a file cannot be read or written.
+pub fn export(vq: &VqModel, transformer: &Llama, like: &Folder, folder: &Path) -> Result<(), Error> {
+    for part in PARTS {
         let part = folder.join(part);
         fs::create_dir_all(&part).map_err(Error::io(&part))?;
     }
@@ -439,12 +406,17 @@ pub fn export(vq: &VqModel, transformer: &Llama, tokenizer: &Folder, folder: &Pa
     save(vq, &vqmodel::KEYS, f16, &weights, metadata())?;
     let weights = folder.join("transformer/model.safetensors");
     save(transformer, &llama::KEYS_WITHOUT_HEAD, f16, &weights, metadata())?;
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        write(&format!("tokenizer/{name}"), &tokenizer.read(name)?)?;
+    let copy = |from: &Folder, name: &str, to: &Path| {
+        let file = to.join(name);
+        fs::write(&file, from.read(name)?).map_err(Error::io(&file))
+    };
+    copy(like, "model_index.json", folder)?;
+    for (from, part) in folders(like)?.iter().zip(PARTS) {
+        for name in from.files()?.iter().filter(|name| name.ends_with(".json")) {
+            copy(from, name, &folder.join(part))?;
+        }
     }
-    write("vqvae/config.json", VQVAE_CONFIG.as_bytes())?;
-    write("transformer/config.json", TRANSFORMER_CONFIG.as_bytes())?;
-    write("model_index.json", MODEL_INDEX.as_bytes())
+    Ok(())
 }
 
 /// What is asked of a model that draws, and where the answers to it are among all candidates.
