@@ -59,6 +59,9 @@ pub struct Recipe {
     pub painted: f32,
     /// How many of those whose sides do not matter are mirrored.
     pub mirrored: f32,
+    /// How many of the codes that the decoder reads are others than those of the picture, drawn evenly: it is to go on with
+    /// what its caption says where it has drawn something else.
+    pub confused: f32,
     /// Steps between checkpoints.
     pub checkpoint_every: usize,
     /// Of initial weights, order, captions and colours.
@@ -77,6 +80,7 @@ impl Recipe {
             weight_decay: 1e-4,
             painted: 0.25,
             mirrored: 0.5,
+            confused: 0.0,
             checkpoint_every: 200,
             seed: 1,
         }
@@ -93,6 +97,7 @@ impl Recipe {
             weight_decay: 0.02,
             painted: 0.25,
             mirrored: 0.0,
+            confused: 0.15,
             checkpoint_every: 200,
             seed: 1,
         }
@@ -265,6 +270,8 @@ fn revive(model: &mut VqModel, uses: &[u32], encoded: Tensor<4>, seed: u64) {
 struct Line {
     caption: Vec<u32>,
     codes: Vec<u32>,
+    /// The codes as they are read, but for the last one.
+    read: Vec<u32>,
 }
 
 /// Some of these as the decoder reads them.
@@ -355,7 +362,14 @@ impl Drawn<'_> {
         }
         let row = |(shown, rng): &mut (Shown, Rng)| {
             let caption = self.plan.caption(self.tokenizer, &shown.caption(self.data, rng))?;
-            Ok(Line { caption: caption.ids, codes: known[shown].clone() })
+            let codes = known[shown].clone();
+            let mut read = codes[..codes.len() - 1].to_vec();
+            for code in &mut read {
+                if rng.f32() < recipe.confused {
+                    *code = rng.u32(0..self.plan.n_codes as u32);
+                }
+            }
+            Ok(Line { caption: caption.ids, codes, read })
         };
         shown.iter_mut().map(row).collect()
     }
@@ -364,9 +378,8 @@ impl Drawn<'_> {
 impl Lines {
     fn new(rows: &[Line], plan: &Plan, device: &Device) -> Self {
         let first = plan.first_code as u32;
-        let read = rows.iter().map(|Line { caption, codes }| {
-            let codes = &codes[..codes.len() - 1];
-            caption.iter().copied().chain(codes.iter().map(|code| code + first)).collect::<Vec<_>>()
+        let read = rows.iter().map(|Line { caption, read, .. }| {
+            caption.iter().copied().chain(read.iter().map(|code| code + first)).collect::<Vec<_>>()
         });
         let codes: Vec<i64> = rows.iter().flat_map(|row| &row.codes).map(|&code| i64::from(code)).collect();
         let count = codes.len();
