@@ -344,6 +344,7 @@ fn emoji_draw(arguments: EmojiDraw, shared: &Shared) -> Result<()> {
     let recipe = drawing::Recipe { steps: codes_steps, seed, ..drawing::Recipe::codes() };
     let vq = drawing::train_codes(&recipe, &shape, &data, &out.join("codes"), &device)?;
     let recipe = drawing::Recipe { steps, seed, ..drawing::Recipe::decoder() };
+    let data = Dataset::read(&place, |style| style == drawing::DRAWN_STYLE)?;
     let drawn = drawing::Drawn { data: &data, vq: &vq, tokenizer: &tokenizer, plan: &shape.plan };
     let decoder = drawing::train_decoder(&recipe, &shape.transformer, &drawn, &out.join("decoder"), &device)?;
     let folder = out.join("export");

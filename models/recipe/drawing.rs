@@ -37,8 +37,11 @@ use crate::pretrained::Clip;
 use crate::token_drawing::{DrawSettings, PARTS, Plan, TokenDrawing, TokenDrawingConfig, folders};
 use crate::vqmodel;
 
-/// The styles that are learned: flat ones, alike enough that a mean of them is still a picture.
+/// The styles that the codes are learned from: flat ones, alike enough that a mean of them is still a picture.
 pub const STYLES: [&str; 3] = ["twemoji", "noto", "fluent_flat"];
+
+/// The style that is drawn after captions: a caption that has one picture is learned sooner than one that has three.
+pub const DRAWN_STYLE: &str = "twemoji";
 
 /// The settings of one of the two runs; written beside its checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -97,7 +100,7 @@ impl Recipe {
             weight_decay: 0.02,
             painted: 0.25,
             mirrored: 0.0,
-            confused: 0.15,
+            confused: 0.1,
             checkpoint_every: 200,
             seed: 1,
         }
