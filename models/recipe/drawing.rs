@@ -75,7 +75,7 @@ impl Recipe {
     /// Of the codes.
     pub fn codes() -> Self {
         Self {
-            steps: 6000,
+            steps: 3600,
             batch: 32,
             parts: 2,
             learning_rate: 2e-3,
@@ -92,7 +92,7 @@ impl Recipe {
     /// Of the decoder.
     pub fn decoder() -> Self {
         Self {
-            steps: 8000,
+            steps: 4500,
             batch: 64,
             parts: 2,
             learning_rate: 2e-3,
