@@ -227,8 +227,7 @@ macro_rules! vectors {
                         let within = (at & ((1 << lines) - 1)) * 2 * $lanes;
                         let next = start.wrapping_add((at >> lines) * stride + within);
                         for line in (0..2 * $lanes).step_by(16) {
-                            // SAFETY: of any address.
-                            unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast()) };
+                            _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(line).cast());
                         }
                     }
                     // SAFETY: both halves of an array.
