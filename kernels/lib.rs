@@ -1,9 +1,11 @@
 //! Modality-free mathematics: tensor functions ([`ops`]), the layers built on them ([`layers`]), and mixtures of experts
-//! ([`moe`]); and random weights that a seed determines ([`random`]).
+//! ([`moe`]); random weights that a seed determines ([`random`]); and what
+//! products cost ([`count`]).
 //!
 //! Nothing here knows a model's name, a file, a token or a pixel. The residual wiring of a model is
 //! not here either: it is spelled in the model's own file.
 
+pub mod count;
 mod cpu;
 pub mod layers;
 pub mod moe;
@@ -11,6 +13,7 @@ pub mod ops;
 pub mod random;
 
 pub use cpu::Instructions;
+pub use cpu::peak::Peak;
 
 #[cfg(test)]
 mod testing;

@@ -7,6 +7,7 @@ pub mod aquila;
 pub mod autoencoder;
 pub mod base_moe;
 pub mod beit;
+pub mod bench;
 pub mod bert;
 pub mod brivl;
 pub mod causal;

@@ -1,6 +1,7 @@
 //! One binary for all tests that see the whole program.
 #![allow(clippy::unwrap_used)] // a test may panic
 
+mod bench;
 mod cli;
 mod contract;
 mod convert;

@@ -9,6 +9,7 @@ mod instructions;
 pub mod matmul;
 pub mod moe;
 pub mod norm;
+pub mod peak;
 pub mod pointwise;
 pub mod products;
 pub mod quantized;

@@ -3,6 +3,7 @@ use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Bool, DType, Device, Int, Tensor};
 use half::{bf16, f16};
 
+use crate::count;
 use crate::cpu;
 use crate::cpu::host::{Values, is_host, tensor};
 
@@ -71,6 +72,7 @@ pub fn attention(
         kv_heads > 0 && heads.is_multiple_of(kv_heads),
         "{heads} query heads do not divide into {kv_heads} key-value heads"
     );
+    count::add(batch * heads * queries * keys * (d_head + value.dims()[3]), 0);
     let mut resolved = Resolved::default();
     resolved.add(mask, [batch, heads, queries, keys], &query.device());
     let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };

@@ -3,6 +3,7 @@ use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 
+use crate::count;
 use crate::cpu::convolution::{Sizes, convolve};
 use crate::cpu::host::{Values, is_host, tensor};
 
@@ -38,10 +39,6 @@ pub fn convolution(
     if let Some(bias) = &bias {
         assert_eq!(bias.dims(), [channels_out], "a bias (left) of {channels_out} channels");
     }
-    let dtype = x.dtype();
-    if !is_host(&x) || weight.dtype() != dtype {
-        return conv2d(x, weight, bias, ConvOptions::new([stride; 2], [border; 2], [1, 1], 1));
-    }
     let sizes = Sizes {
         channels_in,
         picture: [height, width],
@@ -50,6 +47,12 @@ pub fn convolution(
         border,
     };
     let [height, width] = sizes.output();
+    let places = batch * height * width;
+    count::add(places * weight.shape().num_elements(), count::bytes(&weight));
+    let dtype = x.dtype();
+    if !is_host(&x) || weight.dtype() != dtype {
+        return conv2d(x, weight, bias, ConvOptions::new([stride; 2], [border; 2], [1, 1], 1));
+    }
     let shape = [batch, channels_out, height, width];
     let bias: Option<Vec<f32>> = bias.map(|bias| bias.into_data().iter().collect());
     macro_rules! convolved {

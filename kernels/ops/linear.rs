@@ -3,6 +3,7 @@ use burn::tensor::{DType, Tensor};
 use half::bf16;
 
 use super::{Activation, add_bias};
+use crate::count;
 use crate::cpu::Instructions;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
@@ -35,6 +36,7 @@ pub fn linear<const D: usize>(
     let [d_out, d_in] = weight.dims();
     assert_eq!(shape[D - 1], d_in, "width of the input (left) and of a weight of {d_out} rows");
     let rows: usize = shape[..D - 1].iter().product();
+    count::add(rows * d_in * d_out, count::bytes(&weight));
     if rows == 0 {
         // Of no rows Burn's product reads what is not there. Gradients are to find their way back all the same.
         let y = x.sum_dim(D - 1) * weight.sum_dim(1).transpose().unsqueeze();

@@ -11,6 +11,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::Activation;
+use crate::count;
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::{self, Instructions};
 
@@ -166,6 +167,13 @@ impl Projection {
         d_out
     }
 
+    /// Counts what its products take: the weights of experts that have rows.
+    fn count(&self, dispatch: &Dispatch) {
+        let [n_experts, d_in, d_out] = self.weight.dims();
+        let of_expert = count::bytes(&self.weight) / n_experts.max(1);
+        count::add(dispatch.rows() * d_in * d_out, dispatch.segments().len() * of_expert);
+    }
+
     /// Whether it lies in this machine's memory, and no gradients are wanted.
     fn is_host(&self) -> bool {
         is_host(&self.weight) && self.bias.as_ref().is_none_or(is_host)
@@ -191,6 +199,7 @@ pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch
     if rows == 0 {
         return Tensor::zeros([0, d_out], (&x.device(), x.dtype()));
     }
+    projection.count(dispatch);
     if is_host(&x) && projection.is_host() {
         let of_expert = |expert| projection.of_expert(expert);
         return by_segment(x, d_out, dispatch, of_expert, |projection, x, out| {
@@ -238,6 +247,7 @@ pub fn grouped_mlp(
         "a gate is as wide as what it scales"
     );
     let d_out = down.d_out(d_ff, dispatch);
+    gate.into_iter().chain([up, down]).for_each(|projection| projection.count(dispatch));
     let of_expert =
         |expert| (gate.map(|gate| gate.of_expert(expert)), up.of_expert(expert), down.of_expert(expert));
     by_segment(x, d_out, dispatch, of_expert, |(gate, up, down), x, out| {

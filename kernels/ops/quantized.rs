@@ -9,6 +9,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use crate::count;
 use crate::cpu;
 use crate::cpu::host::{self, Values, is_host};
 
@@ -408,6 +409,7 @@ pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> 
     assert_eq!(shape[D - 1], cols, "width of the input against {weight:?}");
     let many: usize = shape[..D - 1].iter().product();
     shape[D - 1] = rows;
+    count::add(many * rows * cols, weight.quantization().bytes(weight.shape()));
     let (device, dtype) = (x.device(), x.dtype());
     if many == 0 || rows == 0 || cols == 0 {
         return Tensor::zeros(shape, (&device, dtype));

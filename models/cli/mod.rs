@@ -1,5 +1,6 @@
 //! One file per command; here are the flags that all of them share.
 
+mod bench;
 mod chat;
 mod classify;
 mod contact_sheet;
@@ -64,8 +65,8 @@ pub struct Shared {
     #[arg(long, global = true, default_value = "cpu")]
     device: String,
     /// The numbers that weights are held and computed in, f32 without it; int8 and int4 pack matrices into 8 or 4 bits, in
-    /// blocks of 32. What is stored packed stays so unless this names floats. `convert` and `quantize` write floats as
-    /// these.
+    /// blocks of 32. What is stored packed stays so unless this names floats. `auto` is f32 on the CPU and bf16 on a
+    /// GPU, and is told. `convert` and `quantize` write floats as these.
     #[arg(long, global = true, value_enum)]
     dtype: Option<Dtype>,
     /// The variant of the weights, e.g. `fp16` for `model.fp16.safetensors`.
@@ -87,6 +88,7 @@ pub struct Shared {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Dtype {
+    Auto,
     F32,
     Bf16,
     F16,
@@ -142,6 +144,8 @@ enum Command {
     List(list::Arguments),
     /// Measure retrieval on pictures with captions, in both directions and languages.
     Eval(eval::Arguments),
+    /// Measure how fast a model runs here: tokens, images or pictures a second, beside what the machine can do.
+    Bench(bench::Arguments),
     /// Check this machine and this program.
     Doctor,
     /// Train a model by one of the recipes here.
@@ -152,6 +156,7 @@ enum Command {
 /// Runs the program. 0: done; 1: a failure; 2: wrong use.
 pub fn run() -> ExitCode {
     let Cli { command, shared } = Cli::parse();
+    let shared = shared.resolved();
     let result = match command {
         Command::Classify(arguments) => classify::run(arguments, &shared),
         Command::Embed(arguments) => embed::run(arguments, &shared),
@@ -176,6 +181,7 @@ pub fn run() -> ExitCode {
         Command::Plan(arguments) => plan::run(arguments, &shared),
         Command::List(arguments) => list::run(arguments, &shared),
         Command::Eval(arguments) => eval::run(arguments, &shared),
+        Command::Bench(arguments) => bench::run(arguments, &shared),
         Command::Doctor => doctor::run(&shared),
         #[cfg(feature = "train")]
         Command::Train(arguments) => train::run(arguments, &shared),
@@ -210,6 +216,18 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 }
 
 impl Shared {
+    /// With what `--dtype auto` is here, which is told.
+    fn resolved(self) -> Self {
+        let Some(Dtype::Auto) = self.dtype else { return self };
+        let (dtype, why) = match self.device.as_str() {
+            "cpu" => (Dtype::F32, "processors are fastest in it here"),
+            _ => (Dtype::Bf16, "GPUs are fastest in it"),
+        };
+        let shared = Self { dtype: Some(dtype), ..self };
+        eprintln!("--dtype auto: {}, as {why}", shared.dtype_name().unwrap_or_default());
+        shared
+    }
+
     /// The cache and the hub, as the environment and the flags want them.
     pub fn hub(&self) -> Result<Hub, Error> {
         let mut environment = Environment::read()?;
@@ -254,7 +272,7 @@ impl Shared {
     /// How weights are loaded.
     pub fn load_options(&self) -> LoadOptions {
         let (dtype, packing) = match self.dtype {
-            None => (FloatDType::F32, Packing::AsStored),
+            None | Some(Dtype::Auto) => (FloatDType::F32, Packing::AsStored),
             Some(Dtype::F32) => (FloatDType::F32, Packing::Floats),
             Some(Dtype::Bf16) => (FloatDType::BF16, Packing::Floats),
             Some(Dtype::F16) => (FloatDType::F16, Packing::Floats),
@@ -267,7 +285,7 @@ impl Shared {
     /// The dtype that floats are to be written in, if one was asked for.
     pub fn written_dtype(&self) -> Result<Option<FloatDType>, Usage> {
         Ok(match self.dtype {
-            None => None,
+            None | Some(Dtype::Auto) => None,
             Some(Dtype::F32) => Some(FloatDType::F32),
             Some(Dtype::Bf16) => Some(FloatDType::BF16),
             Some(Dtype::F16) => Some(FloatDType::F16),
