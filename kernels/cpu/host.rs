@@ -6,6 +6,8 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Device, Element, Tensor, TensorData};
 use bytemuck::Pod;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Values of a parallel task: few enough to stay in a core's nearest cache, many enough to be worth a thread.
@@ -62,7 +64,7 @@ pub fn tensor<T: Element, const D: usize>(values: Vec<T>, shape: [usize; D]) -> 
 /// Calls `body` with rows of `width` values of `x` and the number of the first of them, until all have been changed, several
 /// calls at a time. Where nobody else holds `x` it is changed where it lies, and copied on the way otherwise.
 ///
-/// Half precision is cast to f32 for it, and rounded again at the end.
+/// Half precision becomes f32 for each call, and is rounded again after it.
 ///
 /// # Panics
 /// If `x` is not [`is_host`], or `width` does not divide the values.
@@ -71,15 +73,20 @@ pub fn change<const D: usize>(
     width: usize,
     body: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Tensor<D> {
-    let (shape, dtype) = (x.dims(), x.dtype());
+    let shape = x.dims();
     let count: usize = shape.iter().product();
     if count == 0 {
         return x;
     }
     assert!(count.is_multiple_of(width), "{shape:?} in rows of {width}");
+    match x.dtype() {
+        DType::F16 => return change_half::<f16, D>(x, width, body),
+        DType::BF16 => return change_half::<bf16, D>(x, width, body),
+        _ => {}
+    }
     let Values(mut x, _) = Values::of(x);
     let is_whole = x.bytes().len() == count * size_of::<f32>();
-    let changed = match x.try_storage_mut::<f32>().filter(|_| is_whole) {
+    match x.try_storage_mut::<f32>().filter(|_| is_whole) {
         Some(values) => {
             by_rows(values, width, body);
             Tensor::from_primitive::<Flex>(x)
@@ -94,8 +101,32 @@ pub fn change<const D: usize>(
             });
             tensor(changed, shape)
         }
-    };
-    changed.cast(dtype)
+    }
+}
+
+/// The same in half precision.
+fn change_half<T: Element + Pod + Send + Sync, const D: usize>(
+    x: Tensor<D>,
+    width: usize,
+    body: impl Fn(usize, &mut [f32]) + Sync,
+) -> Tensor<D>
+where
+    [T]: HalfFloatSliceExt,
+{
+    let shape = x.dims();
+    let values = Values::<T>::held(x);
+    let mut changed = vec![T::zeroed(); values.len()];
+    let size = (TASK / width).max(1) * width;
+    changed.par_chunks_mut(size).zip(values.par_chunks(size)).enumerate().for_each_init(
+        Vec::new,
+        |whole, (task, (changed, values))| {
+            whole.resize(values.len(), 0.0);
+            values.convert_to_f32_slice(whole);
+            body(task * size / width, whole);
+            changed.convert_from_f32_slice(whole);
+        },
+    );
+    tensor(changed, shape)
 }
 
 /// Calls `body` with rows of `width` values and the number of the first of them, several calls at a time.

@@ -1,4 +1,4 @@
-//! Group normalisation in place, one group after the other.
+//! Normalisation in place: of groups of channels, and of rows.
 
 use super::instructions::Body;
 use super::pointwise::activate;
@@ -45,6 +45,39 @@ impl Body for GroupNorm<'_> {
                 if let Some(activation) = self.activation {
                     activate::<FMA>(values, activation);
                 }
+            }
+        }
+    }
+}
+
+/// Rows are normalised, scaled and moved.
+pub struct RowNorm<'a> {
+    /// Whole rows, as wide as `weight`.
+    pub values: &'a mut [f32],
+    /// `[width]`
+    pub weight: &'a [f32],
+    /// `[width]`
+    pub bias: Option<&'a [f32]>,
+    pub eps: f64,
+    /// Whether the mean is taken away first.
+    pub centred: bool,
+}
+
+impl Body for RowNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        for row in self.values.chunks_mut(self.weight.len()) {
+            let count = row.len() as f64;
+            let mean = if self.centred { (sum(row, |value| value) / count) as f32 } else { 0.0 };
+            let variance = sum(row, |value| (value - mean) * (value - mean)) / count;
+            let inverse = (1.0 / (variance + self.eps).sqrt()) as f32;
+            for (value, weight) in row.iter_mut().zip(self.weight) {
+                *value = (*value - mean) * inverse * weight;
+            }
+            if let Some(bias) = self.bias {
+                row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
             }
         }
     }

@@ -1,5 +1,5 @@
 use burn::module::{Initializer, Module, Param, RunningState};
-use burn::tensor::{DType, Device, Tensor, module};
+use burn::tensor::{Device, Tensor};
 
 use crate::ops::{self, Activation};
 
@@ -26,7 +26,7 @@ impl LayerNorm {
     /// `[..., d_model] -> [..., d_model]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(|bias| bias.val());
-        module::layer_norm(x, self.weight.val(), bias, self.eps)
+        ops::layer_norm(x, self.weight.val(), bias, self.eps)
     }
 }
 
@@ -48,18 +48,7 @@ impl RmsNorm {
     ///
     /// Half precision is normalised in f32, where the squares do not overflow, and rounded at the end.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        match x.dtype() {
-            dtype @ (DType::F16 | DType::BF16) => {
-                let weight = self.weight.val().cast(DType::F32);
-                self.normalise(x.cast(DType::F32), weight).cast(dtype)
-            }
-            _ => self.normalise(x, self.weight.val()),
-        }
-    }
-
-    fn normalise<const D: usize>(&self, x: Tensor<D>, weight: Tensor<1>) -> Tensor<D> {
-        let mean_square = x.clone().square().mean_dim(D - 1);
-        x / (mean_square + self.eps).sqrt() * weight.unsqueeze()
+        ops::rms_norm(x, self.weight.val(), self.eps)
     }
 }
 

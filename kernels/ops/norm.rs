@@ -1,9 +1,75 @@
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, module};
 
 use super::Activation;
 use crate::cpu::Instructions;
 use crate::cpu::host::{self, Values, is_host};
-use crate::cpu::norm::GroupNorm;
+use crate::cpu::norm::{GroupNorm, RowNorm};
+
+/// Layer normalisation (Ba et al. 2016): `(x - mean) / √(variance + eps) * weight + bias` over the last axis.
+///
+/// - `x`: `[..., width]`
+/// - `weight`, `bias`: `[width]`
+///
+/// On the CPU in place where nobody else holds `x`; half precision is normalised in f32 and rounded at the end. Where gradients
+/// are wanted, and on other devices, it is Burn's.
+///
+/// # Panics
+/// If `weight` or `bias` is not as wide as `x`.
+pub fn layer_norm<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
+    match is_host(&x) {
+        true => by_rows(x, weight, bias, eps, true),
+        false => module::layer_norm(x, weight, bias, eps),
+    }
+}
+
+/// Root-mean-square normalisation (Zhang & Sennrich 2019): `x / √(mean(x²) + eps) * weight` over the last axis.
+///
+/// - `x`: `[..., width]`
+/// - `weight`: `[width]`
+///
+/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`; where
+/// gradients are wanted, and on other devices, it is composed of tensor operations.
+///
+/// # Panics
+/// If `weight` is not as wide as `x`.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    if is_host(&x) {
+        return by_rows(x, weight, None, eps, false);
+    }
+    let dtype = x.dtype();
+    if let DType::F16 | DType::BF16 = dtype {
+        return composed_rms(x.cast(DType::F32), weight.cast(DType::F32), eps).cast(dtype);
+    }
+    composed_rms(x, weight, eps)
+}
+
+fn composed_rms<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let mean_square = x.clone().square().mean_dim(D - 1);
+    x / (mean_square + eps).sqrt() * weight.unsqueeze()
+}
+
+/// Both on the CPU.
+fn by_rows<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+    centred: bool,
+) -> Tensor<D> {
+    let width = x.dims()[D - 1];
+    let (weight, bias) = (Values::of(weight), bias.map(Values::of));
+    let widths = [weight.len(), bias.as_deref().map_or(width, <[f32]>::len)];
+    assert_eq!(widths, [width; 2], "widths of weight and bias (left) and of what is normalised");
+    host::change(x, width.max(1), |_, values| {
+        let (weight, bias) = (&*weight, bias.as_deref());
+        Instructions::in_use().run(RowNorm { values, weight, bias, eps, centred });
+    })
+}
 
 /// Group normalisation (Wu & He 2018), and an activation after it: the channels of a picture are cut into `n_groups`
 /// groups of neighbours, each is normalised over its channels and all places, `(x - mean) / √(variance + eps)`, and
@@ -119,6 +185,70 @@ mod tests {
                 assert_close(found, &floats(expected), 2e-4);
             }
         }
+    }
+
+    /// Of mean 2 and variance 4; of mean square 8.
+    #[test]
+    fn literals_of_rows() {
+        let x = tensor([1, 2, 4], &[0.0, 0.0, 4.0, 4.0, 4.0, 4.0, 0.0, 0.0], &Device::flex());
+        let weight = tensor([4], &[1.0, 2.0, 3.0, -4.0], &Device::flex());
+        let bias = tensor([4], &[0.0, 1.0, 0.0, 0.5], &Device::flex());
+        let found = layer_norm(x.clone(), weight.clone(), Some(bias), 0.0);
+        assert_close(found, &[-1.0, -1.0, 3.0, -3.5, 1.0, 3.0, -3.0, 4.5], 1e-6);
+        let half = std::f64::consts::SQRT_2;
+        let expected = [0.0, 0.0, 3.0, -4.0, 1.0, 2.0, 0.0, 0.0].map(|x| x * half);
+        assert_close(rms_norm(x, weight, 0.0), &expected, 1e-6);
+    }
+
+    /// Beside Burn's operations: odd widths, one value, none, parts of others, far from zero, in half precision.
+    #[test]
+    fn bodies_of_rows_agree() {
+        let device = Device::flex();
+        for (seed, [batch, rows, width]) in
+            (0..).zip([[1, 1, 1], [2, 3, 5], [1, 70, 33], [2, 9, 1030], [2, 0, 4]])
+        {
+            let x = noise([batch, rows, width + 1], seed, &device).narrow(2, 1, width) + 3.0;
+            let (weight, bias) = (noise([width], 9, &device), noise([width], 10, &device));
+            for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::F16, 4e-3), (DType::BF16, 3e-2)] {
+                let [weight, bias] = [&weight, &bias].map(|factor| factor.clone().cast(dtype));
+                let x = x.clone().cast(dtype);
+                let [whole_weight, whole_bias] =
+                    [&weight, &bias].map(|factor| factor.clone().cast(DType::F32));
+                let exact = x.clone().cast(DType::F32);
+                for bias in [None, Some((bias, whole_bias))] {
+                    let (bias, whole_bias) = bias.unzip();
+                    let found = layer_norm(x.clone(), weight.clone(), bias, 1e-5);
+                    assert_eq!(found.dtype(), dtype);
+                    let expected = composed_layer(exact.clone(), whole_weight.clone(), whole_bias, 1e-5);
+                    assert_close(found, &floats(expected), tolerance);
+                }
+                let found = rms_norm(x, weight, 1e-5);
+                assert_eq!(found.dtype(), dtype);
+                assert_close(found, &floats(composed_rms(exact, whole_weight, 1e-5)), tolerance);
+            }
+        }
+    }
+
+    fn composed_layer(x: Tensor<3>, weight: Tensor<1>, bias: Option<Tensor<1>>, eps: f64) -> Tensor<3> {
+        let centred = x.clone() - x.mean_dim(2);
+        let variance = centred.clone().square().mean_dim(2);
+        let y = centred / (variance + eps).sqrt() * weight.unsqueeze();
+        bias.map_or(y.clone(), |bias| y + bias.unsqueeze())
+    }
+
+    #[test]
+    fn gradients_of_rows_match_finite_differences() {
+        let device = Device::flex().autodiff();
+        let at = random(12, &mut fastrand::Rng::with_seed(1));
+        let (weight, bias) = (noise([4], 2, &device), noise([4], 3, &device));
+        assert_gradient(|x| layer_norm(x, weight.clone(), Some(bias.clone()), 0.1), [3, 4], &at);
+        assert_gradient(|x| rms_norm(x, weight.clone(), 0.1), [3, 4], &at);
+    }
+
+    #[test]
+    #[should_panic(expected = "widths of weight and bias")]
+    fn rows_are_as_wide_as_their_weight() {
+        let _ = rms_norm(Tensor::<2>::ones([2, 4], &Device::flex()), Tensor::ones([3], &Device::flex()), 0.1);
     }
 
     #[test]

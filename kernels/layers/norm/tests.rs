@@ -1,3 +1,5 @@
+use burn::tensor::DType;
+
 use super::*;
 use crate::testing::{assert_close, assert_gradient, floats, noise, random, tensor};
 
