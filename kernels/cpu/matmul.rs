@@ -297,6 +297,7 @@ vectors!(
 );
 
 /// `[rows, columns]` turned, `[columns, rows]`.
+#[cfg(feature = "autodiff")]
 pub fn turned(x: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
     /// Both sides of what is turned at a time: a line of a cache, which is read and written whole.
     const SIDE: usize = 16;
