@@ -7,6 +7,8 @@
 
 pub mod count;
 mod cpu;
+#[cfg(feature = "cube")]
+mod cube;
 pub mod layers;
 pub mod moe;
 pub mod ops;

@@ -34,6 +34,26 @@ pub fn assert_close<const D: usize>(found: Tensor<D>, expected: &[f64], toleranc
     }
 }
 
+/// Every value is the expected one in the tensor's type, or one next to it where the sum was off by no more than `tolerance`.
+#[cfg(feature = "cube-cpu")]
+#[track_caller]
+pub fn assert_rounded<const D: usize>(found: Tensor<D>, expected: &[f64], tolerance: f64) {
+    let part = match found.dtype() {
+        DType::BF16 => 1.0 / 256.0,
+        DType::F16 => 1.0 / 2048.0,
+        _ => 0.0,
+    };
+    let found = floats(found);
+    assert_eq!(found.len(), expected.len());
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let error = (found - expected).abs();
+        assert!(
+            error <= tolerance + part * expected.abs(),
+            "value {index}: found {found}, expected {expected}"
+        );
+    }
+}
+
 /// The gradient of a random projection of `f` at `at` is finite and equals central differences.
 #[track_caller]
 pub fn assert_gradient<const D: usize, const E: usize>(

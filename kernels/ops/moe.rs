@@ -14,6 +14,8 @@ use super::Activation;
 use crate::count;
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::{self, Instructions};
+#[cfg(feature = "cube")]
+use crate::cube::{self, is_cube};
 
 /// Choices sorted by expert.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +105,11 @@ pub fn permute(x: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
     let [tokens, width] = x.dims();
     assert_eq!(tokens, dispatch.tokens(), "tokens (left) and those that were dispatched");
     let tokens = dispatch.order.iter().map(|choice| choice / dispatch.top_k);
+    #[cfg(feature = "cube")]
+    if is_cube(&x) && dispatch.rows() * width > 0 {
+        let tokens: Vec<u32> = tokens.map(|token| token as u32).collect();
+        return cube::moe::gather(x, &tokens);
+    }
     if !is_host(&x) || width == 0 {
         let tokens = indices(tokens, &x.device());
         return x.select(0, tokens);
@@ -134,8 +141,9 @@ pub fn of_each_row(values: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
 /// - `weight`: `[n_experts, d_in, d_out]`
 ///
 /// On the CPU each segment is multiplied with its part of `weight` where it lies, several segments, and parts of long
-/// ones, at a time; half precision is multiplied in f32 and rounded at the end. Where gradients are wanted, and on other
-/// devices, segments of similar length are padded to one batched product: at most half of its rows are padding.
+/// ones, at a time; half precision is multiplied in f32 and rounded at the end. On a GPU all segments are one launch,
+/// half precision being summed up in f32. Where gradients are wanted, and on other devices, segments of similar length are
+/// padded to one batched product: at most half of its rows are padding.
 ///
 /// # Panics
 /// If there are not as many rows or experts as in `dispatch`, or the widths differ.
@@ -179,6 +187,15 @@ impl Projection {
         is_host(&self.weight) && self.bias.as_ref().is_none_or(is_host)
     }
 
+    /// Whether it lies on a device of CubeCL as `x` does, in its type, and no gradients are wanted.
+    #[cfg(feature = "cube")]
+    fn is_cube(&self, x: &Tensor<2>) -> bool {
+        let bias = self.bias.as_ref();
+        is_cube(&self.weight)
+            && self.weight.dtype() == x.dtype()
+            && bias.is_none_or(|bias| is_cube(bias) && bias.dtype() == x.dtype())
+    }
+
     /// That of one expert. f32 is not copied.
     fn of_expert(&self, expert: usize) -> cpu::moe::Projection {
         let [_, d_in, d_out] = self.weight.dims();
@@ -205,6 +222,11 @@ pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch
         return by_segment(x, d_out, dispatch, of_expert, |projection, x, out| {
             projection.forward(x, None, None, out);
         });
+    }
+    #[cfg(feature = "cube")]
+    if is_cube(&x) && projection.is_cube(&x) && width * d_out > 0 {
+        let Projection { weight, bias } = projection.clone();
+        return cube::moe::grouped_linear(x, weight, bias, &dispatch.offsets);
     }
     let y = by_tier(x, projection.weight.clone(), dispatch);
     match &projection.bias {
@@ -331,7 +353,8 @@ fn by_tier(x: Tensor<2>, weight: Tensor<3>, dispatch: &Dispatch) -> Tensor<2> {
 ///
 /// - `weights`: `[tokens, top_k]`
 ///
-/// On the CPU rows are added where they lie; where gradients are wanted, and on other devices, they are gathered first.
+/// On the CPU and on a GPU rows are added where they lie, always in the order of the choices; where gradients are wanted,
+/// and on other devices, they are gathered first.
 ///
 /// # Panics
 /// If there are not as many rows or weights as in `dispatch`.
@@ -350,6 +373,10 @@ pub fn combine(rows: Tensor<2>, weights: Tensor<2>, dispatch: &Dispatch) -> Tens
             Instructions::in_use().run(cpu::moe::Combine { rows: &rows, weights, places, width, out });
         });
         return host::tensor(out, [tokens, width]).cast(dtype);
+    }
+    #[cfg(feature = "cube")]
+    if is_cube(&rows) && is_cube(&weights) && count * width > 0 {
+        return cube::moe::combine(rows, weights, &dispatch.places);
     }
     let padding = Tensor::zeros([1, width], (&rows.device(), rows.dtype()));
     let rows = Tensor::cat(vec![rows, padding], 0); // the last row stands for those dropped
@@ -398,7 +425,18 @@ mod tests {
         assert_eq!(segments, [0..2, 2..2, 2..5, 5..5]);
     }
 
-    /// Both bodies, on even and uneven segments, one expert, one token, and with all choices dropped.
+    fn devices() -> Vec<Device> {
+        vec![
+            Device::flex(),
+            Device::flex().autodiff(),
+            #[cfg(feature = "cube-cpu")]
+            Device::cpu(),
+            #[cfg(feature = "cube-cpu")]
+            Device::cpu().autodiff(),
+        ]
+    }
+
+    /// All bodies, on even and uneven segments, one expert, one token, and with all choices dropped.
     #[test]
     fn bodies_are_every_token_through_its_experts() {
         for (at, (tokens, top_k, n_experts, d_in, d_out)) in
@@ -421,9 +459,10 @@ mod tests {
                 let rows = grouped_matmul(rows, weight.clone().cast(dtype).to_device(device), &dispatch);
                 combine(rows, mix.clone().cast(dtype).to_device(device), &dispatch)
             };
-            assert_close(through(&device, DType::F32), &expected, 1e-5);
-            assert_close(through(&device.clone().autodiff(), DType::F32), &expected, 1e-5);
-            assert_close(through(&device, DType::BF16), &expected, 0.1);
+            for device in devices() {
+                assert_close(through(&device, DType::F32), &expected, 1e-5);
+                assert_close(through(&device, DType::BF16), &expected, 0.1);
+            }
         }
     }
 
