@@ -27,24 +27,26 @@ pub trait Collectives: Debug + Send + Sync {
     fn all_reduce(&self, values: Vec<f32>) -> Vec<f32> {
         let sent: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
         let lengths = vec![sent.len(); self.size()];
-        let all = self.exchange(sent.repeat(self.size()), &lengths, &lengths).wait();
-        let mut sum = vec![0.0; values.len()];
-        for (at, bytes) in all.chunks_exact(size_of::<f32>()).enumerate() {
-            let mut value = [0; size_of::<f32>()];
-            value.copy_from_slice(bytes);
-            sum[at % values.len()] += f32::from_ne_bytes(value);
-        }
-        sum
+        sum(&self.exchange(sent.repeat(self.size()), &lengths, &lengths).wait(), values.len())
+    }
+
+    /// The sum of what all ranks have, for `root` alone.
+    fn reduce(&self, values: Vec<f32>, root: usize) -> Option<Vec<f32>> {
+        let sent: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        let (length, size) = (sent.len(), self.size());
+        let is_root = self.rank() == root;
+        let receive = vec![if is_root { length } else { 0 }; size];
+        let all = self.exchange(sent, &only(root, length, size), &receive).wait();
+        is_root.then(|| sum(&all, values.len()))
     }
 
     /// What `root` has. The others give as many bytes.
     fn broadcast(&self, bytes: Vec<u8>, root: usize) -> Vec<u8> {
         let (length, size) = (bytes.len(), self.size());
-        let only =
-            |who: usize| (0..size).map(|rank| if rank == who { length } else { 0 }).collect::<Vec<_>>();
+        let receive = only(root, length, size);
         match self.rank() == root {
-            true => self.exchange(bytes.repeat(size), &vec![length; size], &only(root)).wait(),
-            false => self.exchange(Vec::new(), &vec![0; size], &only(root)).wait(),
+            true => self.exchange(bytes.repeat(size), &vec![length; size], &receive).wait(),
+            false => self.exchange(Vec::new(), &vec![0; size], &receive).wait(),
         }
     }
 
@@ -53,6 +55,22 @@ pub trait Collectives: Debug + Send + Sync {
         let nothing = vec![0; self.size()];
         self.exchange(Vec::new(), &nothing, &nothing).wait();
     }
+}
+
+/// Lengths of the parts where there is but one, of `rank`.
+fn only(rank: usize, length: usize, size: usize) -> Vec<usize> {
+    (0..size).map(|other| if other == rank { length } else { 0 }).collect()
+}
+
+/// Of the values of all ranks, so many of each.
+fn sum(bytes: &[u8], count: usize) -> Vec<f32> {
+    let mut sum = vec![0.0; count];
+    for (at, bytes) in bytes.chunks_exact(size_of::<f32>()).enumerate() {
+        let mut value = [0; size_of::<f32>()];
+        value.copy_from_slice(bytes);
+        sum[at % count] += f32::from_ne_bytes(value);
+    }
+    sum
 }
 
 /// Bytes that are on their way.

@@ -30,6 +30,7 @@ pub mod mpi;
 mod ranks;
 mod remote;
 mod route;
+mod shadows;
 #[cfg(test)]
 mod tests;
 pub mod threads;
@@ -39,4 +40,5 @@ pub use collectives::{Collectives, Pending};
 pub use groups::Groups;
 pub use layer::ParallelMoe;
 pub use ranks::Ranks;
+pub use shadows::Shadowing;
 pub use traffic::{LayerTraffic, Traffic};

@@ -175,6 +175,25 @@ impl Collectives for Processes {
         answer.recv().expect(LEFT)
     }
 
+    fn reduce(&self, values: Vec<f32>, root: usize) -> Option<Vec<f32>> {
+        let is_root = self.rank == root;
+        let answer = self.ask(move |group| {
+            let root = group.process_at_rank(root as i32);
+            let mut sum = vec![0.0_f32; if is_root { values.len() } else { 0 }];
+            for (at, values) in values.chunks(MOST).enumerate() {
+                match is_root {
+                    true => {
+                        let sum = &mut sum[at * MOST..][..values.len()];
+                        root.reduce_into_root(values, sum, SystemOperation::sum());
+                    }
+                    false => root.reduce_into(values, SystemOperation::sum()),
+                }
+            }
+            is_root.then_some(sum)
+        });
+        answer.recv().expect(LEFT)
+    }
+
     fn broadcast(&self, mut bytes: Vec<u8>, root: usize) -> Vec<u8> {
         let answer = self.ask(move |group| {
             let root = group.process_at_rank(root as i32);

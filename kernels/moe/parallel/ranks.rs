@@ -1,7 +1,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use super::{Collectives, Pending, Traffic};
 
@@ -101,13 +101,23 @@ impl Ranks {
     /// # Panics
     /// If another rank has ended.
     pub fn all_reduce<const D: usize>(&self, values: Tensor<D>) -> Tensor<D> {
-        let (device, dtype, shape) = (values.device(), values.dtype(), values.dims());
-        let values: Vec<f32> = values.into_data().convert::<f32>().iter::<f32>().collect();
+        let (numbers, like) = numbers(values);
         if self.size() > 1 {
-            self.count(|sent| sent.reduced += (values.len() * size_of::<f32>()) as u64);
+            self.count(|sent| sent.reduced += (numbers.len() * size_of::<f32>()) as u64);
         }
-        let sum = self.collectives.all_reduce(values);
-        Tensor::<D>::from_data(TensorData::new(sum, shape), (&device, DType::F32)).cast(dtype)
+        tensor(self.collectives.all_reduce(numbers), like)
+    }
+
+    /// As [`Ranks::all_reduce`], for `root` alone.
+    ///
+    /// # Panics
+    /// If another rank has ended.
+    pub fn reduce<const D: usize>(&self, values: Tensor<D>, root: usize) -> Option<Tensor<D>> {
+        let (numbers, like) = numbers(values);
+        if self.rank() != root {
+            self.count(|sent| sent.reduced += (numbers.len() * size_of::<f32>()) as u64);
+        }
+        Some(tensor(self.collectives.reduce(numbers, root)?, like))
     }
 
     /// What `root` has. The others give a tensor of the same shape and dtype.
@@ -135,6 +145,20 @@ impl Ranks {
     fn count(&self, add: impl FnOnce(&mut Traffic)) {
         add(&mut self.sent.lock().unwrap_or_else(PoisonError::into_inner));
     }
+}
+
+/// Where values are, of what dtype and shape.
+type Like<const D: usize> = (Device, DType, [usize; D]);
+
+/// The values in f32.
+fn numbers<const D: usize>(values: Tensor<D>) -> (Vec<f32>, Like<D>) {
+    let like = (values.device(), values.dtype(), values.dims());
+    (values.into_data().convert::<f32>().iter::<f32>().collect(), like)
+}
+
+/// What [`numbers`] was given, of other values.
+fn tensor<const D: usize>(numbers: Vec<f32>, (device, dtype, shape): Like<D>) -> Tensor<D> {
+    Tensor::<D>::from_data(TensorData::new(numbers, shape), (&device, DType::F32)).cast(dtype)
 }
 
 struct Share<'a> {

@@ -3,7 +3,9 @@
 //! Each rank computes the rows that come to it in a graph of its own, which begins at these rows and at its experts and ends
 //! where they leave again. In the model's graph all this is one node, whose parents are the rows that leave and this rank's
 //! experts; its backward pass sends gradients where the rows went, runs the graphs there, and brings back what comes out.
-//! So the model's graph has the same form on every rank, whatever the load, and ranks meet in the same order.
+//! So the model's graph has the same form on every rank, whatever the load, and ranks meet in the same order. Rows of copied
+//! experts have one more such graph, which begins at the copies; their gradients go home at the end of the backward pass,
+//! whether or not a rank had rows.
 
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +23,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
 use super::journey::Journey;
+use super::shadows::Shadows;
 use crate::cpu::gradient::{node, primitive};
 use crate::moe::Experts;
 use crate::ops::Activation;
@@ -29,6 +32,7 @@ use crate::ops::moe::{Dispatch, combine, permute};
 /// `[rows, d_model] -> [rows, d_model]`, each through its expert, wherever that is.
 ///
 /// - `experts`: those of this rank
+/// - `shadows`: those of all ranks whose rows stay
 ///
 /// # Panics
 /// If rows and experts are on different devices, gradients are wanted anywhere but on the CPU, or another rank has ended.
@@ -37,21 +41,30 @@ pub(super) fn remote(
     experts: &Experts,
     activation: Activation,
     journey: Journey,
+    shadows: Shadows,
 ) -> Tensor<2> {
     let device = rows.device();
     let mut own = Own { is_tracked: rows.is_tracked(), device: &device };
     experts.visit(&mut own);
     if !own.is_tracked {
-        let out = journey.travel(rows.into_data(), |at, here| {
-            locally(tensor(here, &device), experts, activation, &journey.chunks[at].dispatch).into_data()
-        });
+        let copies = shadows.copy(experts);
+        let work = |here, experts: &Experts, dispatch: &Dispatch| {
+            locally(tensor(here, &device), experts, activation, dispatch).into_data()
+        };
+        let out = journey.travel(
+            rows.into_data(),
+            |at, here| work(here, experts, &journey.chunks[at].dispatch),
+            |here| work(here, copies.as_ref().expect(COPIES), &journey.staying),
+        );
         return tensor(out, &device);
     }
     match rows.clone().try_into_primitive::<Autodiff<Flex, NoCheckpointing>>() {
-        Ok(_) => record::<NoCheckpointing>(rows, experts, activation, journey),
-        Err(_) => record::<BalancedCheckpointing>(rows, experts, activation, journey),
+        Ok(_) => record::<NoCheckpointing>(rows, experts, activation, journey, shadows),
+        Err(_) => record::<BalancedCheckpointing>(rows, experts, activation, journey, shadows),
     }
 }
+
+const COPIES: &str = "rows stay whose experts are copied";
 
 /// Whether gradients are wanted.
 struct Own<'a> {
@@ -80,6 +93,7 @@ fn record<C: CheckpointStrategy>(
     experts: &Experts,
     activation: Activation,
     journey: Journey,
+    shadows: Shadows,
 ) -> Tensor<2>
 where
     DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
@@ -93,15 +107,35 @@ where
         <[NodeGuard; PARENTS]>::try_from(parents.nodes).expect("experts have at most three projections");
 
     let leaves = experts.clone().map(&mut Leaves);
-    let graphs: Mutex<Vec<Option<Graph>>> = Mutex::new(journey.chunks.iter().map(|_| None).collect());
-    let out = journey.travel(rows.inner().into_data(), |at, here| {
+    let copies = shadows.copy(experts);
+    let mut graphs = Graphs { of_chunks: journey.chunks.iter().map(|_| None).collect(), of_copies: None };
+    let work = |here, experts: &Experts, dispatch: &Dispatch| {
         let here = tensor(here, &device).require_grad();
-        let out = locally(here.clone(), &leaves, activation, &journey.chunks[at].dispatch);
-        graphs.lock().unwrap_or_else(PoisonError::into_inner)[at] = Some(Graph { here, out: out.clone() });
-        out.into_data()
-    });
+        let out = locally(here.clone(), experts, activation, dispatch);
+        (out.clone().into_data(), Some(Graph { here, out }))
+    };
+    let out = journey.travel(
+        rows.inner().into_data(),
+        |at, here| {
+            let (out, graph) = work(here, &leaves, &journey.chunks[at].dispatch);
+            graphs.of_chunks[at] = graph;
+            out
+        },
+        |here| {
+            let (out, graph) = work(here, copies.as_ref().expect(COPIES), &journey.staying);
+            graphs.of_copies = graph;
+            out
+        },
+    );
     let out = primitive(tensor(out, &device.clone().inner()));
-    let tape = Tape { journey: Arc::new(journey), experts: leaves, graphs: Arc::new(graphs), device };
+    let tape = Tape {
+        journey: Arc::new(journey),
+        shadows: Arc::new(shadows),
+        experts: leaves,
+        copies,
+        graphs: Arc::new(Mutex::new(graphs)),
+        device,
+    };
     let out = match Remote.prepare::<C>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(node) => node.finish(tape, out),
         OpsKind::UnTracked(node) => node.finish(out),
@@ -152,13 +186,22 @@ impl ModuleMapper for Leaves {
 #[derive(Clone, Debug)]
 struct Tape {
     journey: Arc<Journey>,
+    shadows: Arc<Shadows>,
     experts: Experts,
-    /// Of the chunks that had rows.
-    graphs: Arc<Mutex<Vec<Option<Graph>>>>,
+    /// Of the experts that are copied, if any are.
+    copies: Option<Experts>,
+    graphs: Arc<Mutex<Graphs>>,
     device: Device,
 }
 
-/// What came here with a chunk, and what left again.
+/// Where there were rows.
+#[derive(Debug)]
+struct Graphs {
+    of_chunks: Vec<Option<Graph>>,
+    of_copies: Option<Graph>,
+}
+
+/// What came here with a chunk and what left again, or what stayed and what became of it.
 #[derive(Debug)]
 struct Graph {
     here: Tensor<2>,
@@ -172,23 +215,33 @@ impl Backward<Flex, PARENTS> for Remote {
     type State = Tape;
 
     fn backward(self, ops: Ops<Tape, PARENTS>, nodes: &mut Nodes, _: &mut Checkpointer) {
-        let Tape { journey, experts, graphs, device } = ops.state;
-        let mut sums = Sums { gradients: None, sums: Vec::new(), at: 0 };
-        let gradient = Tensor::<2>::from_primitive::<Flex>(nodes.consume::<Flex>(&ops.node));
-        let gradient = journey.travel(gradient.into_data(), |at, gradient| {
-            let graph = graphs.lock().unwrap_or_else(PoisonError::into_inner)[at].take();
+        let Tape { journey, shadows, experts, copies, graphs, device } = ops.state;
+        let mut graphs = graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        let Graphs { of_chunks, of_copies } = &mut *graphs;
+        let [mut sums, mut sums_of_copies] = [(); 2].map(|()| Sums::default());
+        let back = |graph: Option<Graph>, gradient, experts: &Experts, sums: &mut Sums| {
             let Graph { here, out } =
-                graph.expect("rows came with this chunk, and it is gone back through once");
+                graph.expect("there were rows, and the graph is gone back through once");
             let gradients = (out * tensor(gradient, &device)).sum().backward();
             let of_rows = here.grad(&gradients).expect("the graph begins at these rows");
-            sums.add(&experts, Some(gradients));
+            sums.add(experts, Some(gradients));
             of_rows.into_data()
-        });
-        if sums.sums.is_empty() {
-            sums.add(&experts, None);
+        };
+        let gradient = Tensor::<2>::from_primitive::<Flex>(nodes.consume::<Flex>(&ops.node));
+        let gradient = journey.travel(
+            gradient.into_data(),
+            |at, gradient| back(of_chunks[at].take(), gradient, &experts, &mut sums),
+            |gradient| {
+                let copies = copies.as_ref().expect(COPIES);
+                back(of_copies.take(), gradient, copies, &mut sums_of_copies)
+            },
+        );
+        let mut of_experts = sums.of(&experts);
+        if let Some(copies) = &copies {
+            shadows.bring_home(&experts, &mut of_experts, sums_of_copies.of(copies));
         }
-        let of_rows = primitive(tensor(gradient, &device.inner()));
-        for (parent, gradient) in ops.parents.into_iter().zip(std::iter::once(of_rows).chain(sums.sums)) {
+        let of_rows = primitive(tensor(gradient, &device.clone().inner()));
+        for (parent, gradient) in ops.parents.into_iter().zip(std::iter::once(of_rows).chain(of_experts)) {
             if let Some(parent) = parent {
                 nodes.register::<Flex>(parent.id, gradient);
             }
@@ -197,6 +250,7 @@ impl Backward<Flex, PARENTS> for Remote {
 }
 
 /// The gradients of experts, summed over chunks, in the order of their parameters.
+#[derive(Default)]
 struct Sums {
     /// Of a chunk, if it had rows.
     gradients: Option<Gradients>,
@@ -208,6 +262,14 @@ impl Sums {
     fn add(&mut self, experts: &Experts, gradients: Option<Gradients>) {
         (self.gradients, self.at) = (gradients, 0);
         experts.visit(self);
+    }
+
+    /// Zeros where nothing was added.
+    fn of(mut self, experts: &Experts) -> Vec<FloatTensor<Flex>> {
+        if self.sums.is_empty() {
+            self.add(experts, None);
+        }
+        self.sums
     }
 }
 

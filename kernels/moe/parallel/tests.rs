@@ -4,12 +4,16 @@ use burn::tensor::{DType, Device, Gradients, Tensor};
 use super::*;
 use crate::layers::{Linear, LinearConfig};
 use crate::moe::gate::*;
-use crate::moe::{Choices, Gate, Moe, MoeConfig, Noise, Phase, Routing};
+use crate::moe::{Choices, Gate, Moe, MoeConfig, Noise, Phase, Placement, Routing, ShadowCost};
 use crate::ops::Activation;
 use crate::random::seeded;
 use crate::testing::{floats, noise};
 
 const WIDTH: usize = 5;
+
+/// A row costs 7, a copy 2.
+const BY_COST: Shadowing =
+    Shadowing::ByCost(ShadowCost { d_model: 1, d_ff: 1, bytes: 1, network: 1.0, compute: 4.0 });
 
 /// A layer, and how many tokens each rank has.
 #[derive(Clone, Debug)]
@@ -20,6 +24,7 @@ struct Case {
     phase: Phase,
     seed: u64,
     kind: Kind,
+    shadowing: Option<Shadowing>,
 }
 
 /// What the layer is made of.
@@ -41,6 +46,23 @@ enum Kind {
 impl Case {
     fn n_experts(&self) -> usize {
         self.n_local * self.tokens.len()
+    }
+
+    /// With no copies, with the busiest ones, and with the first expert of each rank and all of the last one.
+    fn shadowed(&self) -> [Self; 3] {
+        let last = self.n_experts() - self.n_local..self.n_experts();
+        let experts = (0..self.n_experts()).step_by(self.n_local).chain(last).collect();
+        [None, Some(BY_COST), Some(Shadowing::Always(experts))]
+            .map(|shadowing| Self { shadowing, ..self.clone() })
+    }
+
+    /// This rank's share of a layer.
+    fn share(&self, layer: &Moe, ranks: &Ranks) -> ParallelMoe {
+        let share = ParallelMoe::share_of(layer, ranks).with_chunks(self.chunks);
+        match &self.shadowing {
+            None => share,
+            Some(shadowing) => share.with_shadowing(shadowing.clone()),
+        }
     }
 
     /// Made for `n_workers`.
@@ -154,8 +176,7 @@ enum Losses {
 
 fn spread_with(case: &Case, ranks: &Ranks, losses: Losses) -> Outcome {
     let rank = ranks.rank();
-    let layer = ParallelMoe::share_of(&on_machine(rank, case.layer(ranks.size())), ranks);
-    let layer = layer.with_chunks(case.chunks).train();
+    let layer = case.share(&on_machine(rank, case.layer(ranks.size())), ranks).train();
     let device = Device::flex().autodiff();
     let x = case.x(rank, &device).require_grad();
     let (y, routing) = layer.forward(x.clone(), case.phase, &mut case.noise(rank));
@@ -262,7 +283,7 @@ fn cases() -> Vec<Case> {
             for phase in [Phase::Train, Phase::Eval] {
                 let (tokens, seed) = (tokens.to_vec(), rng.u64(0..1000));
                 let (n_local, chunks) = (2 * rng.usize(1..3), rng.usize(1..5));
-                cases.push(Case { tokens, n_local, chunks, phase, seed, kind });
+                cases.push(Case { tokens, n_local, chunks, phase, seed, kind, shadowing: None });
             }
         }
     }
@@ -271,30 +292,78 @@ fn cases() -> Vec<Case> {
 
 #[test]
 fn ranks_together_are_the_layer() {
+    let mut copied = 0;
     for case in cases() {
-        let found = threads::run(case.tokens.len(), |ranks| spread(&case, &ranks));
-        assert_same(&found, &whole(&case), &case);
+        let expected = whole(&case);
+        let totals: Vec<usize> =
+            (0..case.n_experts()).map(|expert| expected.iter().map(|rank| rank.load[expert]).sum()).collect();
+        copied += BY_COST.choose(&totals).len();
+        for case in case.shadowed() {
+            let found = threads::run(case.tokens.len(), |ranks| spread(&case, &ranks));
+            assert_same(&found, &expected, &case);
+        }
     }
+    assert!(copied > 100, "{copied} copies of {} cases", cases().len());
 }
 
 #[test]
 fn ranks_without_tokens_go_through_all_the_same() {
     let tokens = vec![0, 0];
-    let case = Case { tokens, n_local: 2, chunks: 3, phase: Phase::Train, seed: 2, kind: Kind::Naive };
-    for found in threads::run(2, |ranks| spread(&case, &ranks)) {
-        assert!(found.y.is_empty() && found.of_x.is_empty());
-        let sizes: Vec<usize> = found.of_experts.iter().map(Vec::len).collect();
-        assert_eq!(sizes, [2 * WIDTH * 7, 2 * 7, 2 * 7 * WIDTH, 2 * WIDTH]);
-        assert!(found.of_experts.concat().iter().all(|value| *value == 0.0));
+    let (phase, kind) = (Phase::Train, Kind::Naive);
+    let case = Case { tokens, n_local: 2, chunks: 3, phase, seed: 2, kind, shadowing: None };
+    for case in case.shadowed() {
+        for found in threads::run(2, |ranks| spread(&case, &ranks)) {
+            assert!(found.y.is_empty() && found.of_x.is_empty());
+            let sizes: Vec<usize> = found.of_experts.iter().map(Vec::len).collect();
+            assert_eq!(sizes, [2 * WIDTH * 7, 2 * 7, 2 * 7 * WIDTH, 2 * WIDTH]);
+            assert!(found.of_experts.concat().iter().all(|value| *value == 0.0));
+        }
     }
 }
 
 #[test]
 #[should_panic(expected = "workers of the gate (left) and ranks")]
 fn a_gate_is_of_as_many_workers_as_there_are_ranks() {
-    let case =
-        Case { tokens: vec![1, 1], n_local: 2, chunks: 1, phase: Phase::Train, seed: 1, kind: Kind::Dc };
-    threads::run(2, |ranks| ParallelMoe::share_of(&case.layer(4), &ranks));
+    threads::run(2, |ranks| ParallelMoe::share_of(&two(Kind::Dc).layer(4), &ranks));
+}
+
+/// Two ranks with a token each.
+fn two(kind: Kind) -> Case {
+    let (tokens, phase) = (vec![1, 1], Phase::Train);
+    Case { tokens, n_local: 2, chunks: 1, phase, seed: 1, kind, shadowing: None }
+}
+
+#[test]
+#[should_panic(expected = "experts [0, 4], of which there are 4, cannot be copied")]
+fn an_expert_that_is_copied_is_there() {
+    let case = Case { shadowing: Some(Shadowing::Always(vec![0, 4])), ..two(Kind::Naive) };
+    threads::run(2, |ranks| case.share(&case.layer(2), &ranks));
+}
+
+#[test]
+fn no_expert_is_copied_twice() {
+    assert_eq!(Shadowing::Always(vec![3, 1, 3]).choose(&[9; 4]), [1, 3]);
+    assert_eq!(BY_COST.choose(&[9, 3, 10, 3]), [0, 2]);
+}
+
+/// As in a forward pass that nobody goes back through.
+#[test]
+fn copies_answer_without_gradients() {
+    let case = Case { tokens: vec![5, 9], seed: 6, ..two(Kind::Naive) };
+    let device = Device::flex();
+    let expected = whole(&case);
+    for case in case.shadowed() {
+        let found = threads::run(2, |ranks| {
+            let layer = case.share(&case.layer(2), &ranks);
+            let x = case.x(ranks.rank(), &device);
+            let (y, _) = layer.forward(x, case.phase, &mut case.noise(ranks.rank()));
+            (floats(y), ranks.sent())
+        });
+        for ((y, sent), expected) in found.iter().zip(&expected) {
+            assert_near(y, &expected.y, "output", &case);
+            assert_eq!(sent.broadcast > 0 && sent.reduced == 0, case.shadowing.is_some(), "{case:?}");
+        }
+    }
 }
 
 /// The layer in one piece, whose gate is of as many workers as there are ranks: all tokens go through it at once.
@@ -341,10 +410,12 @@ fn ranks_are_workers() {
             if kind != Kind::Dc && !is_even {
                 continue;
             }
-            let case =
-                Case { tokens: tokens.to_vec(), n_local: 2, chunks: 2, phase: Phase::Train, seed, kind };
-            let found = threads::run(tokens.len(), |ranks| spread_with(&case, &ranks, Losses::Output));
-            assert_same(&found, &whole_of_workers(&case), &case);
+            let case = Case { tokens: tokens.to_vec(), chunks: 2, seed, ..two(kind) };
+            let expected = whole_of_workers(&case);
+            for case in case.shadowed() {
+                let found = threads::run(tokens.len(), |ranks| spread_with(&case, &ranks, Losses::Output));
+                assert_same(&found, &expected, &case);
+            }
         }
     }
 }
@@ -354,40 +425,59 @@ fn ranks_are_workers() {
 fn what_is_sent_is_what_the_formula_says() {
     for (at, tokens) in [vec![7], vec![5, 0], vec![3, 4, 11], vec![2, 3, 0, 9]].into_iter().enumerate() {
         let kind = if at == 2 { Kind::Zero } else { Kind::Naive };
-        let case = Case { tokens, n_local: 2, chunks: at + 1, phase: Phase::Eval, seed: 9, kind };
-        let size = case.tokens.len();
-        let device = Device::flex().autodiff();
-        let ranks = threads::run(size, |ranks| {
-            let layer = ParallelMoe::share_of(&case.layer(size), &ranks).with_chunks(case.chunks).train();
-            let x = case.x(ranks.rank(), &device).require_grad();
-            let (y, routing) = layer.forward(x, case.phase, &mut Noise::Seeded(1));
-            let forward = ranks.sent();
-            y.sum().backward();
-            (forward, ranks.sent(), routing.load, layer.traffic(4))
-        });
-        let at = |rank: usize, owner: usize| -> u64 {
-            ranks[rank].2[owner * case.n_local..(owner + 1) * case.n_local].iter().sum::<usize>() as u64
-        };
-        let mut remote = 0;
-        for (rank, (forward, both, _, traffic)) in ranks.iter().enumerate() {
-            let others = (0..size).filter(|other| *other != rank);
-            let (out, back) =
-                (others.clone().map(|other| at(rank, other)).sum(), others.map(|o| at(o, rank)).sum());
-            assert_eq!(*forward, traffic.forward(out, back), "rank {rank} of {case:?}");
-            assert_eq!(
-                *both,
-                traffic.forward(out, back) + traffic.backward(out, back),
-                "rank {rank} of {case:?}"
-            );
-            remote += out;
+        let case = Case { tokens, chunks: at + 1, phase: Phase::Eval, seed: 9 + at as u64, ..two(kind) };
+        for case in case.shadowed() {
+            assert_sent(&case);
         }
-        let rows: u64 = ranks.iter().map(|(forward, ..)| forward.rows).sum();
-        assert_eq!(rows, 2 * remote * WIDTH as u64 * 4);
     }
-    let traffic = LayerTraffic { size: 4, n_local: 8, chunks: 2, d_model: 512, value: 2 };
+    let (size, n_local, chunks, d_model, value) = (4, 8, 2, 512, 2);
+    let traffic = LayerTraffic { size, n_local, chunks, d_model, value, numbers: 1000, is_told: false };
     let expected = Traffic { counts: 192, rows: 307_200, ..Traffic::default() };
-    assert_eq!(traffic.forward(100, 200), expected);
-    assert_eq!(traffic.backward(100, 200), Traffic { counts: 0, ..expected });
+    assert_eq!(traffic.forward(100, 200, 0), expected);
+    assert_eq!(traffic.backward(100, 200, 0), Traffic { counts: 0, ..expected });
+    let told = LayerTraffic { is_told: true, ..traffic };
+    // 32 loads for each of three others, three experts of 2000 bytes for each of them, five gradients of 4000
+    assert_eq!(told.forward(100, 200, 3), Traffic { counts: 192 + 384, broadcast: 18_000, ..expected });
+    assert_eq!(told.backward(100, 200, 5), Traffic { counts: 0, reduced: 20_000, ..expected });
+}
+
+/// What the ranks of a layer send is what the formula says, and what [`Placement`] counts.
+fn assert_sent(case: &Case) {
+    let size = case.tokens.len();
+    let device = Device::flex().autodiff();
+    let ranks = threads::run(size, |ranks| {
+        let layer = case.share(&case.layer(size), &ranks).train();
+        let x = case.x(ranks.rank(), &device).require_grad();
+        let (y, routing) = layer.forward(x, case.phase, &mut Noise::Seeded(1));
+        let forward = ranks.sent();
+        y.sum().backward();
+        (forward, ranks.sent(), routing.load, layer.traffic(4))
+    });
+    let loads: Vec<Vec<usize>> = ranks.iter().map(|(.., load, _)| load.clone()).collect();
+    let placement = Placement::new(size, case.n_experts());
+    let shadowing = case.shadowing.clone().filter(|_| size > 1);
+    let copied = shadowing.map_or(Vec::new(), |shadowing| shadowing.choose(&placement.totals(&loads)));
+    let at = |rank: usize, owner: usize| -> u64 {
+        let experts = (owner * case.n_local..(owner + 1) * case.n_local).filter(|id| !copied.contains(id));
+        experts.map(|expert| loads[rank][expert] as u64).sum()
+    };
+    let mut sums = [Traffic::default(); 2];
+    for (rank, (forward, both, _, traffic)) in ranks.iter().enumerate() {
+        let others = (0..size).filter(|other| *other != rank);
+        let (out, back) =
+            (others.clone().map(|other| at(rank, other)).sum(), others.map(|o| at(o, rank)).sum());
+        let own = copied.iter().filter(|expert| placement.home(**expert) == rank).count() as u64;
+        let expected = traffic.forward(out, back, own);
+        assert_eq!(*forward, expected, "rank {rank} of {case:?}");
+        let expected = expected + traffic.backward(out, back, copied.len() as u64 - own);
+        assert_eq!(*both, expected, "rank {rank} of {case:?}");
+        sums = [sums[0] + *forward, sums[1] + *both];
+    }
+    let exchange = placement.shadowing(&copied).exchange(&loads);
+    let rows = 2 * (exchange.rows * WIDTH * 4) as u64;
+    let experts = exchange.experts as u64 * ranks[0].3.numbers * 4;
+    assert_eq!([sums[0].rows, sums[0].broadcast, sums[0].reduced], [rows, experts, 0], "{case:?}");
+    assert_eq!([sums[1].rows, sums[1].broadcast, sums[1].reduced], [2 * rows, experts, experts], "{case:?}");
 }
 
 /// Two layers after each other with what is the same on all ranks between them, on two sets of experts.
@@ -414,7 +504,9 @@ fn data_and_experts_are_in_groups_of_their_own() {
         let groups = Groups::new(&world, 2);
         assert_eq!([groups.experts.size(), groups.data.size()], [2, 2]);
         assert_eq!([groups.experts.rank(), groups.data.rank()], [world.rank() % 2, world.rank() / 2]);
-        let part = |layer: &Moe| ParallelMoe::share_of(layer, &groups.experts).with_chunks(2);
+        let part = |layer: &Moe| {
+            ParallelMoe::share_of(layer, &groups.experts).with_chunks(2).with_shadowing(BY_COST)
+        };
         let model = Model { first: part(&whole.0), between: whole.1.clone(), second: part(&whole.2) }.train();
         let pass = |layer: &ParallelMoe, x: Tensor<2>| {
             x.clone() + layer.forward(x, Phase::Train, &mut Noise::Seeded(1)).0
@@ -448,16 +540,17 @@ fn data_and_experts_are_in_groups_of_their_own() {
 /// Burn's other way to keep a graph, and half precision on the way.
 #[test]
 fn checkpointing_and_half_precision_work() {
-    let case =
-        Case { tokens: vec![6, 3], n_local: 2, chunks: 2, phase: Phase::Eval, seed: 8, kind: Kind::Naive };
+    let shadowing = Some(Shadowing::Always(vec![1]));
+    let case = Case { tokens: vec![6, 3], chunks: 2, seed: 8, shadowing, ..two(Kind::Naive) };
     let gradient = |device: &Device, dtype: DType| {
         threads::run(2, |ranks| {
-            let layer = ParallelMoe::share_of(&case.layer(2), &ranks).with_chunks(2);
+            let layer = case.share(&case.layer(2), &ranks);
             let layer = layer.map(&mut To { device, dtype });
             let x = case.x(ranks.rank(), device).cast(dtype).require_grad();
             let (y, _) = layer.forward(x.clone(), case.phase, &mut Noise::Seeded(1));
             let gradients = y.square().sum().backward();
-            (floats(x.grad(&gradients).unwrap()), ranks.sent().rows)
+            let sent = ranks.sent();
+            (floats(x.grad(&gradients).unwrap()), sent.rows + sent.broadcast)
         })
     };
     let device = Device::flex().autodiff();
@@ -491,6 +584,7 @@ fn ranks_tell_each_other() {
         let rank = ranks.rank();
         let each = ranks.all_to_all(&[10 * rank, 10 * rank + 1, 10 * rank + 2]);
         let sum = ranks.all_reduce(Tensor::<1>::from_data([rank as f32, 1.0], &device));
+        let of_one = ranks.reduce(Tensor::<1>::from_data([rank as f32], &device), 2).map(floats);
         let given = ranks.broadcast(Tensor::<2>::full([2, 1], rank as f32, &device), 1);
         let odd = ranks.split(rank % 2);
         // the groups do different things
@@ -498,14 +592,15 @@ fn ranks_tell_each_other() {
             odd.all_gather(&[rank]);
         }
         ranks.barrier();
-        (each, floats(sum), floats(given), odd.all_gather(&[rank]), ranks.sent())
+        (each, floats(sum), of_one, floats(given), odd.all_gather(&[rank]), ranks.sent())
     });
-    for (rank, (each, sum, given, same, sent)) in found.into_iter().enumerate() {
+    for (rank, (each, sum, of_one, given, same, sent)) in found.into_iter().enumerate() {
         assert_eq!(each, [rank, 10 + rank, 20 + rank]);
         assert_eq!((sum, given), (vec![3.0, 3.0], vec![1.0, 1.0]));
         assert_eq!(same, if rank == 1 { vec![1] } else { vec![0, 2] });
-        let broadcast = if rank == 1 { 16 } else { 0 };
-        assert_eq!(sent, Traffic { counts: 8, rows: 0, reduced: 8, broadcast });
+        assert_eq!(of_one, (rank == 2).then_some(vec![3.0]));
+        let (broadcast, reduced) = (if rank == 1 { 16 } else { 0 }, if rank == 2 { 8 } else { 12 });
+        assert_eq!(sent, Traffic { counts: 8, rows: 0, reduced, broadcast });
     }
 }
 
