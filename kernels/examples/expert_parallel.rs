@@ -1,19 +1,24 @@
-//! Experts spread over ranks do what one process with all experts does: outputs, gradients and bytes, compared.
+//! Experts spread over ranks do what one process with all experts does: outputs, gradients and bytes, compared. With `time`,
+//! how long a layer takes whose tokens are cut into 1, 2 and 4 chunks.
 //!
 //! ```sh
 //! cargo run --workspace --features train --example expert_parallel           # ranks are threads
 //! cargo build --workspace --features train,mpi --example expert_parallel
 //! mpirun -n 4 target/debug/examples/expert_parallel                          # ranks are processes
 //! mpirun -n 4 target/debug/examples/expert_parallel panic                    # the last one panics, or `kill`: all end
+//! mpirun -n 2 target/debug/examples/expert_parallel time
 //! ```
 //!
-//! Without MPI, `RANKS` says how many threads there are: 4 unless it is set.
+//! Without MPI, `RANKS` says how many threads there are, 4 unless it is set, and `LINK` how many bytes a second each sends to
+//! others, as many as it can unless it is set.
+
+use std::time::Instant;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use volary_kernels::moe::gate::NaiveGate;
-use volary_kernels::moe::parallel::{Groups, ParallelMoe, Ranks, Traffic};
-use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase};
+use volary_kernels::moe::parallel::{Groups, ParallelMoe, Ranks, Shadowing, Traffic};
+use volary_kernels::moe::{Gate, Moe, MoeConfig, Noise, Phase, ShadowCost};
 use volary_kernels::ops::Activation;
 use volary_kernels::random::seeded;
 
@@ -28,6 +33,7 @@ struct Case {
     d_ff: usize,
     top_k: usize,
     chunks: usize,
+    shadowing: Option<Shadowing>,
     seed: u64,
 }
 
@@ -59,6 +65,18 @@ impl Case {
             d_ff: rng.usize(1..48),
             top_k: rng.usize(1..=(n_local * spread).min(3)),
             chunks: rng.usize(1..5),
+            shadowing: match seed % 3 {
+                0 => None,
+                1 => Some(Shadowing::Always((0..n_local * spread).step_by(2).collect())),
+                // a row costs 4, a copy 2
+                _ => Some(Shadowing::ByCost(ShadowCost {
+                    d_model: 1,
+                    d_ff: 1,
+                    bytes: 1,
+                    network: 1.0,
+                    compute: f64::INFINITY,
+                })),
+            },
             seed,
         }
     }
@@ -93,6 +111,10 @@ fn compare(case: &Case, world: &Ranks) -> (Differences, [Traffic; 2]) {
     let whole = case.layer();
     let groups = Groups::new(world, case.spread);
     let part = ParallelMoe::share_of(&whole, &groups.experts).with_chunks(case.chunks).train();
+    let part = match &case.shadowing {
+        Some(shadowing) => part.with_shadowing(shadowing.clone()),
+        None => part,
+    };
     let [x, projection] = case.data(rank, &device);
     let x = x.require_grad();
     let (y, routing) = part.forward(x.clone(), Phase::Train, &mut Noise::Seeded(0));
@@ -133,13 +155,24 @@ fn compare(case: &Case, world: &Ranks) -> (Differences, [Traffic; 2]) {
     };
 
     let own = groups.experts.rank() * case.n_local..(groups.experts.rank() + 1) * case.n_local;
-    let choices = |load: &[usize]| load.iter().sum::<usize>() as u64;
     let first = rank - groups.experts.rank();
-    let others = (first..first + case.spread).filter(|other| *other != rank);
-    let out = choices(&loads[rank]) - choices(&loads[rank][own.clone()]);
-    let back = others.map(|other| choices(&loads[other][own.clone()])).sum();
+    let group = first..first + case.spread;
+    let totals: Vec<usize> = (0..case.n_local * case.spread)
+        .map(|expert| group.clone().map(|rank| loads[rank][expert]).sum())
+        .collect();
+    let shadowing = case.shadowing.as_ref().filter(|_| case.spread > 1);
+    let copied = shadowing.map_or(Vec::new(), |shadowing| shadowing.choose(&totals));
+    let choices = |rank: usize, is_own: bool| -> u64 {
+        let travelling = |expert: &usize| own.contains(expert) == is_own && !copied.contains(expert);
+        (0..totals.len()).filter(travelling).map(|expert| loads[rank][expert] as u64).sum()
+    };
+    let out = choices(rank, false);
+    let back = group.filter(|other| *other != rank).map(|other| choices(other, true)).sum();
+    let copied_here = copied.iter().filter(|expert| own.contains(expert)).count() as u64;
     let traffic = part.traffic(size_of::<f32>());
-    (differences, [sent, traffic.forward(out, back) + traffic.backward(out, back)])
+    let formula = traffic.forward(out, back, copied_here)
+        + traffic.backward(out, back, copied.len() as u64 - copied_here);
+    (differences, [sent, formula])
 }
 
 /// The gradients of a module's parameters in order.
@@ -183,17 +216,18 @@ fn compare_all(world: &Ranks) {
         let (differences, [sent, formula]) = compare(&case, world);
         assert_eq!(sent, formula, "bytes that were counted (left) and those of the formula, {case:?}");
         let Differences { y, of_x, of_gate, of_experts } = differences;
-        let rows = gather([y, of_x, of_gate, of_experts, sent.rows as f32, sent.counts as f32], world);
+        let bytes = [sent.rows, sent.counts, sent.broadcast + sent.reduced].map(|bytes| bytes as f32);
+        let rows = gather([y, of_x, of_gate, of_experts, bytes[0], bytes[1], bytes[2]], world);
         if world.rank() == 0 {
             let Case { tokens, spread, n_local, top_k, chunks, d_model, d_ff, .. } = &case;
             println!(
                 "{} of {n_local} experts {d_model} -> {d_ff} on each, top {top_k}, {chunks} chunks, tokens {tokens:?}",
                 if *spread == 1 { "1 rank".into() } else { format!("{spread} ranks") },
             );
-            println!("  rank  y        of x     of gate  of experts  bytes of rows  of counts");
-            for (rank, [y, of_x, of_gate, of_experts, rows, counts]) in rows.iter().enumerate() {
+            println!("  rank  y        of x     of gate  of experts  bytes of rows  of counts  of copies");
+            for (rank, [y, of_x, of_gate, of_experts, rows, counts, copies]) in rows.iter().enumerate() {
                 println!(
-                    "  {rank:<4}  {y:<7.1e}  {of_x:<7.1e}  {of_gate:<7.1e}  {of_experts:<10.1e}  {rows:<13}  {counts}"
+                    "  {rank:<4}  {y:<7.1e}  {of_x:<7.1e}  {of_gate:<7.1e}  {of_experts:<10.1e}  {rows:<13}  {counts:<9}  {copies}"
                 );
             }
         }
@@ -208,6 +242,55 @@ fn compare_all(world: &Ranks) {
     }
 }
 
+/// How long a forward and a backward pass of a layer take, from when all ranks begin to when the last one has ended: eight
+/// experts 512 -> 1024, top 2, 512 tokens on each rank. The median of seven rounds in turns, the least and the greatest.
+fn time(world: &Ranks) {
+    const CHUNKS: [usize; 3] = [1, 2, 4];
+    const ROUNDS: usize = 7;
+    let n_local = 8 / world.size();
+    let case = Case {
+        tokens: vec![512; world.size()],
+        spread: world.size(),
+        n_local,
+        d_model: 512,
+        d_ff: 1024,
+        top_k: 2,
+        chunks: 1,
+        shadowing: None,
+        seed: 0,
+    };
+    let (layer, device) = (ParallelMoe::share_of(&case.layer(), world).train(), Device::flex().autodiff());
+    let [x, projection] = case.data(world.rank(), &device);
+    let mut seconds = CHUNKS.map(|_| Vec::new());
+    for round in 0..=ROUNDS {
+        for (chunks, seconds) in CHUNKS.into_iter().zip(&mut seconds) {
+            let layer = layer.clone().with_chunks(chunks);
+            world.barrier();
+            let begin = Instant::now();
+            let (y, _) = layer.forward(x.clone().require_grad(), Phase::Train, &mut Noise::Seeded(0));
+            (y * projection.clone()).sum().backward();
+            let slowest =
+                gather([begin.elapsed().as_secs_f32()], world).concat().into_iter().fold(0.0, f32::max);
+            // the first one warms up
+            if round > 0 {
+                seconds.push(slowest);
+            }
+        }
+    }
+    for (chunks, mut seconds) in CHUNKS.into_iter().zip(seconds) {
+        seconds.sort_by(f32::total_cmp);
+        if world.rank() == 0 {
+            println!(
+                "{} ranks, {chunks} chunks: {:.3} s ({:.3}-{:.3})",
+                world.size(),
+                seconds[ROUNDS / 2],
+                seconds[0],
+                seconds[ROUNDS - 1]
+            );
+        }
+    }
+}
+
 /// The last rank ends in this way, and the others wait for it.
 fn end(how: &str, world: &Ranks) {
     world.barrier();
@@ -219,7 +302,7 @@ fn end(how: &str, world: &Ranks) {
                 let killed = std::process::Command::new("kill").args(["-9", &process]).status();
                 panic!("kill -9: {killed:?}")
             }
-            _ => panic!("{how} is no way to end: panic, kill"),
+            _ => panic!("{how} is neither `time` nor a way to end: panic, kill"),
         }
     }
     world.barrier();
@@ -227,7 +310,8 @@ fn end(how: &str, world: &Ranks) {
 
 fn main() {
     let how = std::env::args().nth(1);
-    let work = |world: Ranks| match &how {
+    let work = |world: Ranks| match how.as_deref() {
+        Some("time") => time(&world),
         Some(how) => end(how, &world),
         None => compare_all(&world),
     };
@@ -235,7 +319,8 @@ fn main() {
     volary_kernels::moe::parallel::mpi::run(work);
     #[cfg(not(feature = "mpi"))]
     {
-        let size = std::env::var("RANKS").ok().and_then(|size| size.parse().ok()).unwrap_or(4);
-        volary_kernels::moe::parallel::threads::run(size, work);
+        let number = |name: &str| std::env::var(name).ok().and_then(|number| number.parse::<f64>().ok());
+        let (size, link) = (number("RANKS").unwrap_or(4.0), number("LINK").unwrap_or(f64::INFINITY));
+        volary_kernels::moe::parallel::threads::run_over(link, size as usize, work);
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use super::{Collectives, Pending, Ranks};
 
@@ -16,6 +17,18 @@ use super::{Collectives, Pending, Ranks};
 /// # Panics
 /// If a rank does. The others end then, as soon as they wait for it.
 pub fn run<T: Send>(size: usize, f: impl Fn(Ranks) -> T + Sync) -> Vec<T> {
+    run_over(f64::INFINITY, size, f)
+}
+
+/// As [`run`], over slow links: what a rank sends to others leaves it one byte after the other, and is there as soon as it
+/// has left. To measure what is gained by sending while others compute, where nothing is slow.
+///
+/// - `bytes_per_second`: of each rank
+///
+/// # Panics
+/// If that is not above 0, or a rank panics.
+pub fn run_over<T: Send>(bytes_per_second: f64, size: usize, f: impl Fn(Ranks) -> T + Sync) -> Vec<T> {
+    assert!(bytes_per_second > 0.0, "a link of {bytes_per_second} bytes per second");
     let mut outboxes: Vec<Vec<Sender<Letter>>> = (0..size).map(|_| Vec::new()).collect();
     let mut inboxes: Vec<Vec<Mutex<Inbox>>> = (0..size).map(|_| Vec::new()).collect();
     for outboxes in &mut outboxes {
@@ -26,8 +39,10 @@ pub fn run<T: Send>(size: usize, f: impl Fn(Ranks) -> T + Sync) -> Vec<T> {
         }
     }
     let posts = outboxes.into_iter().zip(inboxes).enumerate();
-    let posts: Vec<Arc<Post>> =
-        posts.map(|(rank, (outboxes, inboxes))| Arc::new(Post { rank, outboxes, inboxes })).collect();
+    let link = || Link { bytes_per_second, busy: Mutex::new(Instant::now()) };
+    let posts: Vec<Arc<Post>> = posts
+        .map(|(rank, (outboxes, inboxes))| Arc::new(Post { rank, outboxes, inboxes, link: link() }))
+        .collect();
     let of_rank = |post: Arc<Post>| {
         let members = (0..size).collect();
         let world = Threads { post: post.clone(), at: post.rank, members, group: Vec::new(), next: 0.into() };
@@ -64,7 +79,7 @@ struct Abandoned(String);
 /// Bytes of a rank for another.
 enum Letter {
     /// For an exchange.
-    Parcel(Address, Vec<u8>),
+    Parcel(Address, Parcel),
     /// There will be no more.
     Ended,
 }
@@ -72,18 +87,42 @@ enum Letter {
 /// Which exchange: the group, and how many were before in it.
 type Address = (Vec<u64>, u64);
 
+/// What is sent, and when it is there.
+struct Parcel {
+    bytes: Vec<u8>,
+    there: Instant,
+}
+
 /// A rank's ends of the channels.
 struct Post {
     rank: usize,
     outboxes: Vec<Sender<Letter>>,
     inboxes: Vec<Mutex<Inbox>>,
+    link: Link,
+}
+
+/// What all that a rank sends to others goes through.
+struct Link {
+    bytes_per_second: f64,
+    /// Until when.
+    busy: Mutex<Instant>,
+}
+
+impl Link {
+    /// When so many bytes have left, behind those that were sent before.
+    fn leave(&self, bytes: usize) -> Instant {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
+        *busy = Instant::now().max(*busy) + takes;
+        *busy
+    }
 }
 
 /// What comes from a rank.
 struct Inbox {
     receiver: Receiver<Letter>,
     /// Parcels of exchanges that were not waited for yet.
-    early: HashMap<Address, Vec<u8>>,
+    early: HashMap<Address, Parcel>,
 }
 
 impl Post {
@@ -91,11 +130,12 @@ impl Post {
     fn receive(&self, from: usize, address: &Address) -> Vec<u8> {
         let mut inbox = self.inboxes[from].lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            if let Some(bytes) = inbox.early.remove(address) {
+            if let Some(Parcel { bytes, there }) = inbox.early.remove(address) {
+                thread::sleep(there.saturating_duration_since(Instant::now()));
                 return bytes;
             }
             match inbox.receiver.recv() {
-                Ok(Letter::Parcel(address, bytes)) => inbox.early.insert(address, bytes),
+                Ok(Letter::Parcel(address, parcel)) => inbox.early.insert(address, parcel),
                 Ok(Letter::Ended) | Err(_) => {
                     let message = format!("rank {} waited for rank {from}, which has ended", self.rank);
                     resume_unwind(Box::new(Abandoned(message)))
@@ -139,8 +179,13 @@ impl Collectives for Threads {
         for (member, &length) in self.members.iter().zip(send) {
             let (part, others) = left.split_at(length);
             left = others;
+            let there = match *member == self.post.rank {
+                true => Instant::now(),
+                false => self.post.link.leave(length),
+            };
+            let parcel = Parcel { bytes: part.to_vec(), there };
             // who has ended will be missed when it is waited for
-            let _ = self.post.outboxes[*member].send(Letter::Parcel(address.clone(), part.to_vec()));
+            let _ = self.post.outboxes[*member].send(Letter::Parcel(address.clone(), parcel));
         }
         let (post, members, receive) = (self.post.clone(), self.members.clone(), receive.to_vec());
         Pending::new(move || {
