@@ -15,7 +15,7 @@ There are D x E x T x P devices. What is no expert has D x E copies, an expert h
 n = B x S / (D x E) tokens; every matrix of a replica is divided among T devices, and its blocks among P stages.
 
 memory       weights and gradients of the dtype, Adam's states in f32 (8 or, of half precision, 12 bytes a weight),
-             activations of n tokens, all that the backward pass reads, without recomputation
+             activations of n tokens, all that is kept for the backward pass, without recomputation
 operations   6 for each product of a weight with a token, and of queries, keys and values: forward and backward
 to experts   2 n k d w (E-1)/E bytes of a block with experts whose loads are even: k choices, width d, w bytes of a number;
              as many backward
