@@ -1,7 +1,7 @@
 use burn::backend::Flex;
 use burn::backend::tensor::FloatTensor;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, s};
 
 use super::Ranks;
 use crate::cpu::gradient::primitive;
@@ -114,7 +114,7 @@ impl<'a, G: Iterator<Item = (&'a mut FloatTensor<Flex>, FloatTensor<Flex>)>> Mod
             if let Some(of_copies) = self.shadows.ranks.reduce(of_copy, id / n_local) {
                 let local = id % n_local;
                 let of_own = own.clone().narrow(0, local, 1);
-                own = own.slice_assign([local..local + 1], of_own + of_copies);
+                own = own.slice_assign(s![local..local + 1], of_own + of_copies);
             }
         }
         *sum = primitive(own);
