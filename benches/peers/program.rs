@@ -1,12 +1,18 @@
-// What benches beside other programs share: each program is a process that waits while another one computes.
+//! What benches beside other programs share: each program is a process that waits while another one computes.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::{Tensor, TensorData};
+use volary_kernels::Instructions;
 
-/// A program that answers a line with a line.
+/// Between two works: threads of the one before may still be waiting for more, which they do by spinning.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// A program that answers a line with a line: see [`serve`].
 pub struct Program {
     process: Child,
     asks: ChildStdin,
@@ -14,9 +20,12 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts it, and tells what it says of itself.
-    pub fn start(command: &mut Command) -> Result<Self> {
+    /// Starts it with so many threads, and tells what it says of itself.
+    pub fn start(command: &mut Command, threads: usize) -> Result<Self> {
         let told = format!("{command:?}");
+        for variable in ["RAYON_NUM_THREADS", "OMP_NUM_THREADS"] {
+            command.env(variable, threads.to_string());
+        }
         let mut process = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -35,6 +44,13 @@ impl Program {
         self.answer()
     }
 
+    /// What comes out of a work.
+    pub fn values(&mut self, work: &str, folder: &Path) -> Result<Vec<f32>> {
+        let file = folder.join("output.f32");
+        self.ask(&format!("write {work} {}", file.display()))?;
+        read(&file)
+    }
+
     fn answer(&mut self) -> Result<String> {
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
@@ -42,14 +58,25 @@ impl Program {
         Ok(line.trim().to_owned())
     }
 
+    fn file(&self, name: &str) -> Result<String> {
+        let file = format!("/proc/{}/{name}", self.process.id());
+        std::fs::read_to_string(&file).with_context(|| format!("{file} is not read"))
+    }
+
     /// What Linux counts of it so far, of all its threads, in hundredths of a second.
     fn cpu_seconds(&self) -> Result<f64> {
-        let file = format!("/proc/{}/stat", self.process.id());
-        let status = std::fs::read_to_string(file).context("/proc is read for CPU time")?;
+        let status = self.file("stat")?;
         let (_, fields) = status.rsplit_once(')').context("no name in its stat")?;
         // after the state, which is no number, come ten others
         let ticks: Vec<f64> = fields.split_whitespace().filter_map(|field| field.parse().ok()).collect();
         Ok(ticks.get(10..12).context("no times in its stat")?.iter().sum::<f64>() / 100.0)
+    }
+
+    /// The peak of its resident set so far, mapped files included, as Linux counts it.
+    pub fn peak_mib(&self) -> Result<f64> {
+        let status = self.file("status")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
     }
 }
 
@@ -60,37 +87,94 @@ impl Drop for Program {
     }
 }
 
+/// PyTorch's side, `pytorch.py` of the folder of peers, in the Python that `VOLARY_PYTHON` names.
+pub fn pytorch(peers: &Path) -> Command {
+    let mut command = Command::new(std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into()));
+    command.arg(peers.join("pytorch.py"));
+    command
+}
+
+/// candle's side: the program that `VOLARY_CANDLE` names, or the one that cargo makes of the folder of peers, if it can.
+pub fn candle(peers: &Path) -> Option<PathBuf> {
+    if let Some(program) = std::env::var_os("VOLARY_CANDLE") {
+        return Some(program.into());
+    }
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("candle");
+    eprintln!("VOLARY_CANDLE names no program: cargo builds candle's in {}", target.display());
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--release", "--locked", "--manifest-path"]);
+    command.arg(peers.join("candle/Cargo.toml")).arg("--target-dir").arg(&target);
+    if command.status().is_ok_and(|status| status.success()) {
+        return Some(target.join("release/volary-peer-candle"));
+    }
+    eprintln!("it cannot: candle is not run");
+    None
+}
+
+/// What a work took, and what came out of it.
+pub struct Done {
+    pub seconds: f64,
+    pub output: TensorData,
+}
+
+/// Computes something. Flex is done when it gives the tensor.
+pub fn timed<const D: usize>(run: impl FnOnce() -> Tensor<D>) -> Done {
+    let start = Instant::now();
+    let output = run();
+    Done { seconds: start.elapsed().as_secs_f64(), output: output.into_data() }
+}
+
+/// Our own side: says what it computes with, and answers `write WORK FILE` and `time WORK TIMES`, line by line, until
+/// there is no more.
+pub fn serve(mut run: impl FnMut(&str) -> Result<Done>) -> Result<()> {
+    println!("volary, {} threads, {}", rayon::current_num_threads(), Instructions::in_use().name());
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        match line.split_whitespace().collect::<Vec<_>>()[..] {
+            ["write", work, file] => {
+                write(Path::new(file), &run(work)?.output.iter::<f32>().collect::<Vec<_>>())?;
+                println!("written");
+            }
+            ["time", work, times] => {
+                let mut seconds = 0.0;
+                for _ in 0..times.parse()? {
+                    seconds += run(work)?.seconds;
+                }
+                println!("{seconds}");
+            }
+            _ => bail!("`{line}` is neither `write WORK FILE` nor `time WORK TIMES`"),
+        }
+    }
+    Ok(())
+}
+
 /// Values one after the other, as little-endian f32.
-#[allow(dead_code)] // not every bench has such files
 pub fn write(file: &Path, values: &[f32]) -> Result<()> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     std::fs::write(file, bytes).with_context(|| format!("{} is not written", file.display()))
 }
 
 /// What [`write`] wrote.
-#[allow(dead_code)]
 pub fn read(file: &Path) -> Result<Vec<f32>> {
     let bytes = std::fs::read(file).with_context(|| format!("{} is not read", file.display()))?;
     Ok(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }
 
-/// That two programs make the same, as a share of the greatest number.
-pub fn agree(ours: &[f32], theirs: &[f32], tolerance: f32) -> Result<()> {
-    ensure!(ours.len() == theirs.len(), "{} numbers and {}", ours.len(), theirs.len());
-    let scale = theirs.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
-    let apart = ours.iter().zip(theirs).map(|(a, b)| (a - b).abs());
-    let worst = apart.max_by(f32::total_cmp).context("there are no numbers")? / scale; // NaN is worst
-    eprintln!("greatest difference of {} numbers: {worst:.1e} of the greatest", ours.len());
-    ensure!(worst <= tolerance, "the programs differ by {worst:e}, {tolerance:e} is allowed");
-    Ok(())
+/// How far programs are apart: the root of the mean square of the difference, as a share of that of what is expected.
+pub fn apart(found: &[f32], expected: &[f32]) -> Result<f64> {
+    ensure!(found.len() == expected.len(), "{} numbers for {}", found.len(), expected.len());
+    let square = |value: f32| f64::from(value) * f64::from(value);
+    let apart: f64 = found.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
+    Ok((apart / expected.iter().map(|&value| square(value)).sum::<f64>()).sqrt())
 }
 
-/// A question that a program answers with the seconds that its work took.
+/// A work that a program is asked to do.
 pub struct Work {
     /// Which of the programs.
     pub program: usize,
-    pub question: String,
-    /// How many times it does the work in one answer.
+    pub work: String,
+    /// How many times it does it in one answer.
     pub times: usize,
 }
 
@@ -107,18 +191,18 @@ impl Figures {
     }
 }
 
-/// All works in turns, after a turn that does not count.
+/// All works in turns.
 pub fn in_turns(programs: &mut [Program], works: &[Work], rounds: usize) -> Result<Vec<Figures>> {
     let mut figures = vec![Figures::default(); works.len()];
-    for round in 0..=rounds {
-        for (Work { program, question, times }, figures) in works.iter().zip(&mut figures) {
+    for _ in 0..rounds {
+        for (Work { program, work, times }, figures) in works.iter().zip(&mut figures) {
+            std::thread::sleep(PAUSE);
             let program = &mut programs[*program];
             let before = program.cpu_seconds()?;
-            let wall: f64 = program.ask(question)?.parse().context("seconds were expected")?;
-            if round > 0 {
-                figures.wall.push(wall / *times as f64);
-                figures.cpu.push((program.cpu_seconds()? - before) / *times as f64);
-            }
+            let answer = program.ask(&format!("time {work} {times}"))?;
+            let wall: f64 = answer.parse().with_context(|| format!("`{answer}` is no number of seconds"))?;
+            figures.wall.push(wall / *times as f64);
+            figures.cpu.push((program.cpu_seconds()? - before) / *times as f64);
         }
     }
     for Figures { wall, cpu } in &mut figures {

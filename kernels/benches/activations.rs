@@ -9,22 +9,22 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::{Device, Distribution, Tensor, activation};
-use volary_kernels::Instructions;
 use volary_kernels::ops::{Activation, softmax};
 
 #[path = "../../benches/peers/program.rs"]
+#[allow(dead_code)] // it has no candle, and does not look at memory
 mod program;
 
-use program::{Program, Work, agree, in_turns, told};
+use program::{Done, Program, Work, apart, in_turns, told};
 
 const SHAPE: [usize; 2] = [400, 3072];
 const SCORES: [usize; 2] = [8 * 12 * 50, 50];
 const TIMES: usize = 20;
 const WORKS: [&str; 9] =
     ["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "tanh", "bias_gelu", "gated_silu", "softmax"];
-const TOLERANCE: f32 = 1e-6;
+const TOLERANCE: f64 = 1e-6;
 const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/peers/activations.py");
 
 fn main() -> Result<()> {
@@ -40,35 +40,25 @@ fn main() -> Result<()> {
 /// Prints the table.
 fn compare(rounds: usize) -> Result<()> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (values, out) = (folder.join("activations.f32"), folder.join("activations.out"));
+    let values = folder.join("activations.f32");
     let device = Device::flex();
     device.seed(1);
     let random = Tensor::<2>::random(SHAPE, Distribution::Normal(0.0, 2.0), &device);
     program::write(&values, &random.into_data().iter::<f32>().collect::<Vec<_>>())?;
     println!("| what | threads | volary ms | Burn ms | PyTorch ms | of PyTorch |\n|{}", " --- |".repeat(6));
-    for threads in ["1", "2"] {
-        let start = |command: &mut Command| {
-            Program::start(
-                command.arg(&values).env("RAYON_NUM_THREADS", threads).env("OMP_NUM_THREADS", threads),
-            )
-        };
+    for threads in [1, 2] {
+        let ours = Program::start(Command::new(std::env::current_exe()?).arg("child").arg(&values), threads)?;
         let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-        let ours = start(Command::new(std::env::current_exe()?).arg("child"))?;
-        let mut programs = [ours, start(Command::new(python).arg(PEER))?];
+        let mut programs = [ours, Program::start(Command::new(python).arg(PEER).arg(&values), threads)?];
         for what in WORKS {
-            let mut of = |program: usize, work: &str| {
-                programs[program].ask(&format!("write {work} {}", out.display()))?;
-                program::read(&out)
-            };
+            let mut of = |program: usize, work: &str| programs[program].values(work, folder);
             let (ours, burn, theirs) = (of(0, what)?, of(0, &format!("burn-{what}"))?, of(1, what)?);
-            agree(&ours, &burn, TOLERANCE)?;
-            agree(&ours, &theirs, TOLERANCE)?;
-            let work = |program, work: String| Work {
-                program,
-                question: format!("time {work} {TIMES}"),
-                times: TIMES,
-            };
-            let works = [work(0, what.into()), work(0, format!("burn-{what}")), work(1, what.into())];
+            let errors = [apart(&ours, &burn)?, apart(&ours, &theirs)?];
+            let agree = errors.iter().all(|&error| error <= TOLERANCE);
+            ensure!(agree, "{what}: Burn and PyTorch differ by {errors:e?}, {TOLERANCE:e} is allowed");
+            let works = [(0, what.to_owned()), (0, format!("burn-{what}")), (1, what.to_owned())];
+            let works = works.map(|(program, work)| Work { program, work, times: TIMES });
+            in_turns(&mut programs, &works, 1)?; // the first time takes longer
             let figures = in_turns(&mut programs, &works, rounds)?;
             let ratio = figures[0].median() / figures[2].median();
             let each = figures.iter().map(|figures| {
@@ -114,39 +104,20 @@ fn scores(x: Tensor<2>) -> Tensor<2> {
     x.reshape([SHAPE[0] * SHAPE[1]]).narrow(0, 0, SCORES[0] * SCORES[1]).reshape(SCORES)
 }
 
-/// Answers `write WHAT FILE` and `time WHAT TIMES`, line by line, until there is no more.
+/// Does what it is asked to.
 fn child(values: &Path) -> Result<()> {
     let device = Device::flex();
     let values = program::read(values)?;
     let x = Tensor::<1>::from_data(values.as_slice(), &device).reshape(SHAPE);
     let (other, bias) = (x.clone() * 0.5, x.clone().narrow(0, 7, 1).reshape([SHAPE[1]]));
-    println!("volary, {} threads, {}", rayon::current_num_threads(), Instructions::in_use().name());
-    for line in std::io::stdin().lines() {
-        let line = line?;
-        let [what, work, rest] = line.split_whitespace().collect::<Vec<_>>()[..] else {
-            bail!("`{line}` is not three words")
+    program::serve(|work| {
+        let start = Instant::now();
+        let output = match work.strip_prefix("burn-") {
+            Some(name) => burn(name, x.clone(), &other, &bias),
+            None => volary(work, x.clone(), &other, &bias),
         };
-        let run = || {
-            let done = match work.strip_prefix("burn-") {
-                Some(name) => burn(name, x.clone(), &other, &bias),
-                None => volary(work, x.clone(), &other, &bias),
-            };
-            done.with_context(|| format!("`{work}` is no work"))
-        };
-        match what {
-            "write" => {
-                program::write(Path::new(rest), &run()?.into_data().iter::<f32>().collect::<Vec<_>>())?;
-                println!("written");
-            }
-            "time" => {
-                let start = Instant::now();
-                for _ in 0..rest.parse()? {
-                    std::hint::black_box(run()?);
-                }
-                println!("{}", start.elapsed().as_secs_f64());
-            }
-            _ => bail!("`{what}` is neither `write` nor `time`"),
-        }
-    }
-    Ok(())
+        let seconds = start.elapsed().as_secs_f64();
+        let output = output.with_context(|| format!("`{work}` is no work"))?.into_data();
+        Ok(Done { seconds, output })
+    })
 }

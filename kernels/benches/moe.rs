@@ -8,39 +8,35 @@
 //!
 //! `plot FILE SECONDS...` draws the seconds of the table's `experts-` rows as an SVG.
 //!
-//! `VOLARY_CANDLE` names the program of `benches/peers/candle`, where it was built. All have the same random weights and
+//! `VOLARY_CANDLE` names the program of `benches/peers/candle`; without it, cargo builds it. All have the same random weights and
 //! tokens, and must agree before anything is timed.
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use burn::module::Param;
-use burn::tensor::{Device, Distribution, Tensor, TensorData};
-use volary_kernels::layers::{Linear, Mlp};
-use volary_kernels::moe::gate::NaiveGate;
-use volary_kernels::moe::{ExpertLinear, ExpertMlp, Experts, Gate, Moe, MoeConfig, Noise, Phase};
+use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::{DType, Device};
+use volary_kernels::moe::Moe;
 use volary_kernels::ops::Activation;
 
 #[path = "../../benches/peers/program.rs"]
+#[allow(dead_code)] // it does not look at memory
 mod program;
+#[path = "../../benches/peers/sparse.rs"]
+mod sparse;
 
-use program::{Program, Work, agree, in_turns, told};
+use program::{Program, Work, apart, in_turns, timed, told};
+use sparse::{Sparse, TOKENS, TOP_K, forward};
 
-const TOKENS: usize = 2048;
-const D_MODEL: usize = 512;
-const D_FF: usize = 2048;
-const EXPERTS: usize = 8;
-const TOP_K: usize = 2;
+const NAMES: [&str; 3] = ["volary", "PyTorch", "candle"];
 const MORE_EXPERTS: [usize; 6] = [8, 16, 32, 64, 128, 256];
-const TOLERANCE: f32 = 1e-5;
-const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/peers/moe.py");
+const TOLERANCE: f64 = 1e-5;
+const PEERS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../benches/peers");
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["child", values] => child(Path::new(values)),
+        ["child", folder] => child(Path::new(folder)),
         [] => compare(5, &[1, 2]),
         [rounds] => compare(rounds.parse()?, &[1, 2]),
         [rounds, threads] => compare(rounds.parse()?, &[threads.parse()?]),
@@ -55,47 +51,42 @@ fn main() -> Result<()> {
 /// Prints the tables.
 fn compare(rounds: usize, threads: &[usize]) -> Result<()> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let values = folder.join("moe.f32");
-    program::write(&values, &random())?;
-    for threads in threads {
+    sparse::write(folder)?;
+    let candle = program::candle(Path::new(PEERS));
+    for &threads in threads {
         println!(
             "\n{threads} threads\n\n| what | program | seconds | CPU seconds | of volary's layer |\n| --- | --- | --- | --- | --- |"
         );
-        let mut programs =
-            vec![start(Command::new(std::env::current_exe()?).arg("child"), &values, *threads)?];
-        let mut names = vec!["volary"];
-        let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-        programs.push(start(Command::new(python).arg(PEER), &values, *threads)?);
-        names.push("PyTorch");
-        if let Some(candle) = std::env::var_os("VOLARY_CANDLE") {
-            programs.push(start(&mut Command::new(candle), &values, *threads)?);
-            names.push("candle");
+        let ours = Program::start(Command::new(std::env::current_exe()?).arg("child").arg(folder), threads)?;
+        let mut pytorch = program::pytorch(Path::new(PEERS));
+        let pytorch = Program::start(pytorch.args(["moe", "f32"]).arg(folder), threads)?;
+        let mut programs = vec![ours, pytorch];
+        if let Some(candle) = &candle {
+            programs.push(Program::start(Command::new(candle).arg("moe").arg(folder), threads)?);
         }
         for what in ["layer", "dense"] {
-            let found = programs.iter_mut().map(|program| {
-                let file = folder.join("moe.out");
-                program.ask(&format!("write {what} {}", file.display()))?;
-                program::read(&file)
-            });
+            let found = programs.iter_mut().map(|program| program.values(what, folder));
             let found: Vec<Vec<f32>> = found.collect::<Result<_>>()?;
-            found[1..].iter().try_for_each(|theirs| agree(&found[0], theirs, TOLERANCE))?;
+            for (theirs, name) in found.iter().zip(NAMES).skip(1) {
+                let apart = apart(&found[0], theirs)?;
+                eprintln!("{what}: {name} differs by {apart:.1e}");
+                ensure!(apart <= TOLERANCE, "{TOLERANCE:e} is allowed");
+            }
         }
         let mut works = Vec::new();
         for what in ["layer", "dense"] {
-            works.extend((0..programs.len()).map(|program| (program, what.to_owned(), 1)));
+            works.extend((0..programs.len()).map(|program| (program, what.to_owned())));
         }
-        works.extend([0, 1].map(|program| (program, "tokens".to_owned(), 1)));
-        works.extend(MORE_EXPERTS.map(|experts| (0, format!("experts-{experts}"), 1)));
-        let asked = works.iter().map(|(program, what, times)| Work {
-            program: *program,
-            question: format!("time {what} {times}"),
-            times: *times,
-        });
-        let figures = in_turns(&mut programs, &asked.collect::<Vec<_>>(), rounds)?;
-        for ((program, what, _), found) in works.iter().zip(&figures) {
+        works.extend([0, 1].map(|program| (program, "tokens".to_owned())));
+        works.extend(MORE_EXPERTS.map(|experts| (0, format!("experts-{experts}"))));
+        let works = works.into_iter().map(|(program, work)| Work { program, work, times: 1 });
+        let works: Vec<Work> = works.collect();
+        in_turns(&mut programs, &works, 1)?; // the first time takes longer
+        let figures = in_turns(&mut programs, &works, rounds)?;
+        for (Work { program, work, .. }, found) in works.iter().zip(&figures) {
             let ratio = found.median() / figures[0].median();
             let (wall, cpu) = (told(&found.wall), told(&found.cpu));
-            println!("| {what} | {} | {wall} | {cpu} | {ratio:.2} |", names[*program]);
+            println!("| {work} | {} | {wall} | {cpu} | {ratio:.2} |", NAMES[*program]);
         }
     }
     Ok(())
@@ -136,117 +127,31 @@ fn plot(seconds: &[f64]) -> String {
     svg + "</svg>\n"
 }
 
-fn start(command: &mut Command, values: &Path, threads: usize) -> Result<Program> {
-    let threads = threads.to_string();
-    Program::start(command.arg(values).env("RAYON_NUM_THREADS", &threads).env("OMP_NUM_THREADS", &threads))
-}
-
-/// The shapes of tokens, router, experts and the MLP, in the order of the file.
-fn shapes() -> [Vec<usize>; 10] {
-    let wide = TOP_K * D_FF;
-    [
-        vec![TOKENS, D_MODEL],
-        vec![EXPERTS, D_MODEL],
-        vec![EXPERTS, D_MODEL, D_FF],
-        vec![EXPERTS, D_FF],
-        vec![EXPERTS, D_FF, D_MODEL],
-        vec![EXPERTS, D_MODEL],
-        vec![wide, D_MODEL],
-        vec![wide],
-        vec![D_MODEL, wide],
-        vec![D_MODEL],
-    ]
-}
-
-/// Normal tokens; weights uniform in `±1/√d_in`, about.
-fn random() -> Vec<f32> {
+/// Does what it is asked to: the layer, the MLP, every token through the layer alone, layers of more experts.
+fn child(folder: &Path) -> Result<()> {
     let device = Device::flex();
-    device.seed(1);
-    let values = |shape: Vec<usize>| {
-        let count: usize = shape.iter().product();
-        let (tokens, bound) = (shape[0] == TOKENS, 1.0 / (D_MODEL as f64).sqrt());
-        let uniform = Distribution::Uniform(-bound, bound);
-        let distribution = if tokens { Distribution::Normal(0.0, 1.0) } else { uniform };
-        Tensor::<1>::random([count], distribution, &device).into_data().iter::<f32>().collect::<Vec<_>>()
-    };
-    shapes().into_iter().flat_map(values).collect()
-}
-
-fn layer(n_experts: usize, device: &Device) -> Moe {
-    let gate = Gate::Naive(NaiveGate::new(D_MODEL, n_experts, TOP_K, device));
-    MoeConfig::new(n_experts, D_MODEL, D_FF).init(gate, Activation::Gelu, device)
-}
-
-fn forward(layer: &Moe, x: Tensor<2>) -> Tensor<2> {
-    layer.forward(x, Phase::Eval, &mut Noise::Seeded(0)).0
-}
-
-/// Answers `write WHAT FILE` and `time WHAT TIMES`, line by line, until there is no more.
-fn child(values: &Path) -> Result<()> {
-    let device = Device::flex();
-    let values = program::read(values)?;
-    let mut left = &values[..];
-    let mut parts = shapes().into_iter().map(|shape| {
-        let (part, rest) = left.split_at(shape.iter().product());
-        left = rest;
-        TensorData::new(part.to_vec(), shape)
-    });
-    let mut next = || parts.next().context("the file is too short");
-    let two = |data| Param::from_tensor(Tensor::<2>::from_data(data, &device));
-    let three = |data| Param::from_tensor(Tensor::<3>::from_data(data, &device));
-    let one = |data| Some(Param::from_tensor(Tensor::<1>::from_data(data, &device)));
-    let x = Tensor::<2>::from_data(next()?, &device);
-    let gate = NaiveGate { gate: Linear { weight: two(next()?), bias: None }, top_k: TOP_K };
-    let up = ExpertLinear { weight: three(next()?), bias: Some(two(next()?)) };
-    let down = ExpertLinear { weight: three(next()?), bias: Some(two(next()?)) };
-    let mut eight = layer(EXPERTS, &device);
-    eight.gate = Gate::Naive(gate);
-    eight.experts = Experts::Plain(ExpertMlp { up, down });
-    let dense = Mlp {
-        up: Linear { weight: two(next()?), bias: one(next()?) },
-        down: Linear { weight: two(next()?), bias: one(next()?) },
-    };
+    let Sparse { x, layer, dense } = Sparse::read(folder, DType::F32, &device)?;
     let mut more: Option<(usize, Moe)> = None;
-    println!("volary, {} threads", rayon::current_num_threads());
-    for line in std::io::stdin().lines() {
-        let line = line?;
-        let [what, work, rest] = line.split_whitespace().collect::<Vec<_>>()[..] else {
-            bail!("`{line}` is not three words")
-        };
-        let run: Box<dyn Fn() -> Tensor<2>> = match work.strip_prefix("experts-") {
-            Some(experts) => {
-                let experts = experts.parse()?;
-                if more.as_ref().is_none_or(|(held, _)| *held != experts) {
-                    drop(more.take());
-                    let layer = layer(experts, &device);
-                    forward(&layer, x.clone()); // weights are drawn when they are first used
-                    more = Some((experts, layer));
-                }
-                let layer = &more.as_ref().context("it was just made")?.1;
-                Box::new(|| forward(layer, x.clone()))
+    program::serve(|work| {
+        if let Some(experts) = work.strip_prefix("experts-") {
+            let experts = experts.parse()?;
+            if more.as_ref().is_none_or(|(held, _)| *held != experts) {
+                drop(more.take());
+                let layer = sparse::untrained(experts, &device);
+                forward(&layer, x.clone()); // weights are drawn when they are first used
+                more = Some((experts, layer));
             }
-            None if work == "layer" => Box::new(|| forward(&eight, x.clone())),
-            None if work == "dense" => Box::new(|| dense.forward(x.clone(), Activation::Gelu)),
-            None if work == "tokens" => Box::new(|| {
-                let each = (0..TOKENS).map(|token| forward(&eight, x.clone().narrow(0, token, 1)));
+            let layer = &more.as_ref().context("it was just made")?.1;
+            return Ok(timed(|| forward(layer, x.clone())));
+        }
+        Ok(match work {
+            "layer" => timed(|| forward(&layer, x.clone())),
+            "dense" => timed(|| dense.forward(x.clone(), Activation::Gelu)),
+            "tokens" => timed(|| {
+                let each = (0..TOKENS).map(|token| forward(&layer, x.clone().narrow(0, token, 1)));
                 each.fold(x.clone(), |_, y| y)
             }),
-            None => bail!("`{work}` is no work"),
-        };
-        match what {
-            "write" => {
-                program::write(Path::new(rest), &run().into_data().iter::<f32>().collect::<Vec<_>>())?;
-                println!("written");
-            }
-            "time" => {
-                let start = Instant::now();
-                for _ in 0..rest.parse()? {
-                    std::hint::black_box(run());
-                }
-                println!("{}", start.elapsed().as_secs_f64());
-            }
-            _ => bail!("`{what}` is neither `write` nor `time`"),
-        }
-    }
-    Ok(())
+            _ => bail!("`{work}` is no work"),
+        })
+    })
 }
