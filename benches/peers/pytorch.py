@@ -25,7 +25,9 @@ def timed(run):
 
 
 def clip():
-    from transformers import CLIPModel
+    from transformers import CLIPModel, logging
+
+    logging.disable_progress_bar()
 
     model = CLIPModel.from_pretrained(weights, dtype=dtype).eval()
     pixels = inputs["pixels"].to(dtype)
@@ -53,7 +55,9 @@ def eva():
 
 
 def llama():
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, logging
+
+    logging.disable_progress_bar()
 
     model = LlamaForCausalLM.from_pretrained(weights, dtype=dtype).eval()
 
