@@ -55,7 +55,7 @@ fn compare(rounds: usize) -> Result<()> {
             let (ours, burn, theirs) = (of(0, what)?, of(0, &format!("burn-{what}"))?, of(1, what)?);
             let errors = [apart(&ours, &burn)?, apart(&ours, &theirs)?];
             let agree = errors.iter().all(|&error| error <= TOLERANCE);
-            ensure!(agree, "{what}: Burn and PyTorch differ by {errors:e?}, {TOLERANCE:e} is allowed");
+            ensure!(agree, "{what}: Burn and PyTorch differ by {errors:?}, {TOLERANCE:e} is allowed");
             let works = [(0, what.to_owned()), (0, format!("burn-{what}")), (1, what.to_owned())];
             let works = works.map(|(program, work)| Work { program, work, times: TIMES });
             in_turns(&mut programs, &works, 1)?; // the first time takes longer
