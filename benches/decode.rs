@@ -1,98 +1,162 @@
-//! Decoding with a 7B model in 4 or 8 bits: tokens a second, bytes read a second, peak memory.
+//! Decoding with a LLaMA of half a billion parameters beside PyTorch, in turns: f32, bf16, 8 and 4 bits.
 //!
 //! ```sh
-//! cargo bench --bench decode -- [4 | 8] [tokens]
+//! VOLARY_PYTHON=python3 cargo bench --bench decode -- [rounds] [threads]
 //! ```
 //!
-//! AquilaChat-7B with random weights, which are made packed, row by row. A token reads every matrix once but the token
-//! table, of which it reads a row: the speed of memory is the ceiling, so that is measured beside it, in turns.
+//! Writes random weights once to a temporary folder, as floats and packed, where both programs read them. What they make of
+//! a text in f32 is compared before anything is timed. Each row of the table is a process that waits while the others
+//! compute; every figure is the median of some rounds (5). A round reads a prompt, which is timed apart, and then decodes
+//! one text token by token. The error is that of the next token's distribution against f32, over all places of a text:
+//! the mean of the divergence KL(f32 || other), whose exponential is what the perplexity of a text that the f32 model wrote
+//! is multiplied by.
 
-use std::hint::black_box;
+use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use burn::module::{Module, ModuleMapper, Param};
-use burn::tensor::{DType, Device, Int, Tensor};
-use half::f16;
-use rayon::prelude::*;
-use volary::llama::{Llama, LlamaCache, LlamaConfig, LlamaInput};
-use volary::preset::{Shape, bytes};
-use volary::registry::SYSTEMS;
-use volary_kernels::layers::Packed;
-use volary_kernels::ops::{Bits, Mask, PackedMatrix, Positions, Quantization};
+use anyhow::{Result, bail, ensure};
+use burn::tensor::activation::log_softmax;
+use burn::tensor::{Device, FloatDType, Int, Tensor};
+use volary::causal::Head;
+use volary::llama::{KEYS, Llama, LlamaCache, LlamaConfig, LlamaInput};
+use volary_kernels::ops::{Activation, Mask, Pairing, Positions, Quantization, RopeScaling};
+use volary_weights::{LoadOptions, QuantizeOptions, load, open, quantize, save};
 
-const MODEL: &str = "BAAI/AquilaChat-7B";
-const PROMPT: usize = 64;
-/// Decoded in turns with reading memory.
-const ROUNDS: usize = 4;
+#[path = "peers/program.rs"]
+mod program;
+mod support;
+
+use program::{Program, Work, agree, in_turns, told};
+use support::{peak_mib, python};
+
+const CONFIG: LlamaConfig = LlamaConfig {
+    vocab_size: 32_000,
+    n_positions: 2048,
+    d_model: 2048,
+    d_ff: 5632,
+    n_layers: 9,
+    n_heads: 32,
+    n_kv_heads: 8,
+    d_head: 64,
+    activation: Activation::Silu,
+    attention_bias: false,
+    mlp_bias: false,
+    rms_norm_eps: 1e-5,
+    rope_theta: 10_000.0,
+    rope_scaling: RopeScaling::Unscaled,
+    pairing: Pairing::Half,
+    head: Head::Own,
+};
+const PROMPT: usize = 128;
+const TOKENS: usize = 64;
+/// Places whose distributions are compared.
+const TEXT: usize = 96;
+/// How far two programs may be apart in f32, as a share of the greatest number.
+const TOLERANCE: f32 = 1e-4;
+const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/decode.py");
+/// Program and how it holds weights; the first is what the others are measured by.
+const ROWS: [(&str, &str); 6] = [
+    ("PyTorch", "f32"),
+    ("PyTorch", "bf16"),
+    ("volary", "f32"),
+    ("volary", "bf16"),
+    ("volary", "int8"),
+    ("volary", "int4"),
+];
 
 fn main() -> Result<()> {
-    // cargo adds `--bench`
-    let numbers: Vec<usize> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
-    let quantization = match numbers.first().unwrap_or(&4) {
-        4 => Quantization::INT4,
-        8 => Quantization::INT8,
-        bits => bail!("{bits} bits are neither 4 nor 8"),
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["child", held, folder] => rayon::scope(|_| child(held, Path::new(folder))),
+        [] => compare(5, 2),
+        [rounds] => compare(rounds.parse()?, 2),
+        [rounds, threads] => compare(rounds.parse()?, threads.parse()?),
+        _ => bail!("expected at most: ROUNDS THREADS"),
+    }
+}
+
+/// Prints the table.
+fn compare(rounds: usize, threads: usize) -> Result<()> {
+    ensure!(rounds > 0 && threads > 0, "there is nothing to measure");
+    let folder = tempfile::tempdir()?;
+    write(folder.path())?;
+    let mut programs = Vec::new();
+    for (program, held) in ROWS {
+        let mut command = match program {
+            "volary" => Command::new(std::env::current_exe()?),
+            _ => Command::new(python()),
+        };
+        command.arg(if program == "volary" { "child" } else { PEER }).args([held]).arg(folder.path());
+        command.env("RAYON_NUM_THREADS", threads.to_string()).env("OMP_NUM_THREADS", threads.to_string());
+        programs.push(Program::start(&mut command)?);
+    }
+    let mut scores = Vec::new();
+    for (number, program) in programs.iter_mut().enumerate() {
+        let file = folder.path().join(format!("scores-{number}"));
+        program.ask(&format!("scores {}", file.display()))?;
+        scores.push(program::read(&file)?);
+    }
+    agree(&scores[2], &scores[0], TOLERANCE)?;
+
+    let work = |what: &str, times: usize| {
+        let of = |program| Work { program, question: what.to_owned(), times };
+        (0..ROWS.len()).map(of).collect::<Vec<_>>()
     };
-    let tokens = *numbers.get(1).unwrap_or(&32);
-    let config = config()?;
-    let device = Device::flex();
-    let parameters = volary_weights::parameters(&config.init(&device));
-    let all = bytes(&parameters, 4, Some(quantization));
-    let read = all - quantization.bytes([config.vocab_size, config.d_model]);
-    println!("{MODEL}: {quantization}, {:.2} GB, of which a token reads {:.2}", gb(all), gb(read));
-
-    let start = Instant::now();
-    let model = config.init(&device).map(&mut Random { quantization, matrix: 0 });
-    println!("made in {:.1} s, peak memory {:.0} MiB", start.elapsed().as_secs_f64(), peak_mib()?);
-
-    let mut cache = model.cache(PROMPT + ROUNDS * tokens);
-    let prompt: Vec<i64> = (0..PROMPT as i64).map(|i| i * 1543 % config.vocab_size as i64).collect();
-    let prompt = Tensor::<1, Int>::from_data(&prompt[..], &device).unsqueeze();
-    let start = Instant::now();
-    let mut token = next(&model, prompt, &mut cache);
-    let seconds = start.elapsed().as_secs_f64();
-    println!("prompt of {PROMPT}: {seconds:.2} s, {:.1} tokens/s", PROMPT as f64 / seconds);
-
-    println!("| tokens/s | GB/s | memory GB/s | CPU s a token | GB a CPU s | memory GB a CPU s |");
-    println!("| --- | --- | --- | --- | --- | --- |");
-    let mut peak = 0.0;
-    for _ in 0..ROUNDS {
-        let decoding = timed(|| {
-            for _ in 0..tokens {
-                token = next(&model, token.clone(), &mut cache);
-            }
-            Ok(())
-        })?;
-        if peak == 0.0 {
-            peak = peak_mib()?; // without what is allocated next
-        }
-        let [memory, memory_of_cpu] = memory_speed()?;
-        let bytes = tokens as f64 * gb(read);
+    let decoding = in_turns(&mut programs, &work("tokens", TOKENS), rounds)?;
+    let prompts = in_turns(&mut programs, &work("prompt", PROMPT), rounds.min(3))?;
+    println!(
+        "{threads} threads, prompt of {PROMPT}, {TOKENS} tokens, median of {rounds} (least to greatest)"
+    );
+    println!(
+        "| program | weights | tokens/s | of PyTorch f32 | ms a token | prompt tokens/s | peak MiB | KL, nats |"
+    );
+    println!("|{}", " --- |".repeat(8));
+    for (at, (program, held)) in ROWS.into_iter().enumerate() {
+        let [own, first] = [at, 0].map(|at| decoding[at].median());
+        let milliseconds: Vec<f64> = decoding[at].wall.iter().map(|seconds| seconds * 1e3).collect();
         println!(
-            "| {:.2} | {:.1} | {:.1} | {:.3} | {:.1} | {:.1} |",
-            tokens as f64 / decoding.wall,
-            bytes / decoding.wall,
-            memory,
-            decoding.cpu / tokens as f64,
-            bytes / decoding.cpu,
-            memory_of_cpu,
+            "| {program} | {held} | {:.1} | {:.2} | {} | {:.0} | {:.0} | {:.1e} |",
+            1.0 / own,
+            first / own,
+            told(&milliseconds),
+            1.0 / prompts[at].median(),
+            programs[at].ask("peak")?.parse::<f64>()?,
+            divergence(&scores[0], &scores[at]),
         );
     }
-    println!("peak memory {peak:.0} MiB");
     Ok(())
 }
 
-fn config() -> Result<&'static LlamaConfig> {
-    let presets = SYSTEMS.iter().flat_map(|system| system.presets);
-    match presets.filter(|preset| preset.name == MODEL).map(|preset| &preset.shape).next() {
-        Some(Shape::Llama(config)) => Ok(config),
-        _ => bail!("{MODEL} is not a LLaMA among the presets"),
-    }
+/// The mean over all places of KL(ours || theirs), in nats.
+fn divergence(ours: &[f32], theirs: &[f32]) -> f64 {
+    let logarithms = |scores: &[f32]| {
+        let shape = [scores.len() / CONFIG.vocab_size, CONFIG.vocab_size];
+        let scores = Tensor::<1>::from_data(scores, &Device::flex()).reshape(shape);
+        log_softmax(scores, 1)
+    };
+    let [ours, theirs] = [ours, theirs].map(logarithms);
+    (ours.clone().exp() * (ours - theirs)).sum_dim(1).mean().into_scalar()
 }
 
-fn gb(bytes: usize) -> f64 {
-    bytes as f64 / 1e9
+/// Random weights: `f32.safetensors`, `int8.safetensors` and `int4.safetensors`.
+fn write(folder: &Path) -> Result<()> {
+    let device = Device::flex();
+    device.seed(1);
+    let floats = folder.join("f32.safetensors");
+    save(&CONFIG.init(&device), &KEYS, None, &floats, None)?;
+    for (name, quantization) in [("int8", Quantization::INT8), ("int4", Quantization::INT4)] {
+        let options = QuantizeOptions { quantization, keep: Vec::new(), dtype: None };
+        let file = folder.join(format!("{name}.safetensors"));
+        quantize(open(&floats)?.as_ref(), &file, &options, &|_| ())?;
+    }
+    Ok(())
+}
+
+/// So many tokens of a text that has no meaning, `[1, count]`.
+fn text(count: usize, device: &Device) -> Tensor<2, Int> {
+    let ids: Vec<i64> = (0..count as i64).map(|at| at * 1543 % CONFIG.vocab_size as i64).collect();
+    Tensor::<1, Int>::from_data(&ids[..], device).unsqueeze()
 }
 
 /// The likeliest token after `ids`, `[1, seq] -> [1, 1]`.
@@ -103,100 +167,46 @@ fn next(model: &Llama, ids: Tensor<2, Int>, cache: &mut LlamaCache) -> Tensor<2,
     model.logits(states).argmax(2).reshape([1, 1])
 }
 
-/// Gives every matrix random packed values, about as large as those of a trained model.
-struct Random {
-    quantization: Quantization,
-    matrix: u64,
-}
-
-impl ModuleMapper for Random {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let &[rows, cols] = param.lazy_shape().as_slice() else { return param };
-        self.matrix += 1;
-        let matrix = random(self.quantization, [rows, cols], self.matrix);
-        Packed::hold(param, matrix, DType::F32)
-    }
-}
-
-fn random(quantization: Quantization, [rows, cols]: [usize; 2], seed: u64) -> PackedMatrix {
-    let Quantization { bits, block } = quantization;
-    let width = bits.bytes(cols);
-    let mut codes = vec![0; rows * width];
-    let mut scales = vec![f16::ZERO; rows * cols.div_ceil(block)];
-    let row = |(row, (codes, scales)): (usize, (&mut [u8], &mut [f16]))| {
-        let mut rng = fastrand::Rng::with_seed(seed << 32 | row as u64);
-        rng.fill(codes);
-        let deviation = 0.02;
-        let step = match bits {
-            Bits::Eight => deviation / 74.0,
-            Bits::Four => deviation / 4.6,
-        };
-        scales.fill_with(|| f16::from_f32(step * (0.5 + rng.f32())));
+/// Answers `scores FILE`, `prompt`, `tokens` and `peak`, line by line, until there is no more.
+fn child(held: &str, folder: &Path) -> Result<()> {
+    let device = Device::flex();
+    let (file, dtype) = match held {
+        "bf16" => ("f32", FloatDType::BF16),
+        _ => (held, FloatDType::F32),
     };
-    codes.par_chunks_mut(width).zip(scales.par_chunks_mut(cols.div_ceil(block))).enumerate().for_each(row);
-    match bits {
-        Bits::Eight => PackedMatrix::symmetric(quantization, [rows, cols], codes, scales),
-        Bits::Four => {
-            let mins = scales.iter().map(|scale| f16::from_f32(-7.5 * scale.to_f32())).collect();
-            PackedMatrix::from_minima(block, [rows, cols], codes, scales, mins)
+    let checkpoint = open(&folder.join(format!("{file}.safetensors")))?;
+    let options = LoadOptions { dtype: Some(dtype), ..LoadOptions::default() };
+    let model = load(CONFIG.init(&device), checkpoint.as_ref(), &KEYS, &options)?;
+    drop(checkpoint);
+    println!("volary, {held}, {} threads", rayon::current_num_threads());
+    for line in std::io::stdin().lines() {
+        let line = line?;
+        let words: Vec<&str> = line.split_whitespace().collect();
+        match words[..] {
+            ["scores", file] => {
+                let scores = model.logits(model.forward(text(TEXT, &device)));
+                let scores: Vec<f32> = scores.into_data().iter().collect();
+                program::write(Path::new(file), &scores)?;
+                println!("written");
+            }
+            [what @ ("prompt" | "tokens")] => {
+                let mut cache = model.cache(PROMPT + TOKENS);
+                let start = Instant::now();
+                let mut token = next(&model, text(PROMPT, &device), &mut cache);
+                let mut seconds = start.elapsed().as_secs_f64();
+                if what == "tokens" {
+                    let start = Instant::now();
+                    for _ in 0..TOKENS {
+                        token = next(&model, token, &mut cache);
+                    }
+                    token.into_data();
+                    seconds = start.elapsed().as_secs_f64();
+                }
+                println!("{seconds}");
+            }
+            ["peak"] => println!("{}", peak_mib()?),
+            _ => bail!("`{line}` is not a question"),
         }
     }
-}
-
-/// By the clock, and of all cores together: on a machine that others use only the latter can be compared.
-struct Time {
-    wall: f64,
-    cpu: f64,
-}
-
-/// Seconds that `work` takes.
-fn timed(work: impl FnOnce() -> Result<()>) -> Result<Time> {
-    let (start, cpu) = (Instant::now(), cpu_seconds()?);
-    work()?;
-    Ok(Time { wall: start.elapsed().as_secs_f64(), cpu: cpu_seconds()? - cpu })
-}
-
-/// What Linux counts of this process so far, in hundredths.
-fn cpu_seconds() -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/stat").context("/proc is read for CPU time")?;
-    let (_, fields) = status.rsplit_once(')').context("no name in /proc/self/stat")?;
-    let ticks: Vec<f64> = fields.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-    // after the state, which is no number, come ten others
-    Ok(ticks.get(10..12).context("no times in /proc/self/stat")?.iter().sum::<f64>() / 100.0)
-}
-
-/// GB that all cores read, each in eight places at once: a second, and a CPU second.
-fn memory_speed() -> Result<[f64; 2]> {
-    const WORDS: usize = 1 << 26; // 512 MiB
-    const PASSES: usize = 8;
-    let words = vec![1_u64; WORDS];
-    let cores = rayon::current_num_threads();
-    let pass = || {
-        words.par_chunks(WORDS / cores).for_each(|part| {
-            let streams: Vec<&[[u64; 8]]> =
-                part.chunks(part.len() / 8).map(|stream| stream.as_chunks().0).collect();
-            let mut sums = [[0_u64; 8]; 8];
-            for i in 0..streams.iter().map(|stream| stream.len()).min().unwrap_or(0) {
-                for (sums, stream) in sums.iter_mut().zip(&streams) {
-                    for (sum, word) in sums.iter_mut().zip(&stream[i]) {
-                        *sum ^= *word;
-                    }
-                }
-            }
-            black_box(sums);
-        });
-    };
-    let Time { wall, cpu } = timed(|| {
-        (0..PASSES).for_each(|_| pass());
-        Ok(())
-    })?;
-    let read = gb(8 * WORDS * PASSES);
-    Ok([read / wall, read / cpu])
-}
-
-/// The peak of this process's resident set, as Linux counts it.
-fn peak_mib() -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("/proc is read for peak memory")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+    Ok(())
 }

@@ -1,10 +1,14 @@
 //! Attention without the matrix of all scores (Dao et al. 2022, <https://arxiv.org/abs/2205.14135>): queries see the keys
 //! block by block, and what they have gathered is scaled whenever a greater score turns up.
 
+use burn::tensor::Element;
+use bytemuck::Pod;
 use rayon::prelude::*;
 
+use super::few::Held;
+use super::host::{Rows, Strided, by_task};
 use super::instructions::{self, Instructions};
-use super::pointwise::{exp, exponentials, greatest};
+use super::pointwise::{exp, exponentials, fma, greatest};
 use super::tiles::{Body, LANES, Number, PANEL, ROWS};
 
 /// Queries of a block.
@@ -29,6 +33,14 @@ pub struct Sizes {
     pub scale: f32,
     /// Whether a query sees only the keys up to its own place; the last ones are at the same place.
     pub causal: bool,
+}
+
+impl Sizes {
+    /// How many keys a query sees.
+    fn seen(self, query: usize) -> usize {
+        let Self { queries, keys, causal, .. } = self;
+        if causal { (query + 1 + keys).saturating_sub(queries).min(keys) } else { keys }
+    }
 }
 
 /// `out`, `[heads, queries, d_value]`, becomes `softmax(q kᵀ · scale) v` of each head of `query`, `[heads, queries, d_head]`,
@@ -66,6 +78,102 @@ pub fn attention<T: Number>(query: &[T], key: &[T], value: &[T], sizes: Sizes, o
             scratch.block(&query[first * d_head..], first, sizes, out);
         }
     });
+}
+
+/// The same for few queries, whose keys and values are read where they lie, one after the other. Each head of keys serves
+/// `group` heads of queries that follow each other; `query` is `[batch, heads, queries, d_head]`.
+///
+/// # Panics
+/// If sizes do not fit.
+pub fn of_few<T: Held + Element + Pod>(
+    query: &[f32],
+    [key, value]: [&Rows<T>; 2],
+    kv_heads: usize,
+    group: usize,
+    sizes: Sizes,
+    out: &mut [f32],
+) {
+    /// Products that are worth a thread.
+    const WORTH: usize = 128 * 1024;
+    if out.is_empty() {
+        return;
+    }
+    let Sizes { queries, keys, d_head, d_value, .. } = sizes;
+    let rows = group * queries; // of queries that share keys
+    let work = out.len() / d_value * keys * (d_head + d_value);
+    let all = out.len();
+    by_task(out, if work < WORTH { all } else { rows * d_value }, |at, out| {
+        let first = at / d_value / rows;
+        for (number, out) in (first..).zip(out.chunks_mut(rows * d_value)) {
+            let place = [number / kv_heads, number % kv_heads];
+            let query = &query[number * rows * d_head..][..rows * d_head];
+            let few = Few { query, key: key.at(place), value: value.at(place), sizes, out };
+            Instructions::in_use().run(few);
+        }
+    });
+}
+
+/// Queries that share keys.
+struct Few<'a, T> {
+    /// `[rows, d_head]`, where rows are those of several heads
+    query: &'a [f32],
+    key: Strided<'a, T>,
+    value: Strided<'a, T>,
+    sizes: Sizes,
+    /// `[rows, d_value]`
+    out: &'a mut [f32],
+}
+
+impl<T: Held> instructions::Body for Few<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { query, key, value, sizes, out } = self;
+        let Sizes { queries, keys, d_head, d_value, scale, .. } = sizes;
+        let rows = out.len() / d_value;
+        let mut weights = vec![0.0_f32; rows * keys];
+        for at in 0..keys {
+            let key = key.row(at);
+            for (query, weights) in query.chunks(d_head).zip(weights.chunks_mut(keys)) {
+                weights[at] = dot::<T, FMA>(query, key) * scale;
+            }
+        }
+        for (row, weights) in weights.chunks_mut(keys.max(1)).enumerate() {
+            let weights = &mut weights[..sizes.seen(row % queries)];
+            // of scores that are all -∞ nothing is gathered
+            let most = greatest(weights).max(f32::MIN);
+            let total = exponentials::<FMA>(weights, most);
+            if total != 0.0 {
+                weights.iter_mut().for_each(|weight| *weight /= total);
+            }
+        }
+        out.fill(0.0);
+        for at in 0..keys {
+            let value = value.row(at);
+            for (row, (out, weights)) in out.chunks_mut(d_value).zip(weights.chunks(keys)).enumerate() {
+                if at < sizes.seen(row % queries) {
+                    for (sum, value) in out.iter_mut().zip(value) {
+                        *sum = fma::<FMA>(weights[at], value.widen(), *sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn dot<T: Held, const FMA: bool>(query: &[f32], key: &[T]) -> f32 {
+    let (queries, query_rest) = query.as_chunks::<LANES>();
+    let (keys, key_rest) = key.as_chunks::<LANES>();
+    let mut sums = [0.0_f32; LANES];
+    for (query, key) in queries.iter().zip(keys) {
+        for lane in 0..LANES {
+            sums[lane] = fma::<FMA>(query[lane], key[lane].widen(), sums[lane]);
+        }
+    }
+    let rest: f32 = query_rest.iter().zip(key_rest).map(|(query, key)| query * key.widen()).sum();
+    sums.iter().sum::<f32>() + rest
 }
 
 /// Room for what a task lays out.
@@ -118,7 +226,7 @@ impl Scratch {
 
     /// A block of queries, of which the first is at `first`.
     fn block<T: Number>(&mut self, query: &[T], first: usize, sizes: Sizes, out: &mut [T]) {
-        let Sizes { queries, keys, d_head, d_value, scale, causal } = sizes;
+        let Sizes { keys, d_head, d_value, scale, .. } = sizes;
         let Self { keys: laid_out, values, queries: rows, scores, sums, .. } = self;
         let (body, count) = (Body::of_floats(), out.len() / d_value);
         let (padded, width) = (keys.next_multiple_of(PANEL), d_value.next_multiple_of(LANES));
@@ -127,10 +235,7 @@ impl Scratch {
         sums.clear();
         sums.resize(count * width, 0.0);
         let (mut greatest, mut totals) = ([f32::NEG_INFINITY; QUERIES], [0.0_f32; QUERIES]);
-        // of a query, how many keys it sees
-        let seen = |row: usize| {
-            if causal { (first + row + 1 + keys).saturating_sub(queries).min(keys) } else { keys }
-        };
+        let seen = |row: usize| sizes.seen(first + row);
         for start in (0..seen(count - 1)).step_by(KEYS) {
             let length = KEYS.min(padded - start);
             scores.clear();

@@ -21,6 +21,11 @@ pub fn is_host<const D: usize>(x: &Tensor<D>) -> bool {
         && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
 }
 
+/// Whether the values of a tensor that [`is_host`] lie in order, so that [`Values`] copies none.
+pub fn is_in_order<const D: usize>(x: &Tensor<D>) -> bool {
+    x.clone().try_into_primitive::<Flex>().is_ok_and(|x| x.is_contiguous())
+}
+
 /// The values of a tensor, in order.
 #[derive(Clone, Debug)]
 pub struct Values<T = f32>(FlexTensor, PhantomData<T>);
@@ -53,6 +58,58 @@ impl<T: Element + Pod> std::ops::Deref for Values<T> {
 
     fn deref(&self) -> &[T] {
         self.0.as_slice().unwrap_or_default() // of this type and in order, as `held` makes them
+    }
+}
+
+/// Rows of a tensor of four axes where they lie, each in order.
+#[derive(Debug)]
+pub struct Rows<T> {
+    held: FlexTensor,
+    /// How far its first, second and third axis go.
+    strides: [usize; 3],
+    width: usize,
+    of: PhantomData<T>,
+}
+
+/// Rows, each in order and as far behind the one before.
+#[derive(Clone, Copy, Debug)]
+pub struct Strided<'a, T> {
+    values: &'a [T],
+    stride: usize,
+    width: usize,
+}
+
+impl<T: Element + Pod> Rows<T> {
+    /// As they are. Nothing is copied of rows that are in order, as those of a part of a buffer are.
+    ///
+    /// # Panics
+    /// If it is not [`is_host`], or its values are of another type.
+    pub fn held(x: Tensor<4>) -> Self {
+        assert_eq!(x.dtype(), T::dtype(), "type of a tensor's values (left) and of those wanted");
+        let [.., width] = x.dims();
+        let x = x.try_into_primitive::<Flex>();
+        let mut x = x.unwrap_or_else(|error| panic!("the tensor is not in this machine's memory: {error:?}"));
+        let is_forward = |x: &FlexTensor| x.layout().strides().iter().all(|&stride| stride >= 0);
+        let is_in_order = |x: &FlexTensor| width == 1 || x.layout().strides()[3] == 1;
+        if !is_forward(&x) || !is_in_order(&x) {
+            x = x.to_contiguous();
+        }
+        let strides = std::array::from_fn(|axis| x.layout().strides()[axis].unsigned_abs());
+        Self { held: x, strides, width, of: PhantomData }
+    }
+
+    /// Those at one place of the first two axes.
+    pub fn at(&self, [first, second]: [usize; 2]) -> Strided<'_, T> {
+        let start = self.held.layout().start_offset() + first * self.strides[0] + second * self.strides[1];
+        Strided { values: &self.held.storage()[start..], stride: self.strides[2], width: self.width }
+    }
+}
+
+impl<'a, T> Strided<'a, T> {
+    /// One of them.
+    #[inline(always)]
+    pub fn row(self, at: usize) -> &'a [T] {
+        &self.values[at * self.stride..][..self.width]
     }
 }
 
@@ -172,6 +229,24 @@ mod tests {
                 }
             });
             assert_close(changed, &expected, 0.0);
+        }
+    }
+
+    #[test]
+    fn rows_are_read_where_they_lie() {
+        let buffer = noise([2, 3, 9, 5], 1, &Device::flex());
+        let place = Values::of(buffer.clone()).as_ptr();
+        let part = buffer.clone().narrow(2, 4, 2);
+        let rows = Rows::<f32>::held(part.clone());
+        assert_eq!(rows.at([0, 0]).row(0).as_ptr(), place.wrapping_add(4 * 5));
+        for x in [part, buffer.clone().swap_dims(1, 2), buffer.clone().swap_dims(2, 3), buffer.flip([2])] {
+            let [batch, heads, seq, width] = x.dims();
+            let expected: Vec<f32> = x.clone().into_data().iter().collect();
+            let rows = Rows::<f32>::held(x);
+            for (at, expected) in expected.chunks(width).enumerate() {
+                let [row, head, batch_row] = [at % seq, at / seq % heads, at / seq / heads % batch];
+                assert_eq!(rows.at([batch_row, head]).row(row), expected);
+            }
         }
     }
 

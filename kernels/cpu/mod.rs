@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod convolution;
+pub mod few;
 #[cfg(feature = "autodiff")]
 pub mod gradient;
 pub mod host;
@@ -13,6 +14,7 @@ pub mod peak;
 pub mod pointwise;
 pub mod products;
 pub mod quantized;
+pub mod rope;
 pub mod tiles;
 
 pub use instructions::Instructions;

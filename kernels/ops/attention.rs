@@ -5,9 +5,9 @@ use half::{bf16, f16};
 
 use crate::count;
 use crate::cpu;
-use crate::cpu::host::{Values, is_host, tensor};
+use crate::cpu::host::{Rows, Values, is_host, tensor};
 
-/// With fewer queries there is nothing to gain from keys and values that are laid out for them.
+/// Fewer queries read keys and values where they lie: there is nothing to gain from laying them out.
 const FEW: usize = 16;
 
 /// Which keys a query may attend to.
@@ -76,31 +76,45 @@ pub fn attention(
     let mut resolved = Resolved::default();
     resolved.add(mask, [batch, heads, queries, keys], &query.device());
     let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
+    let is_open = resolved.hidden.is_none() && resolved.bias.is_none();
+    let is_fast = is_open && is_fast(&query, &key, &value);
+    if is_fast && queries < FEW {
+        return of_few(query, key, value, resolved.causal, scale);
+    }
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
-    let is_open = resolved.hidden.is_none() && resolved.bias.is_none();
-    if is_open && is_fast(&query, &key, &value) {
+    if is_fast {
         return on_cpu(query, key, value, resolved.causal, scale);
     }
     let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
     scaled_dot_product(query, key, value, resolved.hidden, bias, options)
 }
 
-/// Whether the own body is for it.
+/// Whether the own bodies are for it.
 fn is_fast(query: &Tensor<4>, key: &Tensor<4>, value: &Tensor<4>) -> bool {
-    let [.., queries, d_head] = query.dims();
-    let is_one = [key, value].iter().all(|other| other.dtype() == query.dtype());
-    is_host(query) && is_one && queries >= FEW && d_head > 0
+    let [.., d_head] = query.dims();
+    let is_one = [key, value].iter().all(|other| other.dtype() == query.dtype() && is_host(other));
+    is_host(query) && is_one && d_head > 0
+}
+
+/// What the bodies are told of an attention.
+fn sizes(
+    query: &Tensor<4>,
+    value: &Tensor<4>,
+    causal: bool,
+    scale: Option<f64>,
+) -> (cpu::attention::Sizes, [usize; 4]) {
+    let [batch, heads, queries, d_head] = query.dims();
+    let [_, _, keys, d_value] = value.dims();
+    let scale = scale.unwrap_or(1.0 / (d_head as f64).sqrt()) as f32;
+    let sizes = cpu::attention::Sizes { queries, keys, d_head, d_value, scale, causal };
+    (sizes, [batch, heads, queries, d_value])
 }
 
 /// Without a matrix of scores; `key` and `value` have as many heads as `query`.
 fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
-    let (dtype, [batch, heads, queries, d_head]) = (query.dtype(), query.dims());
-    let [_, _, keys, d_value] = value.dims();
-    let scale = scale.unwrap_or(1.0 / (d_head as f64).sqrt()) as f32;
-    let sizes = cpu::attention::Sizes { queries, keys, d_head, d_value, scale, causal };
-    let shape = [batch, heads, queries, d_value];
+    let (sizes, shape) = sizes(&query, &value, causal, scale);
     macro_rules! attended {
         ($type:ty) => {{
             let mut out = vec![<$type>::default(); shape.iter().product()];
@@ -109,11 +123,32 @@ fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scal
             tensor(out, shape)
         }};
     }
-    match dtype {
+    match query.dtype() {
         DType::F32 => attended!(f32),
         DType::F16 => attended!(f16),
         _ => attended!(bf16),
     }
+}
+
+/// For few queries; nothing of `key` and `value` is copied.
+fn of_few(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
+    let (dtype, [_, heads, ..], [_, kv_heads, ..]) = (query.dtype(), query.dims(), key.dims());
+    let (sizes, shape) = sizes(&query, &value, causal, scale);
+    let mut out = vec![0.0; shape.iter().product()];
+    let query = Values::of(query);
+    macro_rules! attend {
+        ($type:ty) => {{
+            let [key, value] = [key, value].map(Rows::<$type>::held);
+            let group = heads / kv_heads;
+            cpu::attention::of_few(&query, [&key, &value], kv_heads, group, sizes, &mut out);
+        }};
+    }
+    match dtype {
+        DType::F32 => attend!(f32),
+        DType::F16 => attend!(f16),
+        _ => attend!(bf16),
+    }
+    tensor(out, shape).cast(dtype)
 }
 
 /// Repeats every head `times` times in a row: `[batch, heads, seq, d] -> [batch, heads * times, seq, d]`.

@@ -1,18 +1,19 @@
 use burn::tensor::module::linear as burns;
 use burn::tensor::{DType, Tensor};
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{Activation, add_bias};
 use crate::count;
 use crate::cpu::Instructions;
+use crate::cpu::few::products;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
-use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::host::{self, Values, is_host, is_in_order};
 use crate::cpu::matmul::{Right, by_blocks};
 use crate::cpu::pointwise::Finish;
 use crate::cpu::tiles::{Transposed, product};
 
-/// Fewer rows are left to Burn's product, which reads a weight only once and does not pack it.
+/// Fewer rows read the weight where it lies, once, and do not pack it.
 const FEW: usize = 16;
 
 /// `act(x Wᵀ + b)`: `[..., d_in] -> [..., d_out]`.
@@ -21,7 +22,7 @@ const FEW: usize = 16;
 /// - `bias`: `[d_out]`
 ///
 /// On the CPU rows of f32 go through all of it at once, several threads beside each other, and gradients of products are such
-/// products too; numbers in bf16 are multiplied as they are and summed in f32. Few rows in f32, f16, and other devices:
+/// products too; many rows in bf16 are multiplied as they are, and all sums are f32. Many rows in f16, and other devices:
 /// Burn's product.
 ///
 /// # Panics
@@ -32,11 +33,22 @@ pub fn linear<const D: usize>(
     bias: Option<Tensor<1>>,
     activation: Option<Activation>,
 ) -> Tensor<D> {
+    let values: usize = x.dims().iter().product();
+    count::add(values * weight.dims()[0], count::bytes(&weight));
+    uncounted(x, weight, bias, activation)
+}
+
+/// The same without adding to the [cost](crate::count).
+pub(super) fn uncounted<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
+) -> Tensor<D> {
     let mut shape = x.dims();
     let [d_out, d_in] = weight.dims();
     assert_eq!(shape[D - 1], d_in, "width of the input (left) and of a weight of {d_out} rows");
     let rows: usize = shape[..D - 1].iter().product();
-    count::add(rows * d_in * d_out, count::bytes(&weight));
     if rows == 0 {
         // Of no rows Burn's product reads what is not there. Gradients are to find their way back all the same.
         let y = x.sum_dim(D - 1) * weight.sum_dim(1).transpose().unsqueeze();
@@ -46,6 +58,10 @@ pub fn linear<const D: usize>(
         };
     }
     let dtypes = [x.dtype(), weight.dtype()];
+    let is_few = rows < FEW && dtypes[0] == dtypes[1] && is_host(&x) && is_host(&weight);
+    if is_few && is_in_order(&weight) {
+        return few(x, weight, bias, activation);
+    }
     if !is_host(&x) || !is_host(&weight) || rows < FEW || dtypes != [DType::F32; 2] {
         let y = match dtypes {
             [DType::BF16, DType::BF16] if is_host(&x) && is_host(&weight) => in_bf16(x, weight),
@@ -72,6 +88,32 @@ pub fn linear<const D: usize>(
     });
     shape[D - 1] = d_out;
     host::tensor(out, shape)
+}
+
+/// The same for few rows, on the CPU.
+fn few<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    let (dtype, mut shape) = (x.dtype(), x.dims());
+    let [d_out, d_in] = weight.dims();
+    shape[D - 1] = d_out;
+    let mut out = vec![0.0; shape.iter().product()];
+    let x = Values::of(x);
+    match dtype {
+        DType::F32 => products(&Values::<f32>::held(weight), &x, d_in, &mut out),
+        DType::F16 => products(&Values::<f16>::held(weight), &x, d_in, &mut out),
+        _ => products(&Values::<bf16>::held(weight), &x, d_in, &mut out),
+    }
+    let bias = bias.map(Values::of);
+    if let Some(bias) = &bias {
+        assert_eq!(bias.len(), d_out, "width of a bias (left) and of what it is added to");
+    }
+    let finish = Finish { values: &mut out, bias: bias.as_deref(), activation, factors: None };
+    Instructions::in_use().run(finish);
+    host::tensor(out, shape).cast(dtype)
 }
 
 /// `x Wᵀ` of numbers in bf16, on the CPU.
@@ -107,7 +149,7 @@ mod tests {
     fn bodies_agree() {
         let device = Device::flex();
         for (seed, [batch, seq, d_in, d_out]) in
-            (0..).zip([[1, 3, 7, 5], [2, 33, 40, 17], [3, 200, 65, 33], [1, 600, 8, 300]])
+            (0..).zip([[1, 3, 7, 5], [1, 15, 40, 130], [2, 33, 40, 17], [3, 200, 65, 33], [1, 600, 8, 300]])
         {
             let x = noise([batch, seq, d_in + 1], seed, &device).narrow(2, 1, d_in);
             let bias = noise([d_out], 8, &device);
@@ -170,11 +212,13 @@ mod tests {
     fn half_precision_stays() {
         for dtype in [DType::F16, DType::BF16] {
             let cast = |shape, seed| noise(shape, seed, &Device::flex()).cast(dtype);
-            let (x, weight) = (cast([40, 8], 1), cast([3, 8], 2));
-            let found = linear(x.clone(), weight.clone(), None, Some(Activation::Silu));
-            assert_eq!(found.dtype(), dtype);
-            let whole = linear(x.cast(DType::F32), weight.cast(DType::F32), None, Some(Activation::Silu));
-            assert_close(found, &floats(whole), 4e-2);
+            for rows in [2, 40] {
+                let (x, weight) = (cast([rows, 8], 1), cast([3, 8], 2));
+                let found = linear(x.clone(), weight.clone(), None, Some(Activation::Silu));
+                assert_eq!(found.dtype(), dtype);
+                let whole = linear(x.cast(DType::F32), weight.cast(DType::F32), None, Some(Activation::Silu));
+                assert_close(found, &floats(whole), 4e-2);
+            }
         }
     }
 
@@ -182,7 +226,7 @@ mod tests {
     #[test]
     fn bodies_agree_in_bf16() {
         for [rows, d_in, d_out] in
-            [[1, 1, 1], [1, 737, 5], [3, 64, 300], [31, 33, 7], [32, 33, 70], [77, 520, 65]]
+            [[1, 1, 1], [1, 737, 5], [3, 64, 300], [16, 65, 9], [31, 33, 7], [32, 33, 70], [77, 520, 65]]
         {
             let x = noise([rows, d_in], 1, &Device::flex()).cast(DType::BF16);
             let weight = noise([d_out, d_in + 1], 2, &Device::flex()).narrow(1, 1, d_in).cast(DType::BF16);

@@ -3,18 +3,18 @@
 use std::fmt;
 use std::ops::Range;
 
-use burn::tensor::module::linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::f16;
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
+use super::linear::uncounted;
 use crate::count;
-use crate::cpu;
+use crate::cpu::Instructions;
 use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::quantized::{Unpack, products};
 
 /// So many rows of activations go through the kernel; from more on, panels of the matrix are unpacked for the
-/// backend's own product.
+/// product of floats.
 const FEW_ROWS: usize = 16;
 /// Values of a panel: 16 MiB in f32.
 const PANEL: usize = 1 << 22;
@@ -296,19 +296,11 @@ impl PackedMatrix {
         &self.codes[rows.start * width..rows.end * width]
     }
 
-    /// The scales of rows in f32 into `scales`, and what code 0 means into `mins`; block by block.
-    pub(crate) fn ranges(&self, rows: Range<usize>, scales: &mut Vec<f32>, mins: &mut Vec<f32>) {
+    /// The scales of rows, and what code 0 means in them; block by block. Without the latter it means 0 with 8 bits, and
+    /// -8 scales with 4.
+    pub(crate) fn halves(&self, rows: Range<usize>) -> (&[f16], Option<&[f16]>) {
         let blocks = rows.start * self.blocks()..rows.end * self.blocks();
-        scales.resize(blocks.len(), 0.0);
-        self.scales[blocks.clone()].convert_to_f32_slice(scales);
-        mins.resize(blocks.len(), 0.0);
-        match (&self.mins, self.quantization.bits) {
-            (Some(halves), _) => halves[blocks].convert_to_f32_slice(mins),
-            (None, Bits::Eight) => mins.fill(0.0),
-            (None, Bits::Four) => {
-                mins.iter_mut().zip(scales).for_each(|(min, scale)| *min = -8.0 * *scale);
-            }
-        }
+        (&self.scales[blocks.clone()], self.mins.as_ref().map(|mins| &mins[blocks]))
     }
 
     /// Some of its rows.
@@ -355,25 +347,9 @@ impl PackedMatrix {
     /// If there is no such row, or `out` is not as long as a row.
     pub fn unpack_row(&self, row: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.shape[1], "columns");
-        let Quantization { bits, block } = self.quantization;
+        let (scales, mins) = self.halves(row..row + 1);
         let codes = self.codes(row..row + 1);
-        let (mut scales, mut mins) = (Vec::new(), Vec::new());
-        self.ranges(row..row + 1, &mut scales, &mut mins);
-        for (i, out) in out.chunks_mut(block).enumerate() {
-            let (scale, min) = (scales[i], mins[i]);
-            match bits {
-                Bits::Eight => {
-                    for (out, &code) in out.iter_mut().zip(&codes[i * block..]) {
-                        *out = f32::from(code as i8) * scale;
-                    }
-                }
-                Bits::Four => {
-                    for (col, out) in (i * block..).zip(out) {
-                        *out = f32::from(codes[col / 2] >> (4 * (col % 2)) & 0xf) * scale + min;
-                    }
-                }
-            }
-        }
+        Instructions::in_use().run(Unpack { quantization: self.quantization, codes, scales, mins, out });
     }
 
     /// The values of some rows, `[rows, cols]`.
@@ -416,14 +392,14 @@ pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> 
     }
     let y = if many <= FEW_ROWS && is_host(&x) {
         let mut y = vec![0.0; many * rows];
-        cpu::quantized::products(weight, &Values::of(x), &mut y);
+        products(weight, &Values::of(x), &mut y);
         host::tensor(y, shape)
     } else {
         let x = x.cast(DType::F32);
         let height = (PANEL / cols).max(1);
         let panels = (0..rows).step_by(height).map(|start| {
             let panel = weight.tensor(start..rows.min(start + height), &device);
-            linear(x.clone(), panel.transpose(), None)
+            uncounted(x.clone(), panel, None, None)
         });
         Tensor::cat(panels.collect(), D - 1)
     };

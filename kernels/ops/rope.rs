@@ -17,6 +17,10 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use crate::cpu::Instructions;
+use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::rope::Turn;
+
 /// Which two channels of a head turn together.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
 pub enum Pairing {
@@ -286,7 +290,8 @@ impl Rope {
 
     /// Turns queries or keys, `[batch, heads, seq, d_head]`, by their positions; the shape stays.
     ///
-    /// Computed in f32 whatever the dtype of `x`, which the result has again.
+    /// Computed in f32 whatever the dtype of `x`, which the result has again; on the CPU in one pass, where no gradients are
+    /// wanted.
     ///
     /// # Panics
     /// If the heads are narrower than `d_rot`, `positions` does not fit the sequence, or a position is beyond
@@ -298,6 +303,14 @@ impl Rope {
         assert!(d_rot <= d_head, "{d_rot} channels turn, but a head has {d_head}");
         let cos = at(&self.cos, positions, batch, seq); // [batch or 1, 1, seq, pairs]
         let sin = at(&self.sin, positions, batch, seq);
+        if is_host(&x) {
+            let (pairing, [cos, sin]) = (self.pairing, [cos, sin].map(Values::of));
+            return host::change(x, d_head, |first, values| {
+                let (cos, sin) = (&*cos, &*sin);
+                let turn = Turn { values, first, heads, seq, d_head, cos, sin, pairs, pairing };
+                Instructions::in_use().run(turn);
+            });
+        }
         let dtype = x.dtype();
         let rest = (d_rot < d_head).then(|| x.clone().narrow(3, d_rot, d_head - d_rot));
         let x = x.narrow(3, 0, d_rot).cast(DType::F32);

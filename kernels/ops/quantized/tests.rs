@@ -16,7 +16,7 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
 fn twin<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> Tensor<D> {
     let [rows, _] = weight.shape();
     let dense = weight.tensor(0..rows, &x.device()).cast(x.dtype());
-    linear(x, dense.transpose(), None)
+    burn::tensor::module::linear(x, dense.transpose(), None)
 }
 
 #[test]

@@ -164,6 +164,35 @@ fn positions_per_row_are_those_of_the_offset() {
     }
 }
 
+/// The body for the CPU beside tensor operations, which an autodiff device gets.
+#[test]
+fn bodies_agree() {
+    let (plain, tracked) = (Device::flex(), Device::flex().autodiff());
+    for pairing in [Pairing::Half, Pairing::Interleaved] {
+        for (d_rot, [batch, heads, seq, d_head]) in
+            [(2, [1, 1, 1, 2]), (6, [2, 3, 5, 9]), (64, [3, 2, 1, 64])]
+        {
+            let config = RopeConfig::new(d_rot, 20).with_pairing(pairing);
+            let ids: Vec<i64> = (0..(batch * seq) as i64).map(|at| at * 7 % 20).collect();
+            let turned = |positions: &dyn Fn(&Device) -> Positions, device: &Device| {
+                let x = noise([batch, seq, heads, d_head], 1, device).swap_dims(1, 2);
+                floats(config.init(device).apply(x, &positions(device)))
+            };
+            let all = |device: &Device| {
+                let ids = Tensor::<1, Int>::from_data(&ids[..], device);
+                Positions::Each(ids.reshape([batch, seq]))
+            };
+            let from = |_: &Device| Positions::From(7);
+            for positions in [&all as &dyn Fn(&Device) -> Positions, &from] {
+                let expected = turned(positions, &tracked);
+                for (found, expected) in turned(positions, &plain).iter().zip(expected) {
+                    assert!((found - expected).abs() < 1e-6, "{pairing:?} {d_rot}: {found} {expected}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn partial_rotation_leaves_the_rest() {
     let x = noise([1, 2, 3, 10], 1, &Device::flex());
