@@ -247,10 +247,83 @@ fn plain<const BITS: usize, const R: usize, const M: usize>(rows: &Rows, x: [&[f
     out
 }
 
+/// Broken chunks at the ends of rows, filled up with zeros, and how many whole ones come before.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn last<const R: usize>(rows: &Rows, chunk_bytes: usize) -> ([[u8; CHUNK]; R], usize) {
+    let whole = rows.width / chunk_bytes;
+    let last = std::array::from_fn(|r| {
+        let mut last = [0; CHUNK];
+        let rest = &rows.codes[r * rows.width + whole * chunk_bytes..(r + 1) * rows.width];
+        last[..rest.len()].copy_from_slice(rest);
+        last
+    });
+    (last, whole)
+}
+
+/// As [`plain`], eight values at a time.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
+#[allow(clippy::needless_range_loop)] // several arrays side by side
 fn avx2<const BITS: usize, const R: usize, const M: usize>(rows: &Rows, x: [&[f32]; M]) -> [[f32; M]; R] {
-    plain::<BITS, R, M>(rows, x)
+    use std::arch::x86_64::*;
+
+    let half = |half: f16| _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(half.to_bits().into())));
+    let blocks = rows.scales.len() / R;
+    let chunks = x.iter().map(|x| x.len() / CHUNK).min().unwrap_or(0);
+    let chunk_bytes = CHUNK * BITS / 8;
+    let (last, whole) = last::<R>(rows, chunk_bytes);
+    let mut ahead = Ahead::new(rows.width);
+    let mut sums = [[_mm256_setzero_ps(); M]; R];
+    for block in 0..blocks {
+        let first = block * rows.chunks_per_block;
+        let scales: [__m256; R] = std::array::from_fn(|r| half(rows.scales[r * blocks + block]));
+        let mins: [__m256; R] = std::array::from_fn(|r| match (BITS, rows.mins) {
+            (8, _) => _mm256_setzero_ps(),
+            (_, Some(mins)) => half(mins[r * blocks + block]),
+            (_, None) => _mm256_mul_ps(scales[r], _mm256_set1_ps(-8.0)),
+        });
+        for chunk in first..chunks.min(first + rows.chunks_per_block) {
+            if (chunk * chunk_bytes).is_multiple_of(LINE) {
+                ahead.codes::<R>(rows);
+            }
+            for r in 0..R {
+                // SAFETY: a whole chunk is within its row, and the last one an array of its own.
+                let codes: [__m256i; 4] = unsafe {
+                    let codes = match chunk < whole {
+                        true => rows.codes.as_ptr().add(r * rows.width + chunk * chunk_bytes),
+                        false => last[r].as_ptr(),
+                    };
+                    if BITS == 8 {
+                        [0, 8, 16, 24].map(|at| _mm256_cvtepi8_epi32(_mm_loadl_epi64(codes.add(at).cast())))
+                    } else {
+                        let (both, lowest) = (_mm_loadu_si128(codes.cast()), _mm_set1_epi8(0xf));
+                        let low = _mm_and_si128(both, lowest);
+                        let high = _mm_and_si128(_mm_srli_epi16::<4>(both), lowest);
+                        [low, _mm_srli_si128::<8>(low), high, _mm_srli_si128::<8>(high)]
+                            .map(|codes| _mm256_cvtepu8_epi32(codes))
+                    }
+                };
+                let values =
+                    codes.map(|codes| _mm256_fmadd_ps(_mm256_cvtepi32_ps(codes), scales[r], mins[r]));
+                for m in 0..M {
+                    for (at, value) in values.into_iter().enumerate() {
+                        // SAFETY: all activations have so many chunks.
+                        let x = unsafe { _mm256_loadu_ps(x[m].as_ptr().add(chunk * CHUNK + 8 * at)) };
+                        sums[r][m] = _mm256_fmadd_ps(value, x, sums[r][m]);
+                    }
+                }
+            }
+        }
+    }
+    sums.map(|sums| {
+        sums.map(|sums| {
+            let mut lanes = [0.0_f32; 8];
+            // SAFETY: an array of exactly as many bytes.
+            unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums) };
+            lanes.iter().sum()
+        })
+    })
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -276,14 +349,7 @@ fn avx512<const BITS: usize, const R: usize, const M: usize>(rows: &Rows, x: [&[
     let blocks = rows.scales.len() / R;
     let chunks = x.iter().map(|x| x.len() / CHUNK).min().unwrap_or(0);
     let chunk_bytes = CHUNK * BITS / 8;
-    // the last chunk of a row may be a broken one
-    let whole = rows.width / chunk_bytes;
-    let last: [[u8; CHUNK]; R] = std::array::from_fn(|r| {
-        let mut last = [0; CHUNK];
-        let rest = &rows.codes[r * rows.width + whole * chunk_bytes..(r + 1) * rows.width];
-        last[..rest.len()].copy_from_slice(rest);
-        last
-    });
+    let (last, whole) = last::<R>(rows, chunk_bytes);
     let mut ahead = Ahead::new(rows.width);
     let mut sums = [[[_mm512_setzero_ps(); 2]; M]; R];
     let (mut scales, mut mins) = ([[0.0_f32; BLOCKS]; R], [[0.0_f32; BLOCKS]; R]);
