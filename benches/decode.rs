@@ -25,6 +25,7 @@ use volary_weights::{LoadOptions, QuantizeOptions, load, open, quantize, save};
 
 #[path = "peers/program.rs"]
 mod program;
+#[allow(dead_code)] // only what a process says of itself is wanted
 mod support;
 
 use program::{Program, Work, agree, in_turns, told};

@@ -463,7 +463,8 @@ impl Ahead {
 #[inline(always)]
 fn fetch(from: *const u8) {
     use std::arch::x86_64::*;
-    _mm_prefetch::<_MM_HINT_T0>(from.cast());
+    // SAFETY: a hint, which any address may be given.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) };
 }
 
 #[cfg(test)]

@@ -2,7 +2,6 @@ use burn::tensor::DType;
 
 use super::*;
 use crate::testing::{assert_close, assert_gradient, floats, noise, random, tensor};
-use burn::tensor::DType;
 
 fn param<const D: usize>(shape: [usize; D], values: &[f64]) -> Param<Tensor<D>> {
     Param::from_tensor(tensor(shape, values, &Device::flex()))
