@@ -23,13 +23,14 @@ use volary::llama::{KEYS, Llama, LlamaCache, LlamaConfig, LlamaInput};
 use volary_kernels::ops::{Activation, Mask, Pairing, Positions, Quantization, RopeScaling};
 use volary_weights::{LoadOptions, QuantizeOptions, load, open, quantize, save};
 
+#[allow(dead_code)] // the processes here answer by themselves
 #[path = "peers/program.rs"]
 mod program;
 #[allow(dead_code)] // only what a process says of itself is wanted
 mod support;
 
-use program::{Program, Work, agree, in_turns, told};
-use support::{peak_mib, python};
+use program::{Program, Work, apart, in_turns, told};
+use support::python;
 
 const CONFIG: LlamaConfig = LlamaConfig {
     vocab_size: 32_000,
@@ -53,8 +54,8 @@ const PROMPT: usize = 128;
 const TOKENS: usize = 64;
 /// Places whose distributions are compared.
 const TEXT: usize = 96;
-/// How far two programs may be apart in f32, as a share of the greatest number.
-const TOLERANCE: f32 = 1e-4;
+/// How far two programs may be apart in f32: [`apart`].
+const TOLERANCE: f64 = 1e-4;
 const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/decode.py");
 /// Program and how it holds weights; the first is what the others are measured by.
 const ROWS: [(&str, &str); 6] = [
@@ -89,21 +90,18 @@ fn compare(rounds: usize, threads: usize) -> Result<()> {
             _ => Command::new(python()),
         };
         command.arg(if program == "volary" { "child" } else { PEER }).args([held]).arg(folder.path());
-        command.env("RAYON_NUM_THREADS", threads.to_string()).env("OMP_NUM_THREADS", threads.to_string());
-        programs.push(Program::start(&mut command)?);
+        programs.push(Program::start(&mut command, threads)?);
     }
-    let mut scores = Vec::new();
-    for (number, program) in programs.iter_mut().enumerate() {
-        let file = folder.path().join(format!("scores-{number}"));
-        program.ask(&format!("scores {}", file.display()))?;
-        scores.push(program::read(&file)?);
-    }
-    agree(&scores[2], &scores[0], TOLERANCE)?;
+    let scores = programs.iter_mut().map(|program| program.values("scores", folder.path()));
+    let scores = scores.collect::<Result<Vec<_>>>()?;
+    let error = apart(&scores[2], &scores[0])?;
+    ensure!(error <= TOLERANCE, "the programs differ by {error:e}, {TOLERANCE:e} is allowed");
 
     let work = |what: &str, times: usize| {
-        let of = |program| Work { program, question: what.to_owned(), times };
+        let of = |program| Work { program, work: what.to_owned(), times };
         (0..ROWS.len()).map(of).collect::<Vec<_>>()
     };
+    in_turns(&mut programs, &work("tokens", TOKENS), 1)?; // what is done for the first time takes longer
     let decoding = in_turns(&mut programs, &work("tokens", TOKENS), rounds)?;
     let prompts = in_turns(&mut programs, &work("prompt", PROMPT), rounds.min(3))?;
     println!(
@@ -122,7 +120,7 @@ fn compare(rounds: usize, threads: usize) -> Result<()> {
             first / own,
             told(&milliseconds),
             1.0 / prompts[at].median(),
-            programs[at].ask("peak")?.parse::<f64>()?,
+            programs[at].peak_mib()?,
             divergence(&scores[0], &scores[at]),
         );
     }
@@ -168,7 +166,8 @@ fn next(model: &Llama, ids: Tensor<2, Int>, cache: &mut LlamaCache) -> Tensor<2,
     model.logits(states).argmax(2).reshape([1, 1])
 }
 
-/// Answers `scores FILE`, `prompt`, `tokens` and `peak`, line by line, until there is no more.
+/// Answers `write scores FILE`, `time prompt N` and `time tokens N`, of the one prompt and its tokens, line by line, until there
+/// is no more.
 fn child(held: &str, folder: &Path) -> Result<()> {
     let device = Device::flex();
     let (file, dtype) = match held {
@@ -184,13 +183,13 @@ fn child(held: &str, folder: &Path) -> Result<()> {
         let line = line?;
         let words: Vec<&str> = line.split_whitespace().collect();
         match words[..] {
-            ["scores", file] => {
+            ["write", "scores", file] => {
                 let scores = model.logits(model.forward(text(TEXT, &device)));
                 let scores: Vec<f32> = scores.into_data().iter().collect();
                 program::write(Path::new(file), &scores)?;
                 println!("written");
             }
-            [what @ ("prompt" | "tokens")] => {
+            ["time", what @ ("prompt" | "tokens"), _] => {
                 let mut cache = model.cache(PROMPT + TOKENS);
                 let start = Instant::now();
                 let mut token = next(&model, text(PROMPT, &device), &mut cache);
@@ -205,7 +204,6 @@ fn child(held: &str, folder: &Path) -> Result<()> {
                 }
                 println!("{seconds}");
             }
-            ["peak"] => println!("{}", peak_mib()?),
             _ => bail!("`{line}` is not a question"),
         }
     }

@@ -2,8 +2,8 @@
 
 usage: decode.py f32|bf16 FOLDER
 
-Keys and values are written into buffers made beforehand, weights are read tensor by tensor. Answers `scores FILE`, `prompt`,
-`tokens` and `peak`, line by line. The number of threads is that of OMP_NUM_THREADS.
+Keys and values are written into buffers made beforehand, weights are read tensor by tensor. Answers
+`write scores FILE`, `time prompt N` and `time tokens N`, line by line. The number of threads is that of OMP_NUM_THREADS.
 """
 import json
 import struct
@@ -31,13 +31,6 @@ def read(path, dtype):
             file.readinto(memoryview(tensor.numpy()).cast("B"))
             tensors[name] = tensor.to(dtype)
     return tensors
-
-
-def peak_mib():
-    """Of this process alone: getrusage counts the one that started it too."""
-    with open("/proc/self/status") as status:
-        (line,) = [line for line in status if line.startswith("VmHWM:")]
-    return int(line.split()[1]) / 1024
 
 
 def turn(x, cos, sin):
@@ -93,12 +86,10 @@ decoder = Decoder(read(f"{folder}/f32.safetensors", dtype), dtype)
 print(f"torch {torch.__version__}, {held}, {torch.get_num_threads()} threads", flush=True)
 with torch.inference_mode():
     for line in sys.stdin:
-        what, *rest = line.split()
-        if what == "scores":
-            decoder.scores(decoder.states(text(TEXT), 0)).float().numpy().tofile(rest[0])
+        how, what, rest = line.split()
+        if how == "write":
+            decoder.scores(decoder.states(text(TEXT), 0)).float().numpy().tofile(rest)
             print("written", flush=True)
-        elif what == "peak":
-            print(peak_mib(), flush=True)
         else:
             start = time.perf_counter()
             token = decoder.scores(decoder.states(text(PROMPT), 0)[:, -1]).argmax(-1)
