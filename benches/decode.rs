@@ -26,11 +26,8 @@ use volary_weights::{LoadOptions, QuantizeOptions, load, open, quantize, save};
 #[allow(dead_code)] // the processes here answer by themselves
 #[path = "peers/program.rs"]
 mod program;
-#[allow(dead_code)] // only what a process says of itself is wanted
-mod support;
 
-use program::{Program, Work, apart, in_turns, told};
-use support::python;
+use program::{Program, Work, apart, in_turns, python, told};
 
 const CONFIG: LlamaConfig = LlamaConfig {
     vocab_size: 32_000,
@@ -87,9 +84,12 @@ fn compare(rounds: usize, threads: usize) -> Result<()> {
     for (program, held) in ROWS {
         let mut command = match program {
             "volary" => Command::new(std::env::current_exe()?),
-            _ => Command::new(python()),
+            _ => python(Path::new(PEER)),
         };
-        command.arg(if program == "volary" { "child" } else { PEER }).args([held]).arg(folder.path());
+        if program == "volary" {
+            command.arg("child");
+        }
+        command.arg(held).arg(folder.path());
         programs.push(Program::start(&mut command, threads)?);
     }
     let scores = programs.iter_mut().map(|program| program.values("scores", folder.path()));

@@ -15,6 +15,7 @@ use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{DType, Device, Int, Tensor};
 use half::f16;
 use rayon::prelude::*;
+use volary::bench::peak_memory;
 use volary::llama::{Llama, LlamaCache, LlamaConfig, LlamaInput};
 use volary::preset::{Shape, bytes};
 use volary::registry::SYSTEMS;
@@ -44,7 +45,11 @@ fn main() -> Result<()> {
 
     let start = Instant::now();
     let model = config.init(&device).map(&mut Random { quantization, matrix: 0 });
-    println!("made in {:.1} s, peak memory {:.0} MiB", start.elapsed().as_secs_f64(), peak_mib()?);
+    println!(
+        "made in {:.1} s, peak memory {:.0} MiB",
+        start.elapsed().as_secs_f64(),
+        peak_memory().context("only Linux tells")?
+    );
 
     let mut cache = model.cache(PROMPT + ROUNDS * tokens);
     let prompt: Vec<i64> = (0..PROMPT as i64).map(|i| i * 1543 % config.vocab_size as i64).collect();
@@ -65,7 +70,7 @@ fn main() -> Result<()> {
             Ok(())
         })?;
         if peak == 0.0 {
-            peak = peak_mib()?; // without what is allocated next
+            peak = peak_memory().context("only Linux tells")?; // without what is allocated next
         }
         let [memory, memory_of_cpu] = memory_speed()?;
         let bytes = tokens as f64 * gb(read);
@@ -192,11 +197,4 @@ fn memory_speed() -> Result<[f64; 2]> {
     })?;
     let read = gb(8 * WORDS * PASSES);
     Ok([read / wall, read / cpu])
-}
-
-/// The peak of this process's resident set, as Linux counts it.
-fn peak_mib() -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("/proc is read for peak memory")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
 }

@@ -14,16 +14,17 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, FloatDType, Tensor, s};
+use volary::bench::peak_memory;
 use volary::clip::{ClipConfig, Layout};
 use volary::preset::Shape;
 use volary::registry::SYSTEMS;
 use volary_weights::{LoadOptions, NotFinite, load, open, save};
 
 mod support;
-use support::{measured, peak_mib, python, run, sorted};
+use support::{measured, python, run, sorted};
 
 const MODEL: &str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K";
 /// How far the values are read, for the programs and for the table.
@@ -128,7 +129,7 @@ fn child(path: &Path, dtype: &str, read: &str) -> Result<()> {
         model.visit(&mut Pages);
     }
     let seconds = start.elapsed().as_secs_f64();
-    println!("{seconds} {}", peak_mib()?);
+    println!("{seconds} {}", peak_memory().context("only Linux tells")?);
     drop(model);
     Ok(())
 }

@@ -14,6 +14,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use half::f16;
 use rayon::prelude::*;
+use volary::bench::peak_memory;
 use volary_multimodal::retrieval::{VectorFile, nearest, write_vectors};
 use volary_vision::image::Rgb8;
 
@@ -67,7 +68,11 @@ fn search() -> Result<()> {
 
     let start = Instant::now();
     let file = VectorFile::open(&path, &model, D_EMBED)?;
-    println!("opened in {:.6} s, peak memory {:.0} MiB", start.elapsed().as_secs_f64(), peak_mib()?);
+    println!(
+        "opened in {:.6} s, peak memory {:.0} MiB",
+        start.elapsed().as_secs_f64(),
+        peak_memory().context("only Linux tells")?
+    );
     for n in [1, 8] {
         let queries: Vec<f32> = (0..n).flat_map(&mut vector).collect();
         let mut seconds: Vec<f64> = (0..RUNS)
@@ -79,15 +84,8 @@ fn search() -> Result<()> {
             .collect();
         let first = seconds[0];
         seconds.sort_by(f64::total_cmp);
-        let (median, peak) = (seconds[RUNS / 2], peak_mib()?);
+        let (median, peak) = (seconds[RUNS / 2], peak_memory().context("only Linux tells")?);
         println!("{n} queries: {median:.3} s (first {first:.3} s), peak memory {peak:.0} MiB");
     }
     Ok(())
-}
-
-/// The peak of this process's resident set, as Linux counts it.
-fn peak_mib() -> Result<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").context("/proc is read for peak memory")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
 }

@@ -87,11 +87,16 @@ impl Drop for Program {
     }
 }
 
-/// PyTorch's side, `pytorch.py` of the folder of peers, in the Python that `VOLARY_PYTHON` names.
-pub fn pytorch(peers: &Path) -> Command {
+/// A script in the Python that `VOLARY_PYTHON` names.
+pub fn python(script: &Path) -> Command {
     let mut command = Command::new(std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into()));
-    command.arg(peers.join("pytorch.py"));
+    command.arg(script);
     command
+}
+
+/// PyTorch's side: `pytorch.py` of the folder of peers.
+pub fn pytorch(peers: &Path) -> Command {
+    python(&peers.join("pytorch.py"))
 }
 
 /// candle's side: the program that `VOLARY_CANDLE` names, or the one that cargo makes of the folder of peers, if it can.

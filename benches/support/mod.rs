@@ -1,6 +1,5 @@
 //! What benches share that run each side as a process of its own.
 
-use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -42,14 +41,4 @@ pub fn sorted(figures: &[Figure], pick: impl Fn(&Figure) -> f64) -> Vec<f64> {
     let mut values: Vec<f64> = figures.iter().map(pick).collect();
     values.sort_by(f64::total_cmp);
     values
-}
-
-/// The peak of this process's resident set, as Linux counts it.
-pub fn peak_mib() -> Result<f64> {
-    let file = PathBuf::from("/proc/self/status");
-    let status =
-        std::fs::read_to_string(&file).context("peak memory is read from /proc, which only Linux has")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM line")?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib / 1024.0)
 }

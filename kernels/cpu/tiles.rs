@@ -202,7 +202,10 @@ impl<T: Number> Task<'_, T> {
 /// What matrices hold.
 pub trait Number: Copy + Default + Send + Sync {
     /// The fastest that runs here.
-    fn body() -> Body;
+    fn body() -> Body {
+        Body::of_floats()
+    }
+
     /// Numbers as a body reads them: rows `[inner, width]` become words `[words, width]`.
     fn lay_out(body: Body, from: &[Self], width: usize, to: &mut [f32]);
     /// Rounds.
@@ -210,10 +213,6 @@ pub trait Number: Copy + Default + Send + Sync {
 }
 
 impl Number for f32 {
-    fn body() -> Body {
-        Body::of_floats()
-    }
-
     fn lay_out(_: Body, from: &[f32], _: usize, to: &mut [f32]) {
         to.copy_from_slice(from);
     }
@@ -224,10 +223,6 @@ impl Number for f32 {
 }
 
 impl Number for f16 {
-    fn body() -> Body {
-        Body::of_floats()
-    }
-
     fn lay_out(_: Body, from: &[f16], _: usize, to: &mut [f32]) {
         from.convert_to_f32_slice(to);
     }

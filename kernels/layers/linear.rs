@@ -3,7 +3,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use super::Packed;
-use crate::ops::{Activation, add_bias, linear, quantized_linear};
+use crate::ops::{Activation, finished, linear, quantized_linear};
 
 /// Configuration of a [`Linear`] layer.
 #[derive(Config, Debug)]
@@ -67,12 +67,7 @@ pub(super) fn project<const D: usize>(
     let Some(packed) = Packed::of(weight) else {
         return linear(x, weight.val(), bias, activation);
     };
-    let y = quantized_linear(x, packed);
-    match (activation, bias) {
-        (Some(activation), bias) => activation.biased(y, bias),
-        (None, Some(bias)) => add_bias(y, bias),
-        (None, None) => y,
-    }
+    finished(quantized_linear(x, packed), bias, activation)
 }
 
 #[cfg(test)]

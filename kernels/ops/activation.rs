@@ -102,11 +102,27 @@ impl Activation {
     }
 }
 
+/// `act(x + bias)`, of what there is of both: see [`Activation::biased`] and [`add_bias`].
+///
+/// # Panics
+/// If the widths differ.
+pub(crate) fn finished<const D: usize>(
+    x: Tensor<D>,
+    bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    match (activation, bias) {
+        (Some(activation), bias) => activation.biased(x, bias),
+        (None, Some(bias)) => add_bias(x, bias),
+        (None, None) => x,
+    }
+}
+
 /// `x + bias`: `x` `[..., width]`, `bias` `[width]`. On the CPU in place where nobody else holds `x`.
 ///
 /// # Panics
 /// If the widths differ.
-pub fn add_bias<const D: usize>(x: Tensor<D>, bias: Tensor<1>) -> Tensor<D> {
+fn add_bias<const D: usize>(x: Tensor<D>, bias: Tensor<1>) -> Tensor<D> {
     match is_host(&x) && is_host(&bias) {
         true => finish(x, Some(bias), None, None),
         false => x + bias.unsqueeze(),

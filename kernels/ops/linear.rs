@@ -2,7 +2,7 @@ use burn::tensor::module::linear as burns;
 use burn::tensor::{DType, Tensor};
 use half::{bf16, f16};
 
-use super::{Activation, add_bias};
+use super::{Activation, finished};
 use crate::count;
 use crate::cpu::Instructions;
 use crate::cpu::few::products;
@@ -52,10 +52,7 @@ pub(super) fn uncounted<const D: usize>(
     if rows == 0 {
         // Of no rows Burn's product reads what is not there. Gradients are to find their way back all the same.
         let y = x.sum_dim(D - 1) * weight.sum_dim(1).transpose().unsqueeze();
-        return match bias {
-            Some(bias) => y + bias.unsqueeze(),
-            None => y,
-        };
+        return finished(y, bias, None);
     }
     let dtypes = [x.dtype(), weight.dtype()];
     let is_few = rows < FEW && dtypes[0] == dtypes[1] && is_host(&x) && is_host(&weight);
@@ -72,11 +69,7 @@ pub(super) fn uncounted<const D: usize>(
             }
             _ => burns(x, weight.transpose(), None),
         };
-        return match (activation, bias) {
-            (Some(activation), bias) => activation.biased(y, bias),
-            (None, Some(bias)) => add_bias(y, bias),
-            (None, None) => y,
-        };
+        return finished(y, bias, activation);
     }
     let (x, weight, bias) = (Values::of(x), Values::of(weight), bias.map(Values::of));
     if let Some(bias) = &bias {
@@ -107,13 +100,7 @@ fn few<const D: usize>(
         DType::F16 => products(&Values::<f16>::held(weight), &x, d_in, &mut out),
         _ => products(&Values::<bf16>::held(weight), &x, d_in, &mut out),
     }
-    let bias = bias.map(Values::of);
-    if let Some(bias) = &bias {
-        assert_eq!(bias.len(), d_out, "width of a bias (left) and of what it is added to");
-    }
-    let finish = Finish { values: &mut out, bias: bias.as_deref(), activation, factors: None };
-    Instructions::in_use().run(finish);
-    host::tensor(out, shape).cast(dtype)
+    finished(host::tensor(out, shape), bias, activation).cast(dtype)
 }
 
 /// `x Wᵀ` of numbers in bf16, on the CPU.

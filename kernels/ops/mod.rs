@@ -12,7 +12,8 @@ mod quantized;
 mod rope;
 mod softmax;
 
-pub use activation::{Activation, add_bias};
+pub use activation::Activation;
+pub(crate) use activation::finished;
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
 pub use convolution::convolution;

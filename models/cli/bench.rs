@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use volary::bench::{Rate, bench};
+use volary::bench::{Rate, bench, peak_memory};
 use volary_kernels::{Instructions, Peak};
 
 use super::{Model, Shared, say, say_json};
@@ -99,12 +99,4 @@ impl Row {
             gbytes_per_second: rate.weights() * 1e-9,
         }
     }
-}
-
-/// The peak of this process's memory in MiB, as Linux counts it.
-fn peak_memory() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.trim().trim_end_matches(" kB").parse().ok()?;
-    Some(kib / 1024.0)
 }
