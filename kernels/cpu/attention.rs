@@ -1,6 +1,8 @@
 //! Attention without the matrix of all scores (Dao et al. 2022, <https://arxiv.org/abs/2205.14135>): queries see the keys
 //! block by block, and what they have gathered is scaled whenever a greater score turns up.
 
+use std::ops::Range;
+
 use burn::tensor::Element;
 use bytemuck::Pod;
 use rayon::prelude::*;
@@ -9,12 +11,14 @@ use super::few::Held;
 use super::host::{Rows, Strided, by_task};
 use super::instructions::{self, Instructions};
 use super::pointwise::{exp, exponentials, fma, greatest};
-use super::tiles::{Body, LANES, Number, PANEL, ROWS};
+use super::matmul::{self, ByTile, Columns, DEPTH, Number, Right, Room, Tile, multiply};
 
 /// Queries of a block.
-const QUERIES: usize = 16 * ROWS;
-/// Keys of a block.
-const KEYS: usize = 4 * PANEL;
+const QUERIES: usize = 98;
+/// Keys of a block: weights of them are as wide as rows of a product.
+const KEYS: usize = DEPTH;
+/// Sums that are kept side by side.
+const LANES: usize = 16;
 /// Tasks for each thread, where there are queries for so many.
 const TASKS: usize = 2;
 
@@ -69,14 +73,12 @@ pub fn attention<T: Number>(query: &[T], key: &[T], value: &[T], sizes: Sizes, o
             parts.map(move |(part, out)| (head, part * rows, out))
         })
         .collect();
+    let tiles = T::tiles(Instructions::in_use());
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (head, first, out)| {
-        let own = |length: usize| head * length..(head + 1) * length;
-        scratch.lay_out(&key[own(keys * d_head)], &value[own(keys * d_value)], sizes);
-        let query = &query[own(queries * d_head)];
-        for (at, out) in out.chunks_mut(QUERIES * d_value).enumerate() {
-            let first = first + at * QUERIES;
-            scratch.block(&query[first * d_head..], first, sizes, out);
-        }
+        let query = &query[(head * queries + first) * d_head..][..out.len() / d_value * d_head];
+        let key = Columns::new(&key[head * keys * d_head..][..keys * d_head], d_head);
+        let value = matmul::Rows::new(&value[head * keys * d_value..][..keys * d_value], d_value);
+        tiles.run(Part { query, key, value, first, sizes, scratch, out });
     });
 }
 
@@ -176,96 +178,153 @@ fn dot<T: Held, const FMA: bool>(query: &[f32], key: &[T]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-/// Room for what a task lays out.
+/// Queries of a head.
+struct Part<'a, T> {
+    /// `[queries of the part, d_head]`
+    query: &'a [T],
+    key: Columns<'a, T>,
+    value: matmul::Rows<'a, T>,
+    /// The place of the first query.
+    first: usize,
+    sizes: Sizes,
+    scratch: &'a mut Scratch,
+    /// `[queries of the part, d_value]`
+    out: &'a mut [T],
+}
+
+/// Room for what a part lays out.
 #[derive(Default)]
 struct Scratch {
-    /// `[panels, d_head, PANEL]`, keys across
-    keys: Vec<f32>,
-    /// `[keys, d_value]` in panels of values, each `[keys, width]`; keys in whole panels
-    values: Vec<f32>,
-    /// `[QUERIES, d_head]`, scaled
-    queries: Vec<f32>,
-    /// `[QUERIES, keys of a block]`
-    scores: Vec<f32>,
-    /// `[QUERIES, whole lanes of d_value]`
-    sums: Vec<f32>,
-    wide: Vec<f32>,
+    /// Keys in panels, `[blocks of d_head, panels of keys, words, C]`
+    keys: Room,
+    /// Values in panels, `[blocks of keys, panels of d_value, words, C]`
+    values: Room,
+    /// `[blocks of d_head, QUERIES, DEPTH]`
+    queries: Room,
+    /// `[QUERIES, KEYS]`
+    scores: Room,
+    /// `[QUERIES, whole panels of d_value]`
+    sums: Room,
 }
 
-/// Panels of `d_value` columns: where each begins, and its width.
-fn panels(d_value: usize) -> impl Iterator<Item = (usize, usize)> {
-    let padded = d_value.next_multiple_of(LANES);
-    (0..padded).step_by(PANEL).map(move |start| (start, PANEL.min(padded - start)))
-}
-
-impl Scratch {
-    /// Keys and values of a head.
-    fn lay_out<T: Number>(&mut self, key: &[T], value: &[T], Sizes { keys, d_head, d_value, .. }: Sizes) {
-        let padded = keys.next_multiple_of(PANEL);
-        let Self { keys: laid_out, values, wide, .. } = self;
-        widen(key, wide);
-        laid_out.clear();
-        laid_out.resize(padded * d_head, 0.0);
-        for (at, key) in wide.chunks(d_head.max(1)).enumerate() {
-            let panel = &mut laid_out[at / PANEL * PANEL * d_head..];
-            for (place, value) in key.iter().enumerate() {
-                panel[place * PANEL + at % PANEL] = *value;
-            }
+impl<T: Number> ByTile for Part<'_, T> {
+    fn run<K: Tile<C>, const C: usize>(self) {
+        let Self { query, key, value, first, sizes, scratch, out } = self;
+        let Sizes { d_head, d_value, .. } = sizes;
+        let seen = sizes.seen(first + out.len() / d_value - 1);
+        let [keys, values] = [(d_head, DEPTH * K::PER_WORD, seen), (seen, KEYS, d_value)]
+            .map(|(inner, block, columns)| Panels::new::<K, C>(inner, block, columns));
+        keys.lay_out::<T, K, C>(&key, scratch.keys.of(keys.words()));
+        values.lay_out::<T, K, C>(&value, scratch.values.of(values.words()));
+        for (at, out) in out.chunks_mut(QUERIES * d_value).enumerate() {
+            let query = &query[at * QUERIES * d_head..][..out.len() / d_value * d_head];
+            scratch.block::<T, K, C>(query, first + at * QUERIES, [keys, values], sizes, out);
         }
-        widen(value, wide);
-        values.clear();
-        values.resize(padded * d_value.next_multiple_of(LANES), 0.0);
-        for (start, width) in panels(d_value) {
-            let own = width.min(d_value - start);
-            let panel = &mut values[padded * start..];
-            for (value, panel) in wide.chunks(d_value).zip(panel.chunks_mut(width)) {
-                panel[..own].copy_from_slice(&value[start..start + own]);
+    }
+}
+
+/// A matrix in panels, `[blocks of the inner axis, panels, words, C]`.
+#[derive(Clone, Copy)]
+struct Panels {
+    inner: usize,
+    /// Places of a block.
+    block: usize,
+    /// Words of a panel.
+    deep: usize,
+    /// Words of a block.
+    size: usize,
+}
+
+impl Panels {
+    fn new<K: Tile<C>, const C: usize>(inner: usize, block: usize, columns: usize) -> Self {
+        let deep = inner.min(block).div_ceil(K::PER_WORD);
+        Self { inner, block, deep, size: deep * columns.next_multiple_of(C) }
+    }
+
+    fn words(self) -> usize {
+        self.inner.div_ceil(self.block) * self.size
+    }
+
+    /// Places of the inner axis, block by block.
+    fn blocks(self) -> impl Iterator<Item = Range<usize>> {
+        let Self { inner, block, .. } = self;
+        (0..inner).step_by(block).map(move |start| start..inner.min(start + block))
+    }
+
+    fn lay_out<T: Number, K: Tile<C>, const C: usize>(self, matrix: &impl Right<T>, room: &mut [f32]) {
+        for (part, room) in self.blocks().zip(room.chunks_mut(self.size.max(1))) {
+            for (at, panel) in room.chunks_mut(self.deep * C).enumerate() {
+                let words = part.len().div_ceil(K::PER_WORD);
+                matrix.lay_out::<K, C>(part.clone(), at * C, &mut panel.as_chunks_mut().0[..words]);
             }
         }
     }
 
+    /// Some panels of a block of so many places, with where their columns begin.
+    fn of_block<'a, K: Tile<C>, const C: usize>(
+        self,
+        room: &'a [f32],
+        part: &Range<usize>,
+        columns: Range<usize>,
+    ) -> impl Iterator<Item = (usize, &'a [[f32; C]])> {
+        let words = part.len().div_ceil(K::PER_WORD);
+        let block = &room[part.start / self.block * self.size..][..self.size];
+        let columns = columns.start * self.deep..(columns.end.next_multiple_of(C) * self.deep).min(self.size);
+        let panels = block[columns].chunks(self.deep * C);
+        (0..).step_by(C).zip(panels.map(move |panel| &panel.as_chunks().0[..words]))
+    }
+}
+
+impl Scratch {
     /// A block of queries, of which the first is at `first`.
-    fn block<T: Number>(&mut self, query: &[T], first: usize, sizes: Sizes, out: &mut [T]) {
-        let Sizes { keys, d_head, d_value, scale, .. } = sizes;
-        let Self { keys: laid_out, values, queries: rows, scores, sums, .. } = self;
-        let (body, count) = (Body::of_floats(), out.len() / d_value);
-        let (padded, width) = (keys.next_multiple_of(PANEL), d_value.next_multiple_of(LANES));
-        widen(&query[..count * d_head], rows);
-        rows.iter_mut().for_each(|value| *value *= scale);
-        sums.clear();
-        sums.resize(count * width, 0.0);
+    fn block<T: Number, K: Tile<C>, const C: usize>(
+        &mut self,
+        query: &[T],
+        first: usize,
+        [keys, values]: [Panels; 2],
+        sizes: Sizes,
+        out: &mut [T],
+    ) {
+        let Sizes { d_head, d_value, scale, .. } = sizes;
+        let (count, width) = (out.len() / d_value, d_value.next_multiple_of(C));
+        let queries = self.queries.of(keys.blocks().count() * count * DEPTH).as_chunks_mut().0;
+        for (part, queries) in keys.blocks().zip(queries.chunks_mut(count)) {
+            for (query, words) in query.chunks(d_head).zip(queries) {
+                T::words::<K, C>(&query[part.clone()], &mut words[..part.len().div_ceil(K::PER_WORD)]);
+            }
+        }
+        let (laid_out, scores) = (self.keys.of(keys.words()), self.scores.of(count * KEYS).as_chunks_mut().0);
+        let (values_of, sums) = (self.values.of(values.words()), self.sums.of(count * width));
+        sums.fill(0.0);
         let (mut greatest, mut totals) = ([f32::NEG_INFINITY; QUERIES], [0.0_f32; QUERIES]);
         let seen = |row: usize| sizes.seen(first + row);
-        for start in (0..seen(count - 1)).step_by(KEYS) {
-            let length = KEYS.min(padded - start);
-            scores.clear();
-            scores.resize(count * length, 0.0);
-            for (rows, scores) in rows.chunks(ROWS * d_head).zip(scores.chunks_mut(ROWS * length)) {
-                for (at, panel) in
-                    laid_out[start * d_head..][..length * d_head].chunks(PANEL * d_head).enumerate()
-                {
-                    body.add(rows, panel, PANEL, &mut scores[at * PANEL..], length);
+        for part in values.blocks().take_while(|part| part.start < seen(count - 1)) {
+            scores.as_flattened_mut().fill(0.0);
+            for (block, queries) in keys.blocks().zip(queries.chunks(count)) {
+                for (at, panel) in keys.of_block::<K, C>(laid_out, &block, part.clone()) {
+                    multiply::<K, C>(queries, panel, &mut scores.as_flattened_mut()[at..], KEYS, None);
                 }
             }
-            for (row, scores) in scores.chunks_mut(length).enumerate() {
-                let visible = seen(row).saturating_sub(start).min(length);
-                let (scores, hidden) = scores.split_at_mut(visible);
+            for (row, scores) in scores.iter_mut().enumerate() {
+                let visible = seen(row).saturating_sub(part.start).min(part.len());
+                let (seen, hidden) = scores.split_at_mut(visible);
                 hidden.fill(0.0);
-                if scores.is_empty() {
+                if seen.is_empty() {
                     continue;
                 }
                 let (greatest, total) = (&mut greatest[row], &mut totals[row]);
-                let factor = Instructions::in_use().run(Gather { scores, greatest, total });
+                let factor = Instructions::in_use().run(Gather { scores: seen, scale, greatest, total });
                 if factor != 1.0 {
                     sums[row * width..][..width].iter_mut().for_each(|sum| *sum *= factor);
                 }
-            }
-            for (start_value, width_value) in panels(d_value) {
-                let panel = &values[padded * start_value + start * width_value..][..length * width_value];
-                let sums = sums.chunks_mut(ROWS * width);
-                for (scores, sums) in scores.chunks(ROWS * length).zip(sums) {
-                    body.add(scores, panel, width_value, &mut sums[start_value..], width);
+                if K::PER_WORD > 1 {
+                    let mut narrow = [T::default(); KEYS];
+                    T::narrow(scores, &mut narrow);
+                    T::words::<K, C>(&narrow, &mut scores[..KEYS / K::PER_WORD]);
                 }
+            }
+            for (at, panel) in values.of_block::<K, C>(values_of, &part, 0..d_value) {
+                multiply::<K, C>(scores, panel, &mut sums[at..], width, None);
             }
         }
         for (at, (sums, out)) in sums.chunks_mut(width).zip(out.chunks_mut(d_value)).enumerate() {
@@ -277,15 +336,11 @@ impl Scratch {
     }
 }
 
-fn widen<T: Number>(from: &[T], to: &mut Vec<f32>) {
-    to.resize(from.len(), 0.0);
-    T::lay_out(Body::of_floats(), from, from.len(), to);
-}
-
-/// Scores of a query become `exp(score - greatest)`, where the greatest so far and the total follow. Gives what was gathered
+/// Scores of a query become `exp(score · scale - greatest)`, where the greatest so far and the total follow. Gives what was gathered
 /// with the old one is to be taken times.
 struct Gather<'a> {
     scores: &'a mut [f32],
+    scale: f32,
     greatest: &'a mut f32,
     total: &'a mut f32,
 }
@@ -295,6 +350,7 @@ impl instructions::Body for Gather<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f32 {
+        self.scores.iter_mut().for_each(|score| *score *= self.scale);
         let most = greatest(self.scores).max(*self.greatest);
         let factor = if *self.greatest == most { 1.0 } else { exp::<FMA>(*self.greatest - most) };
         *self.greatest = most;

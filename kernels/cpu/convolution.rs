@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::tiles::{Columns, Number, PANEL, product};
+use super::matmul::{Number, Right, Tile, product};
 
 /// Sizes of a convolution.
 #[derive(Clone, Copy, Debug)]
@@ -42,20 +42,22 @@ impl Sizes {
     }
 }
 
-/// `out`, `[batch, channels_out, height, width]`, becomes the convolution of `x`, `[batch, channels_in, ...]`, with `weight`,
-/// `[channels_out, channels_in, ...]`.
+/// The convolution of `x`, `[batch, channels_in, ...]`, with `weight`, `[channels_out, channels_in, ...]`:
+/// `[batch, channels_out, height, width]`.
 ///
 /// # Panics
 /// If sizes do not fit.
-pub fn convolve<T: Number>(x: &[T], weight: &[T], bias: Option<&[f32]>, sizes: Sizes, out: &mut [T]) {
+pub fn convolve<T: Number>(x: &[T], weight: &[T], bias: Option<&[f32]>, sizes: Sizes) -> Vec<T> {
     let [height, width] = sizes.output();
     let picture = sizes.channels_in * sizes.picture[0] * sizes.picture[1];
-    if out.is_empty() {
-        return;
-    }
     let pictures: Vec<Patches<T>> =
         x.chunks(picture.max(1)).map(|x| Patches { x, sizes, width, places: height * width }).collect();
-    product(weight, sizes.inner(), &pictures, height * width, bias, out);
+    let channels_out = weight.len() / sizes.inner().max(1);
+    product(weight, &pictures, [channels_out, sizes.inner(), height * width], |channel, _, values| {
+        if let Some(bias) = bias {
+            values.iter_mut().for_each(|value| *value += bias[channel]);
+        }
+    })
 }
 
 /// What a convolution sees of a picture: a column for each place of the output.
@@ -69,34 +71,46 @@ struct Patches<'a, T> {
     places: usize,
 }
 
-impl<T: Number> Columns<T> for Patches<'_, T> {
-    fn pack(&self, inner: Range<usize>, first: usize, strip: &mut [T]) {
-        let Sizes { picture: [height, width], kernel: [_, kernel_width], .. } = self.sizes;
-        let kernel = self.sizes.kernel[0] * kernel_width;
-        let end = self.places.min(first + PANEL);
-        for (at, strip) in inner.zip(strip.chunks_mut(PANEL)) {
-            let (channel, at) = (at / kernel, at % kernel);
-            let (down, right) = (at / kernel_width, at % kernel_width);
-            let channel = &self.x[channel * height * width..][..height * width];
-            let (mut place, mut lane) = (first, 0);
-            while place < end {
-                let (row, column) = (place / self.width, place % self.width);
-                let count = (self.width - column).min(end - place);
-                let out = &mut strip[lane..lane + count];
-                let row = (row * self.sizes.stride + down).checked_sub(self.sizes.border);
-                match row.filter(|&row| row < height) {
-                    Some(row) => self.line(&channel[row * width..][..width], column, right, out),
-                    None => out.fill(T::default()),
-                }
-                place += count;
-                lane += count;
-            }
-            strip[lane..].fill(T::default());
+impl<T: Number> Right<T> for Patches<'_, T> {
+    fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]) {
+        let mut seen = [[T::default(); C]; 2];
+        for (at, words) in inner.clone().step_by(K::PER_WORD).zip(panel) {
+            let [row, next] = &mut seen;
+            self.row(at, first, row);
+            let next = (K::PER_WORD == 2 && at + 1 < inner.end).then(|| {
+                self.row(at + 1, first, next);
+                &next[..]
+            });
+            T::across::<K, C>(row, next, words);
         }
     }
 }
 
 impl<T: Number> Patches<'_, T> {
+    /// What places from `first` on see under one place of their kernels; zeros beyond the last one.
+    fn row(&self, at: usize, first: usize, out: &mut [T]) {
+        let Sizes { picture: [height, width], kernel: [_, kernel_width], stride, border, .. } = self.sizes;
+        let kernel = self.sizes.kernel[0] * kernel_width;
+        let (channel, at) = (at / kernel, at % kernel);
+        let (down, right) = (at / kernel_width, at % kernel_width);
+        let channel = &self.x[channel * height * width..][..height * width];
+        let end = self.places.min(first + out.len());
+        let (mut place, mut lane) = (first, 0);
+        while place < end {
+            let (row, column) = (place / self.width, place % self.width);
+            let count = (self.width - column).min(end - place);
+            let out = &mut out[lane..lane + count];
+            let row = (row * stride + down).checked_sub(border);
+            match row.filter(|&row| row < height) {
+                Some(row) => self.line(&channel[row * width..][..width], column, right, out),
+                None => out.fill(T::default()),
+            }
+            place += count;
+            lane += count;
+        }
+        out[lane..].fill(T::default());
+    }
+
     /// What `out.len()` neighbours from `column` on see in a row of the picture, `right` of where their kernels begin.
     fn line(&self, row: &[T], column: usize, right: usize, out: &mut [T]) {
         let Sizes { stride, border, .. } = self.sizes;

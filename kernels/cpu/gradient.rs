@@ -14,7 +14,7 @@ use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex};
 use burn::tensor::{DType, Device, Tensor};
 
 use super::host::{Values, tensor};
-use super::matmul::{Right, by_blocks, turned};
+use super::matmul::{Columns, Rows, product, turned};
 
 /// Whether a tensor of f32 lies in this machine's memory, and gradients may be wanted.
 pub fn is_tracked<const D: usize>(x: &Tensor<D>) -> bool {
@@ -31,7 +31,7 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let [x, weight] = [x, weight].map(Tensor::inner);
     let ([rows, d_in], [d_out, _]) = (x.dims(), weight.dims());
     let linear = Linear { x: Values::of(x), weight: Values::of(weight), shape: [rows, d_in, d_out] };
-    let out = by_blocks(&linear.x, Right::Columns(&linear.weight), [rows, d_in, d_out], |_| ());
+    let out = product(&linear.x, &[Columns::new(&linear.weight, d_in)], [rows, d_in, d_out], |_, _, _| ());
     nodes.record(linear, tensor(out, [rows, d_out]))
 }
 
@@ -48,12 +48,12 @@ impl Operation<2> for Linear {
         let [rows, d_in, d_out] = self.shape;
         let gradient = Values::of(Tensor::<2>::from_primitive::<Flex>(gradient));
         let x = to_x.then(|| {
-            let x = by_blocks(&gradient, Right::Rows(&self.weight), [rows, d_out, d_in], |_| ());
+            let x = product(&gradient, &[Rows::new(&self.weight, d_in)], [rows, d_out, d_in], |_, _, _| ());
             primitive(tensor(x, [rows, d_in]))
         });
         let weight = to_weight.then(|| {
             let turned = turned(&gradient, [rows, d_out]);
-            let weight = by_blocks(&turned, Right::Rows(&self.x), [d_out, rows, d_in], |_| ());
+            let weight = product(&turned, &[Rows::new(&self.x, d_in)], [d_out, rows, d_in], |_, _, _| ());
             primitive(tensor(weight, [d_out, d_in]))
         });
         [x, weight]

@@ -13,6 +13,27 @@ use rayon::prelude::*;
 /// Values of a parallel task: few enough to stay in a core's nearest cache, many enough to be worth a thread.
 const TASK: usize = 8 * 1024;
 
+/// An expression in which a name stands for the type of a tensor's values that [`is_host`].
+macro_rules! by_type {
+    ($dtype:expr, $name:ident => $body:expr) => {
+        match $dtype {
+            burn::tensor::DType::F32 => {
+                type $name = f32;
+                $body
+            }
+            burn::tensor::DType::F16 => {
+                type $name = half::f16;
+                $body
+            }
+            _ => {
+                type $name = half::bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use by_type;
+
 /// Whether a tensor lies in this machine's memory, in f32 or in less, and no gradients are wanted.
 pub fn is_host<const D: usize>(x: &Tensor<D>) -> bool {
     let device = x.device();
@@ -187,13 +208,13 @@ where
 }
 
 /// Calls `body` with rows of `width` values and the number of the first of them, several calls at a time.
-pub fn by_rows(values: &mut [f32], width: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+pub fn by_rows<T: Send>(values: &mut [T], width: usize, body: impl Fn(usize, &mut [T]) + Sync) {
     let rows = (TASK / width).max(1);
     by_task(values, rows * width, |at, values| body(at / width, values));
 }
 
 /// Calls `body` with the place of each part of so many values, and the part.
-pub fn by_task(values: &mut [f32], size: usize, body: impl Fn(usize, &mut [f32]) + Sync) {
+pub fn by_task<T: Send>(values: &mut [T], size: usize, body: impl Fn(usize, &mut [T]) + Sync) {
     if (1..=size).contains(&values.len()) {
         return body(0, values);
     }

@@ -15,6 +15,5 @@ pub mod pointwise;
 pub mod products;
 pub mod quantized;
 pub mod rope;
-pub mod tiles;
 
 pub use instructions::Instructions;

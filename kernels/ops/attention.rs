@@ -1,11 +1,10 @@
 use burn::tensor::module::attention as scaled_dot_product;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, DType, Device, Int, Tensor};
-use half::{bf16, f16};
+use burn::tensor::{Bool, Device, Int, Tensor};
 
 use crate::count;
 use crate::cpu;
-use crate::cpu::host::{Rows, Values, is_host, tensor};
+use crate::cpu::host::{Rows, Values, by_type, is_host, tensor};
 
 /// Fewer queries read keys and values where they lie: there is nothing to gain from laying them out.
 const FEW: usize = 16;
@@ -115,19 +114,12 @@ fn sizes(
 /// Without a matrix of scores; `key` and `value` have as many heads as `query`.
 fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
     let (sizes, shape) = sizes(&query, &value, causal, scale);
-    macro_rules! attended {
-        ($type:ty) => {{
-            let mut out = vec![<$type>::default(); shape.iter().product()];
-            let [query, key, value] = [query, key, value].map(Values::<$type>::held);
-            cpu::attention::attention(&query, &key, &value, sizes, &mut out);
-            tensor(out, shape)
-        }};
-    }
-    match query.dtype() {
-        DType::F32 => attended!(f32),
-        DType::F16 => attended!(f16),
-        _ => attended!(bf16),
-    }
+    by_type!(query.dtype(), T => {
+        let mut out = vec![T::default(); shape.iter().product()];
+        let [query, key, value] = [query, key, value].map(Values::<T>::held);
+        cpu::attention::attention(&query, &key, &value, sizes, &mut out);
+        tensor(out, shape)
+    })
 }
 
 /// For few queries; nothing of `key` and `value` is copied.
@@ -136,18 +128,11 @@ fn of_few(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scal
     let (sizes, shape) = sizes(&query, &value, causal, scale);
     let mut out = vec![0.0; shape.iter().product()];
     let query = Values::of(query);
-    macro_rules! attend {
-        ($type:ty) => {{
-            let [key, value] = [key, value].map(Rows::<$type>::held);
-            let group = heads / kv_heads;
-            cpu::attention::of_few(&query, [&key, &value], kv_heads, group, sizes, &mut out);
-        }};
-    }
-    match dtype {
-        DType::F32 => attend!(f32),
-        DType::F16 => attend!(f16),
-        _ => attend!(bf16),
-    }
+    by_type!(dtype, T => {
+        let [key, value] = [key, value].map(Rows::<T>::held);
+        let group = heads / kv_heads;
+        cpu::attention::of_few(&query, [&key, &value], kv_heads, group, sizes, &mut out);
+    });
     tensor(out, shape).cast(dtype)
 }
 

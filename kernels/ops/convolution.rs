@@ -1,11 +1,10 @@
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, Tensor};
-use half::{bf16, f16};
+use burn::tensor::Tensor;
 
 use crate::count;
 use crate::cpu::convolution::{Sizes, convolve};
-use crate::cpu::host::{Values, is_host, tensor};
+use crate::cpu::host::{Values, by_type, is_host, tensor};
 
 /// Convolution (LeCun et al. 1989), as networks have it: without turning the kernel.
 ///
@@ -55,24 +54,15 @@ pub fn convolution(
     }
     let shape = [batch, channels_out, height, width];
     let bias: Option<Vec<f32>> = bias.map(|bias| bias.into_data().iter().collect());
-    macro_rules! convolved {
-        ($type:ty) => {{
-            let mut out = vec![<$type>::default(); shape.iter().product()];
-            let [x, weight] = [x, weight].map(Values::<$type>::held);
-            convolve(&x, &weight, bias.as_deref(), sizes, &mut out);
-            tensor(out, shape)
-        }};
-    }
-    match dtype {
-        DType::F32 => convolved!(f32),
-        DType::F16 => convolved!(f16),
-        _ => convolved!(bf16),
-    }
+    by_type!(dtype, T => {
+        let [x, weight] = [x, weight].map(Values::<T>::held);
+        tensor(convolve(&x, &weight, bias.as_deref(), sizes), shape)
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
+    use burn::tensor::{DType, Device};
 
     use super::*;
     use crate::testing::{assert_close, floats, noise, tensor};

@@ -1,6 +1,5 @@
 use burn::tensor::module::linear as burns;
-use burn::tensor::{DType, Tensor};
-use half::{bf16, f16};
+use burn::tensor::{DType, Element, Tensor};
 
 use super::{Activation, finished};
 use crate::count;
@@ -9,9 +8,8 @@ use crate::cpu::few::products;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host, is_in_order};
-use crate::cpu::matmul::{Right, by_blocks};
+use crate::cpu::matmul::{Columns, Number, product};
 use crate::cpu::pointwise::Finish;
-use crate::cpu::tiles::{Transposed, product};
 
 /// Fewer rows read the weight where it lies, once, and do not pack it.
 const FEW: usize = 16;
@@ -21,9 +19,8 @@ const FEW: usize = 16;
 /// - `weight`: `[d_out, d_in]`
 /// - `bias`: `[d_out]`
 ///
-/// On the CPU rows of f32 go through all of it at once, several threads beside each other, and gradients of products are such
-/// products too; many rows in bf16 are multiplied as they are, and all sums are f32. Many rows in f16, and other devices:
-/// Burn's product.
+/// On the CPU rows of the weight's type go through all of it at once, several threads beside each other; sums are f32 and are
+/// rounded once, at the end. Gradients of products in f32 are such products too. Other devices and types: Burn's product.
 ///
 /// # Panics
 /// If the widths differ.
@@ -59,27 +56,37 @@ pub(super) fn uncounted<const D: usize>(
     if is_few && is_in_order(&weight) {
         return few(x, weight, bias, activation);
     }
-    if !is_host(&x) || !is_host(&weight) || rows < FEW || dtypes != [DType::F32; 2] {
-        let y = match dtypes {
-            [DType::BF16, DType::BF16] if is_host(&x) && is_host(&weight) => in_bf16(x, weight),
-            #[cfg(feature = "autodiff")]
-            [DType::F32, DType::F32] if rows >= FEW && is_tracked(&x) && is_tracked(&weight) => {
-                shape[D - 1] = d_out;
-                gradient::linear(x.reshape([rows, d_in]), weight).reshape(shape)
-            }
-            _ => burns(x, weight.transpose(), None),
-        };
+    if is_host(&x) && is_host(&weight) && dtypes[0] == dtypes[1] {
+        return host::by_type!(dtypes[0], T => many::<T, D>(x, weight, bias, activation));
+    }
+    #[cfg(feature = "autodiff")]
+    if dtypes == [DType::F32; 2] && rows >= FEW && is_tracked(&x) && is_tracked(&weight) {
+        shape[D - 1] = d_out;
+        let y = gradient::linear(x.reshape([rows, d_in]), weight).reshape(shape);
         return finished(y, bias, activation);
     }
-    let (x, weight, bias) = (Values::of(x), Values::of(weight), bias.map(Values::of));
+    finished(burns(x, weight.transpose(), None), bias, activation)
+}
+
+/// The same for rows and a weight of one type, on the CPU.
+fn many<T: Number + Element, const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    let (mut shape, [d_out, d_in]) = (x.dims(), weight.dims());
+    shape[D - 1] = d_out;
+    let rows = shape[..D - 1].iter().product();
+    let (x, weight, bias) = (Values::<T>::held(x), Values::<T>::held(weight), bias.map(Values::of));
     if let Some(bias) = &bias {
         assert_eq!(bias.len(), d_out, "width of a bias (left) and of what it is added to");
     }
-    let out = by_blocks(&x, Right::Columns(&weight), [rows, d_in, d_out], |values| {
-        let finish = Finish { values, bias: bias.as_deref(), activation, factors: None };
-        Instructions::in_use().run(finish);
+    let weight = [Columns::new(&weight, d_in)];
+    let out = product(&x, &weight, [rows, d_in, d_out], |_, first, values| {
+        let bias = bias.as_deref().map(|bias| &bias[first..first + values.len()]);
+        Instructions::in_use().run(Finish { values, bias, activation, factors: None });
     });
-    shape[D - 1] = d_out;
     host::tensor(out, shape)
 }
 
@@ -95,34 +102,8 @@ fn few<const D: usize>(
     shape[D - 1] = d_out;
     let mut out = vec![0.0; shape.iter().product()];
     let x = Values::of(x);
-    match dtype {
-        DType::F32 => products(&Values::<f32>::held(weight), &x, d_in, &mut out),
-        DType::F16 => products(&Values::<f16>::held(weight), &x, d_in, &mut out),
-        _ => products(&Values::<bf16>::held(weight), &x, d_in, &mut out),
-    }
+    host::by_type!(dtype, T => products(&Values::<T>::held(weight), &x, d_in, &mut out));
     finished(host::tensor(out, shape), bias, activation).cast(dtype)
-}
-
-/// `x Wᵀ` of numbers in bf16, on the CPU.
-fn in_bf16<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    /// From so many rows on the weights are laid out for them; fewer are laid out for the weights.
-    const MANY: usize = 32;
-    let mut shape = x.dims();
-    let [d_out, d_in] = weight.dims();
-    let rows = shape[..D - 1].iter().product();
-    shape[D - 1] = d_out;
-    let (x, weight) = (Values::<bf16>::held(x), Values::<bf16>::held(weight));
-    let mut out = vec![bf16::ZERO; rows * d_out];
-    if rows >= MANY {
-        product(&x, d_in, &[Transposed::new(&weight, d_in)], d_out, None, &mut out);
-    } else {
-        let mut turned = out.clone();
-        product(&weight, d_in, &[Transposed::new(&x, d_in)], rows, None, &mut turned);
-        for (at, out) in out.iter_mut().enumerate() {
-            *out = turned[at % d_out * rows + at / d_out];
-        }
-    }
-    host::tensor(out, shape)
 }
 
 #[cfg(test)]

@@ -7,12 +7,13 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Element, Int, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::Activation;
 use crate::count;
 use crate::cpu::host::{self, Values, is_host};
+use crate::cpu::matmul::Number;
 use crate::cpu::{self, Instructions};
 #[cfg(feature = "cube")]
 use crate::cube::{self, is_cube};
@@ -114,14 +115,21 @@ pub fn permute(x: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
         let tokens = indices(tokens, &x.device());
         return x.select(0, tokens);
     }
-    let (dtype, x, tokens) = (x.dtype(), Values::of(x), tokens.collect::<Vec<_>>());
-    let mut rows = vec![0.0; tokens.len() * width];
-    host::by_rows(&mut rows, width, |first, rows| {
-        for (row, token) in rows.chunks_mut(width).zip(&tokens[first..]) {
-            row.copy_from_slice(&x[token * width..(token + 1) * width]);
+    let tokens: Vec<usize> = tokens.collect();
+    host::by_type!(x.dtype(), T => gather::<T>(x, &tokens))
+}
+
+/// Rows of a tensor on the CPU.
+fn gather<T: Number + Element>(x: Tensor<2>, rows: &[usize]) -> Tensor<2> {
+    let [_, width] = x.dims();
+    let x = Values::<T>::held(x);
+    let mut out = vec![T::default(); rows.len() * width];
+    host::by_rows(&mut out, width, |first, out| {
+        for (out, row) in out.chunks_mut(width).zip(&rows[first..]) {
+            out.copy_from_slice(&x[row * width..(row + 1) * width]);
         }
     });
-    host::tensor(rows, [tokens.len(), width]).cast(dtype)
+    host::tensor(out, [rows.len(), width])
 }
 
 /// What each row's expert has: `[n_experts, width] -> [rows, width]`, as biases.
@@ -141,7 +149,7 @@ pub fn of_each_row(values: Tensor<2>, dispatch: &Dispatch) -> Tensor<2> {
 /// - `weight`: `[n_experts, d_in, d_out]`
 ///
 /// On the CPU each segment is multiplied with its part of `weight` where it lies, several segments, and parts of long
-/// ones, at a time; half precision is multiplied in f32 and rounded at the end. On a GPU all segments are one launch,
+/// ones, at a time; sums are f32, and rounded at the end. On a GPU all segments are one launch,
 /// half precision being summed up in f32. Where gradients are wanted, and on other devices, segments of similar length are
 /// padded to one batched product: at most half of its rows are padding.
 ///
@@ -182,9 +190,12 @@ impl Projection {
         count::add(dispatch.rows() * d_in * d_out, dispatch.segments().len() * of_expert);
     }
 
-    /// Whether it lies in this machine's memory, and no gradients are wanted.
-    fn is_host(&self) -> bool {
-        is_host(&self.weight) && self.bias.as_ref().is_none_or(is_host)
+    /// Whether it lies in this machine's memory as `x` does, in its type, and no gradients are wanted.
+    fn is_host(&self, x: &Tensor<2>) -> bool {
+        is_host(x)
+            && is_host(&self.weight)
+            && self.weight.dtype() == x.dtype()
+            && self.bias.as_ref().is_none_or(is_host)
     }
 
     /// Whether it lies on a device of CubeCL as `x` does, in its type, and no gradients are wanted.
@@ -196,10 +207,10 @@ impl Projection {
             && bias.is_none_or(|bias| is_cube(bias) && bias.dtype() == x.dtype())
     }
 
-    /// That of one expert. f32 is not copied.
-    fn of_expert(&self, expert: usize) -> cpu::moe::Projection {
+    /// That of one expert, in the type of its weight. Nothing but half precision of biases is copied.
+    fn of_expert<T: Number + Element>(&self, expert: usize) -> cpu::moe::Projection<T> {
         let [_, d_in, d_out] = self.weight.dims();
-        let weight = Values::of(self.weight.clone().narrow(0, expert, 1));
+        let weight = Values::held(self.weight.clone().narrow(0, expert, 1));
         let bias = self.bias.clone().map(|bias| Values::of(bias.narrow(0, expert, 1)));
         cpu::moe::Projection { weight, bias, d_in, d_out }
     }
@@ -217,10 +228,10 @@ pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch
         return Tensor::zeros([0, d_out], (&x.device(), x.dtype()));
     }
     projection.count(dispatch);
-    if is_host(&x) && projection.is_host() {
-        let of_expert = |expert| projection.of_expert(expert);
-        return by_segment(x, d_out, dispatch, of_expert, |projection, x, out| {
-            projection.forward(x, None, None, out);
+    if projection.is_host(&x) {
+        return host::by_type!(x.dtype(), T => {
+            let of_expert = |expert| projection.of_expert::<T>(expert);
+            by_segment(x, d_out, dispatch, of_expert, cpu::moe::Projection::forward)
         });
     }
     #[cfg(feature = "cube")]
@@ -238,8 +249,7 @@ pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch
 /// Each row through the MLP of its expert, `down(act(up(x)))` or `down(act(gate(x)) * up(x))`:
 /// `[rows, d_model] -> [rows, d_model]`.
 ///
-/// On the CPU a part of a segment goes through all of it at once, in f32, so that what is between the projections stays in
-/// the caches. Where gradients are wanted, and on other devices, it is composed of [`grouped_linear`]s.
+/// On the CPU a part of a segment goes through all of it at once, so that what is between the projections stays in the caches. Where gradients are wanted, and on other devices, it is composed of [`grouped_linear`]s.
 ///
 /// # Panics
 /// If there are not as many rows or experts as in `dispatch`, or the widths differ.
@@ -252,8 +262,8 @@ pub fn grouped_mlp(
     dispatch: &Dispatch,
 ) -> Tensor<2> {
     let [rows, width] = x.dims();
-    let all_host = [gate, Some(up), Some(down)].into_iter().flatten().all(Projection::is_host);
-    if rows == 0 || !is_host(&x) || !all_host {
+    let mut projections = [gate, Some(up), Some(down)].into_iter().flatten();
+    if rows == 0 || !projections.all(|projection| projection.is_host(&x)) {
         let inner = match gate {
             None => activation.forward(grouped_linear(x, up, dispatch)),
             Some(gate) => {
@@ -270,50 +280,46 @@ pub fn grouped_mlp(
     );
     let d_out = down.d_out(d_ff, dispatch);
     gate.into_iter().chain([up, down]).for_each(|projection| projection.count(dispatch));
-    let of_expert =
-        |expert| (gate.map(|gate| gate.of_expert(expert)), up.of_expert(expert), down.of_expert(expert));
-    by_segment(x, d_out, dispatch, of_expert, |(gate, up, down), x, out| {
-        let mut inner = vec![0.0; out.len() / d_out * d_ff];
-        match gate {
-            None => up.forward(x, Some(activation), None, &mut inner),
-            Some(gate) => {
-                let mut factors = vec![0.0; inner.len()];
-                up.forward(x, None, None, &mut factors);
-                gate.forward(x, Some(activation), Some(&factors), &mut inner);
-            }
-        }
-        down.forward(&inner, None, None, out);
+    host::by_type!(x.dtype(), T => {
+        let of_expert = |expert| cpu::moe::Mlp::<T> {
+            gate: gate.map(|gate| gate.of_expert(expert)),
+            up: up.of_expert(expert),
+            down: down.of_expert(expert),
+            activation,
+        };
+        by_segment(x, d_out, dispatch, of_expert, cpu::moe::Mlp::forward)
     })
 }
 
-/// Rows of a segment that go to one thread at a time.
-const BLOCK: usize = 128;
+/// Rows of a segment that go to one thread at a time, at most.
+const BLOCK: usize = 256;
 
-/// `body` of what `of_expert` gives for an expert, of its rows, and of the rows that come out, `[rows, d_out]`.
-fn by_segment<E: Sync>(
+/// `body` of what `of_expert` gives for an expert, of some of its rows, and of as many that come out, `[rows, d_out]`.
+fn by_segment<T: Number + Element, E: Sync>(
     x: Tensor<2>,
     d_out: usize,
     dispatch: &Dispatch,
-    of_expert: impl Fn(usize) -> E + Sync,
-    body: impl Fn(&E, &[f32], &mut [f32]) + Sync,
+    of_expert: impl Fn(usize) -> E,
+    body: impl Fn(&E, &[T], &mut [T]) + Sync,
 ) -> Tensor<2> {
-    let ([rows, width], dtype) = (x.dims(), x.dtype());
-    let x = Values::of(x);
-    let mut out = vec![0.0; rows * d_out];
+    let [rows, width] = x.dims();
+    let x = Values::<T>::held(x);
+    let mut out = vec![T::default(); rows * d_out];
+    let segments = dispatch.segments();
+    let experts: Vec<E> = segments.iter().map(|(expert, _)| of_expert(*expert)).collect();
     let (mut parts, mut left) = (Vec::new(), &mut out[..]);
-    for (expert, segment) in dispatch.segments() {
-        let (part, rest) = left.split_at_mut(segment.len() * d_out);
-        parts.push((expert, segment.start, part));
+    for ((_, segment), expert) in segments.into_iter().zip(&experts) {
+        let (own, rest) = left.split_at_mut(segment.len() * d_out);
+        let size = segment.len().div_ceil(segment.len().div_ceil(BLOCK)); // parts of similar size
+        let starts = segment.step_by(size);
+        parts.extend(starts.zip(own.chunks_mut(size * d_out)).map(|(start, out)| (expert, start, out)));
         left = rest;
     }
-    parts.into_par_iter().for_each(|(expert, start, part)| {
-        let expert = of_expert(expert);
-        host::by_task(part, BLOCK * d_out, |at, out| {
-            let (first, rows) = (start + at / d_out, out.len() / d_out);
-            body(&expert, &x[first * width..(first + rows) * width], out);
-        });
+    parts.into_par_iter().for_each(|(expert, first, out)| {
+        let rows = first..first + out.len() / d_out;
+        body(expert, &x[rows.start * width..rows.end * width], out);
     });
-    host::tensor(out, [rows, d_out]).cast(dtype)
+    host::tensor(out, [rows, d_out])
 }
 
 /// One batched product for the segments between one power of two and the next.
@@ -364,15 +370,19 @@ pub fn combine(rows: Tensor<2>, weights: Tensor<2>, dispatch: &Dispatch) -> Tens
     assert_eq!(count, dispatch.rows(), "rows (left) and those that were dispatched");
     assert_eq!(weights.dims(), [tokens, top_k], "weights (left) of so many tokens and choices");
     if is_host(&rows) && is_host(&weights) && width > 0 {
-        let dtype = rows.dtype();
-        let (rows, weights) = (Values::of(rows), Values::of(weights));
-        let mut out = vec![0.0; tokens * width];
-        host::by_rows(&mut out, width, |first, out| {
-            let choices = first * top_k..(first + out.len() / width) * top_k;
-            let (weights, places) = (&weights[choices.clone()], &dispatch.places[choices]);
-            Instructions::in_use().run(cpu::moe::Combine { rows: &rows, weights, places, width, out });
+        return host::by_type!(rows.dtype(), T => {
+            let (rows, weights) = (Values::<T>::held(rows), Values::of(weights));
+            let mut out = vec![T::default(); tokens * width];
+            host::by_rows(&mut out, width, |first, out| {
+                let choices = first * top_k..(first + out.len() / width) * top_k;
+                let (weights, places) = (&weights[choices.clone()], &dispatch.places[choices]);
+                let mut sums = vec![0.0; out.len()];
+                let combine = cpu::moe::Combine { rows: &rows, weights, places, width, out: &mut sums };
+                Instructions::in_use().run(combine);
+                T::narrow(&sums, out);
+            });
+            host::tensor(out, [tokens, width])
         });
-        return host::tensor(out, [tokens, width]).cast(dtype);
     }
     #[cfg(feature = "cube")]
     if is_cube(&rows) && is_cube(&weights) && count * width > 0 {
