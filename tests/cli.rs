@@ -335,6 +335,13 @@ fn doctor_names_the_kernels_in_use() {
     assert!(String::from_utf8_lossy(&output.stdout).contains("VOLARY_CPU is `mmx`"));
 }
 
+#[test]
+fn kernels_that_nobody_knows_are_refused() {
+    let output = volary().env("VOLARY_CPU", "mmx").arg("list").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: VOLARY_CPU is `mmx`"));
+}
+
 /// A toy model, a query and an example with its mask, in a folder.
 fn segmentation() -> (tempfile::TempDir, PathBuf) {
     let scratch = tempfile::tempdir().unwrap();

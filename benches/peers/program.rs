@@ -133,6 +133,7 @@ pub fn timed<const D: usize>(run: impl FnOnce() -> Tensor<D>) -> Done {
 /// Our own side: says what it computes with, and answers `write WORK FILE` and `time WORK TIMES`, line by line, until
 /// there is no more.
 pub fn serve(mut run: impl FnMut(&str) -> Result<Done>) -> Result<()> {
+    volary_kernels::memory::keep_freed(); // as the command line does
     println!("volary, {} threads, {}", rayon::current_num_threads(), Instructions::in_use().name());
     for line in std::io::stdin().lines() {
         let line = line?;

@@ -10,8 +10,9 @@ use rayon::prelude::*;
 use super::few::Held;
 use super::host::{Rows, Strided, by_task};
 use super::instructions::{self, Instructions};
+use super::matmul::{self, Columns, Right, Room};
 use super::pointwise::{exp, exponentials, fma, greatest};
-use super::matmul::{self, ByTile, Columns, DEPTH, Number, Right, Room, Tile, multiply};
+use super::tiles::{ByTile, DEPTH, Number, Tile, multiply};
 
 /// Queries of a block.
 const QUERIES: usize = 98;
@@ -237,7 +238,7 @@ struct Panels {
 
 impl Panels {
     fn new<K: Tile<C>, const C: usize>(inner: usize, block: usize, columns: usize) -> Self {
-        let deep = inner.min(block).div_ceil(K::PER_WORD);
+        let deep = K::whole_words(inner.min(block));
         Self { inner, block, deep, size: deep * columns.next_multiple_of(C) }
     }
 
@@ -254,8 +255,10 @@ impl Panels {
     fn lay_out<T: Number, K: Tile<C>, const C: usize>(self, matrix: &impl Right<T>, room: &mut [f32]) {
         for (part, room) in self.blocks().zip(room.chunks_mut(self.size.max(1))) {
             for (at, panel) in room.chunks_mut(self.deep * C).enumerate() {
-                let words = part.len().div_ceil(K::PER_WORD);
-                matrix.lay_out::<K, C>(part.clone(), at * C, &mut panel.as_chunks_mut().0[..words]);
+                let panel = &mut panel.as_chunks_mut().0[..K::whole_words(part.len())];
+                let (panel, beyond) = panel.split_at_mut(part.len().div_ceil(K::PER_WORD));
+                matrix.lay_out::<K, C>(part.clone(), at * C, panel);
+                beyond.fill([0.0; C]);
             }
         }
     }
@@ -267,7 +270,7 @@ impl Panels {
         part: &Range<usize>,
         columns: Range<usize>,
     ) -> impl Iterator<Item = (usize, &'a [[f32; C]])> {
-        let words = part.len().div_ceil(K::PER_WORD);
+        let words = K::whole_words(part.len());
         let block = &room[part.start / self.block * self.size..][..self.size];
         let columns = columns.start * self.deep..(columns.end.next_multiple_of(C) * self.deep).min(self.size);
         let panels = block[columns].chunks(self.deep * C);
@@ -290,7 +293,10 @@ impl Scratch {
         let queries = self.queries.of(keys.blocks().count() * count * DEPTH).as_chunks_mut().0;
         for (part, queries) in keys.blocks().zip(queries.chunks_mut(count)) {
             for (query, words) in query.chunks(d_head).zip(queries) {
-                T::words::<K, C>(&query[part.clone()], &mut words[..part.len().div_ceil(K::PER_WORD)]);
+                let words = &mut words[..K::whole_words(part.len())];
+                let (words, beyond) = words.split_at_mut(part.len().div_ceil(K::PER_WORD));
+                T::words::<K, C>(&query[part.clone()], words);
+                beyond.fill(0.0);
             }
         }
         let (laid_out, scores) = (self.keys.of(keys.words()), self.scores.of(count * KEYS).as_chunks_mut().0);

@@ -3,7 +3,8 @@
 
 use std::ops::Range;
 
-use super::matmul::{Number, Right, Tile, product};
+use super::matmul::{Right, product};
+use super::tiles::{Number, Tile};
 
 /// Sizes of a convolution.
 #[derive(Clone, Copy, Debug)]

@@ -28,7 +28,8 @@ pub trait Body {
 }
 
 impl Instructions {
-    /// Those in use: what `VOLARY_CPU` asks for, and the widest where it asks for nothing that this machine has.
+    /// Those in use: what `VOLARY_CPU` asks for, and the widest where it asks for nothing that this machine has, which the
+    /// command line refuses.
     pub fn in_use() -> Self {
         static IN_USE: OnceLock<Instructions> = OnceLock::new();
         *IN_USE.get_or_init(|| Self::wanted().unwrap_or_else(|_| Self::widest()))

@@ -10,28 +10,25 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 use rayon::prelude::*;
 
 #[cfg(feature = "autodiff")]
 use super::host::by_task;
 use super::instructions::Instructions;
+use super::tiles::{Ahead, ByTile, DEPTH, LINE, Number, Tile, Tiles, multiply};
 
-/// Words of the inner axis that are laid out at a time.
-pub const DEPTH: usize = 256;
-/// The same where rows are few, and whole rows of the right matrix are laid out.
+/// Words of the inner axis that are laid out at a time where rows are few, and whole rows of the right matrix are laid out.
 const SHALLOW: usize = 32;
+/// Columns that are laid out at a time where they lie side by side.
+const BESIDE: usize = 64;
 /// So many rows are few.
-const FEW: usize = 48;
+pub const FEW: usize = 64;
 /// Rows of a task, at most.
 const ROWS: usize = 256;
 /// Columns of a task, at most.
 const COLUMNS: usize = 256;
 /// Tasks for each thread, where there are rows and columns for so many.
 const TASKS: usize = 4;
-/// Words of a cache's line.
-const LINE: usize = 16;
 
 /// The right one of two matrices, which is asked for panel by panel.
 pub trait Right<T>: Sync {
@@ -46,6 +43,11 @@ pub trait Right<T>: Sync {
     /// Whether these are whole rows that follow each other.
     fn is_whole(&self, _columns: &Range<usize>) -> bool {
         false
+    }
+
+    /// Columns that are laid out at a time, at least: those that lie side by side are read in longer runs.
+    fn at_once(&self) -> usize {
+        1
     }
 }
 
@@ -99,6 +101,10 @@ impl<T: Number> Right<T> for Rows<'_, T> {
     fn is_whole(&self, columns: &Range<usize>) -> bool {
         columns.len() == self.columns
     }
+
+    fn at_once(&self) -> usize {
+        BESIDE
+    }
 }
 
 impl<T: Number> Right<T> for Columns<'_, T> {
@@ -121,123 +127,6 @@ impl<T: Number> Right<T> for Columns<'_, T> {
         let start = self.values.as_ptr().wrapping_add(columns.start * self.inner + inner.start);
         Some(Ahead::new(start, self.inner, inner.len()))
     }
-}
-
-/// Lines of memory that are asked for early.
-#[derive(Clone, Copy, Debug)]
-pub struct Ahead {
-    start: *const u8,
-    /// Bytes from one run of lines to the next.
-    stride: usize,
-    /// The logarithm of how many lines follow each other.
-    run: u32,
-    /// Lines that are left out.
-    from: usize,
-}
-
-impl Ahead {
-    /// Runs of so many numbers, every `stride` numbers.
-    fn new<T>(start: *const T, stride: usize, run: usize) -> Self {
-        let run = (run / (4 * LINE) * size_of::<T>()).max(1).ilog2();
-        Self { start: start.cast(), stride: stride * size_of::<T>(), run, from: 0 }
-    }
-
-    /// A line.
-    #[inline(always)]
-    fn line(self, at: usize) -> *const i8 {
-        let at = self.from + at;
-        let within = at & ((1 << self.run) - 1);
-        self.start.wrapping_add((at >> self.run) * self.stride + within * 4 * LINE).cast()
-    }
-}
-
-/// What matrices hold.
-pub trait Number: Pod + Default + Send + Sync {
-    /// The fastest tiles that these instructions have.
-    fn tiles(instructions: Instructions) -> Tiles {
-        Tiles::of_floats(instructions)
-    }
-
-    /// Numbers that follow each other on the inner axis, as words.
-    fn words<K: Tile<C>, const C: usize>(from: &[Self], to: &mut [f32]);
-
-    /// Numbers beside each other on the other axis, each a word with that in `next`, if there is such.
-    fn across<K: Tile<C>, const C: usize>(from: &[Self], next: Option<&[Self]>, to: &mut [f32]);
-
-    /// Rounds.
-    fn narrow(from: &[f32], to: &mut [Self]);
-}
-
-impl Number for f32 {
-    #[inline(always)]
-    fn words<K: Tile<C>, const C: usize>(from: &[f32], to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
-
-    #[inline(always)]
-    fn across<K: Tile<C>, const C: usize>(from: &[f32], _: Option<&[f32]>, to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
-
-    fn narrow(from: &[f32], to: &mut [f32]) {
-        to.copy_from_slice(from);
-    }
-}
-
-impl Number for f16 {
-    fn words<K: Tile<C>, const C: usize>(from: &[f16], to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
-
-    fn across<K: Tile<C>, const C: usize>(from: &[f16], _: Option<&[f16]>, to: &mut [f32]) {
-        from.convert_to_f32_slice(to);
-    }
-
-    fn narrow(from: &[f32], to: &mut [f16]) {
-        to.convert_from_f32_slice(from);
-    }
-}
-
-impl Number for bf16 {
-    fn tiles(instructions: Instructions) -> Tiles {
-        match Tiles::of_floats(instructions) {
-            #[cfg(target_arch = "x86_64")]
-            Tiles::Avx512 if is_x86_feature_detected!("avx512bf16") => Tiles::Pairs,
-            tiles => tiles,
-        }
-    }
-
-    #[inline(always)]
-    fn words<K: Tile<C>, const C: usize>(from: &[bf16], to: &mut [f32]) {
-        if K::PER_WORD == 1 {
-            return from.iter().zip(to).for_each(|(&from, to)| *to = pair(bf16::ZERO, from));
-        }
-        let (pairs, odd) = from.as_chunks::<2>();
-        to.iter_mut().zip(pairs).for_each(|(to, &[low, high])| *to = pair(low, high));
-        if let (Some(to), Some(&odd)) = (to.get_mut(pairs.len()), odd.first()) {
-            *to = pair(odd, bf16::ZERO);
-        }
-    }
-
-    #[inline(always)]
-    fn across<K: Tile<C>, const C: usize>(from: &[bf16], next: Option<&[bf16]>, to: &mut [f32]) {
-        let both = to.iter_mut().zip(from);
-        match next {
-            Some(next) => both.zip(next).for_each(|((to, &low), &high)| *to = pair(low, high)),
-            None if K::PER_WORD == 2 => both.for_each(|(to, &low)| *to = pair(low, bf16::ZERO)),
-            None => both.for_each(|(to, &from)| *to = pair(bf16::ZERO, from)),
-        }
-    }
-
-    fn narrow(from: &[f32], to: &mut [bf16]) {
-        to.convert_from_f32_slice(from);
-    }
-}
-
-/// Two numbers in a word. One above zero is the same number in f32.
-#[inline(always)]
-fn pair(low: bf16, high: bf16) -> f32 {
-    f32::from_bits(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16)
 }
 
 /// The products of `rows`, `[rows, inner]`, with each of the matrices, `[matrices, rows, columns]`, by several threads beside
@@ -292,7 +181,8 @@ fn product_with<T: Number>(
         let mut sums = Sums::zeros(out.len(), out[0].len());
         let x = &x[row * inner..(row + out.len()) * inner];
         let columns = column..column + out[0].len();
-        tiles.run(Add { x, right: &matrices[matrix], inner, columns, sums: &mut sums });
+        let right = &matrices[matrix];
+        tiles.run(Add { x, right, inner, columns, are_few: rows <= FEW, sums: &mut sums });
         for ((row, out), sums) in (row..).zip(out).zip(sums.rows()) {
             finish(row, column, sums);
             T::narrow(sums, out);
@@ -312,12 +202,14 @@ struct Task<'a, T> {
     out: Vec<&'a mut [T]>,
 }
 
-/// Adds to `sums` the products of its rows of `x`, `[rows, inner]`, with `columns` of a matrix, on the calling thread.
+/// Adds to `sums` the products of its rows of `x`, `[rows, inner]`, with `columns` of a matrix, on the calling thread. Up to
+/// [`FEW`] rows are summed in another order than more.
 ///
 /// # Panics
 /// If the sizes do not fit.
 pub fn add<T: Number>(x: &[T], right: &impl Right<T>, inner: usize, columns: Range<usize>, sums: &mut Sums) {
-    T::tiles(Instructions::in_use()).run(Add { x, right, inner, columns, sums });
+    let are_few = sums.rows <= FEW;
+    T::tiles(Instructions::in_use()).run(Add { x, right, inner, columns, are_few, sums });
 }
 
 /// Sums of products, `[rows, columns]`.
@@ -348,6 +240,69 @@ impl Sums {
     }
 }
 
+/// See [`add`].
+struct Add<'a, T, R> {
+    x: &'a [T],
+    right: &'a R,
+    inner: usize,
+    columns: Range<usize>,
+    /// Not of the task alone: another order of sums would come of other tasks.
+    are_few: bool,
+    sums: &'a mut Sums,
+}
+
+impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
+    fn run<K: Tile<C>, const C: usize>(self) {
+        thread_local! {
+            /// Copies of rows, and panels.
+            static ROOM: RefCell<[Room; 2]> = RefCell::default();
+        }
+        let Self { x, right, inner, columns, are_few, sums } = self;
+        let (rows, stride) = (sums.rows, Sums::stride(columns.len()));
+        let across = columns.len().next_multiple_of(C);
+        assert_eq!([rows * inner, sums.columns], [x.len(), columns.len()], "numbers of rows, and columns");
+        let is_shallow = are_few && right.is_whole(&columns);
+        let (depth, at_once) = match is_shallow {
+            true => (SHALLOW, across),
+            false => (DEPTH, across.min(right.at_once().next_multiple_of(C))),
+        };
+        let depth = depth * K::PER_WORD;
+        let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut sums.lines);
+        ROOM.with_borrow_mut(|[copies, panels]| {
+            let copies = copies.of(rows * DEPTH).as_chunks_mut().0;
+            for from in (0..inner).step_by(depth) {
+                let part = from..inner.min(from + depth);
+                let given = part.len().div_ceil(K::PER_WORD);
+                let words = K::whole_words(part.len());
+                for (copy, x) in copies.iter_mut().zip(x.chunks(inner)) {
+                    T::words::<K, C>(&x[part.clone()], &mut copy[..given]);
+                    copy[given..words].fill(0.0);
+                }
+                for first in (0..across).step_by(at_once) {
+                    let panels = panels.of(words * at_once.min(across - first)).as_chunks_mut().0;
+                    for (at, panel) in panels.chunks_mut(words).enumerate() {
+                        let (panel, beyond) = panel.split_at_mut(given);
+                        right.lay_out::<K, C>(part.clone(), columns.start + first + at * C, panel);
+                        beyond.fill([0.0; C]);
+                    }
+                    let next = columns.start + first + at_once;
+                    let next = match next < columns.end {
+                        true => right.ahead(part.clone(), next..next + at_once),
+                        false => {
+                            let next = part.end..inner.min(part.end + depth);
+                            right.ahead(next, columns.start..columns.end.min(columns.start + at_once))
+                        }
+                    };
+                    for (at, panel) in panels.chunks(words).enumerate() {
+                        let next = next.map(|next| next.after(at * words * C / LINE));
+                        multiply::<K, C>(copies, panel, &mut sums[first + at * C..], stride, next);
+                    }
+                }
+            }
+        });
+    }
+}
+
 /// Numbers as long and as aligned as a cache's line.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
@@ -373,340 +328,6 @@ impl Room {
     }
 }
 
-/// What is done by tiles.
-pub trait ByTile {
-    /// Does it.
-    fn run<K: Tile<C>, const C: usize>(self);
-}
-
-/// See [`add`].
-struct Add<'a, T, R> {
-    x: &'a [T],
-    right: &'a R,
-    inner: usize,
-    columns: Range<usize>,
-    sums: &'a mut Sums,
-}
-
-impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
-    fn run<K: Tile<C>, const C: usize>(self) {
-        thread_local! {
-            /// Copies of rows, and panels.
-            static ROOM: RefCell<[Room; 2]> = RefCell::default();
-        }
-        let Self { x, right, inner, columns, sums } = self;
-        let (rows, stride) = (sums.rows, Sums::stride(columns.len()));
-        let across = columns.len().next_multiple_of(C);
-        assert_eq!([rows * inner, sums.columns], [x.len(), columns.len()], "numbers of rows, and columns");
-        let is_shallow = rows <= FEW && right.is_whole(&columns);
-        let (depth, at_once) = if is_shallow { (SHALLOW, across) } else { (DEPTH, C) };
-        let depth = depth * K::PER_WORD;
-        let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut sums.lines);
-        ROOM.with_borrow_mut(|[copies, panels]| {
-            let copies = copies.of(rows * DEPTH).as_chunks_mut().0;
-            for from in (0..inner).step_by(depth) {
-                let part = from..inner.min(from + depth);
-                let words = part.len().div_ceil(K::PER_WORD);
-                for (copy, x) in copies.iter_mut().zip(x.chunks(inner)) {
-                    T::words::<K, C>(&x[part.clone()], &mut copy[..words]);
-                }
-                for first in (0..across).step_by(at_once) {
-                    let panels = panels.of(words * at_once).as_chunks_mut().0;
-                    for (at, panel) in panels.chunks_mut(words).enumerate() {
-                        right.lay_out::<K, C>(part.clone(), columns.start + first + at * C, panel);
-                    }
-                    let next = columns.start + first + at_once;
-                    let next = match next < columns.end {
-                        true => right.ahead(part.clone(), next..next + at_once),
-                        false => {
-                            let next = part.end..inner.min(part.end + depth);
-                            right.ahead(next, columns.start..columns.end.min(columns.start + at_once))
-                        }
-                    };
-                    for (at, panel) in panels.chunks(words).enumerate() {
-                        let next = next.map(|next| Ahead { from: at * words * C / LINE, ..next });
-                        multiply::<K, C>(copies, panel, &mut sums[first + at * C..], stride, next);
-                    }
-                }
-            }
-        });
-    }
-}
-
-/// Adds to rows of `sums`, `stride` apart, the products of as many rows of `x` with a panel. `next` is asked for on the way.
-pub fn multiply<K: Tile<C>, const C: usize>(
-    mut x: &[[f32; DEPTH]],
-    panel: &[[f32; C]],
-    mut sums: &mut [f32],
-    stride: usize,
-    mut next: Option<Ahead>,
-) {
-    // tiles of similar height: low ones wait for each sum
-    let mut tiles = x.len().div_ceil(K::ROWS);
-    while !x.is_empty() {
-        let rows = x.len().div_ceil(tiles);
-        // SAFETY: whoever chose the tile found its instructions on this machine.
-        unsafe { K::add(&x[..rows], panel, sums, stride, next.take()) };
-        (x, tiles) = (&x[rows..], tiles - 1);
-        sums = sums.get_mut(rows * stride..).unwrap_or_default();
-    }
-}
-
-/// Which tiles there are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tiles {
-    /// Those of the compiler's choice.
-    Plain,
-    /// 8 numbers at a time.
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    /// 16 numbers at a time.
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    /// 16 pairs of bf16 at a time.
-    #[cfg(target_arch = "x86_64")]
-    Pairs,
-}
-
-impl Tiles {
-    /// Those of f32.
-    pub fn of_floats(instructions: Instructions) -> Self {
-        match instructions {
-            Instructions::Plain => Self::Plain,
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Avx2 => Self::Avx2,
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Avx512 => Self::Avx512,
-        }
-    }
-
-    /// Does something by them.
-    pub fn run(self, body: impl ByTile) {
-        match self {
-            Self::Plain => body.run::<Plain, 8>(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => body.run::<Avx2, 16>(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => body.run::<Avx512, 32>(),
-            #[cfg(target_arch = "x86_64")]
-            Self::Pairs => body.run::<Pairs, 32>(),
-        }
-    }
-}
-
-/// Tiles of `C` columns.
-pub trait Tile<const C: usize> {
-    /// Places of the inner axis in a word.
-    const PER_WORD: usize = 1;
-    /// Rows of a tile, at most.
-    const ROWS: usize;
-    /// Columns that are turned at a time.
-    const LANES: usize;
-
-    /// Adds to rows of `sums`, `stride` apart, the products of as many of `x`, up to [`Self::ROWS`], with a panel.
-    ///
-    /// # Safety
-    /// The machine has the instructions.
-    unsafe fn add(
-        x: &[[f32; DEPTH]],
-        panel: &[[f32; C]],
-        sums: &mut [f32],
-        stride: usize,
-        next: Option<Ahead>,
-    );
-
-    /// Words of the first lines become columns of a panel, from `first` on.
-    ///
-    /// # Safety
-    /// The machine has the instructions.
-    unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; C]], first: usize);
-}
-
-/// The same, from a word on.
-fn turn<const C: usize>(lines: &[[f32; DEPTH]], panel: &mut [[f32; C]], first: usize, from: usize) {
-    for (at, line) in lines.iter().enumerate() {
-        for (words, word) in panel.iter_mut().zip(line).skip(from) {
-            words[first + at] = *word;
-        }
-    }
-}
-
-/// Tiles of the compiler's choice.
-#[derive(Debug)]
-pub struct Plain;
-
-impl<const C: usize> Tile<C> for Plain {
-    const ROWS: usize = 4;
-    const LANES: usize = C;
-
-    unsafe fn add(
-        x: &[[f32; DEPTH]],
-        panel: &[[f32; C]],
-        sums: &mut [f32],
-        stride: usize,
-        _: Option<Ahead>,
-    ) {
-        let mut held = [[0.0_f32; C]; 4];
-        for (at, columns) in panel.iter().enumerate() {
-            for (x, held) in x.iter().zip(&mut held) {
-                for (sum, &column) in held.iter_mut().zip(columns) {
-                    *sum = match cfg!(target_arch = "aarch64") {
-                        true => x[at].mul_add(column, *sum),
-                        false => x[at] * column + *sum,
-                    };
-                }
-            }
-        }
-        for ((held, sums), _) in held.iter().zip(sums.chunks_mut(stride)).zip(x) {
-            sums.iter_mut().zip(held).for_each(|(sum, held)| *sum += held);
-        }
-    }
-
-    unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; C]], first: usize) {
-        turn(&lines[..C], panel, first, 0);
-    }
-}
-
-/// The same with vectors that the compiler cannot but keep in registers.
-#[cfg(target_arch = "x86_64")]
-macro_rules! vectors {
-    (
-        $(#[$doc:meta])* $name:ident, $features:literal, $per_word:literal, $lanes:literal, [$($rows:literal),*],
-        $zero:ident, $splat:ident, $load:ident, $plus:ident, $store:ident, $turn:ident,
-        |$sum:ident, $value:ident, $other:ident| $add:expr
-    ) => {
-        $(#[$doc])*
-        #[derive(Debug)]
-        pub struct $name;
-
-        impl $name {
-            #[target_feature(enable = $features)]
-            #[allow(clippy::needless_range_loop)] // several arrays side by side
-            fn tile<const R: usize>(
-                x: &[[f32; DEPTH]],
-                panel: &[[f32; 2 * $lanes]],
-                sums: &mut [f32],
-                stride: usize,
-                next: Option<Ahead>,
-            ) {
-                use std::arch::x86_64::*;
-
-                assert!(x.len() == R && panel.len() <= DEPTH && sums.len() >= (R - 1) * stride + 2 * $lanes);
-                let (x, sums) = (x.as_ptr(), sums.as_mut_ptr());
-                let mut held = [[$zero(); 2]; R];
-                for (at, columns) in panel.iter().enumerate() {
-                    if let Some(next) = next {
-                        for line in 0..2 * $lanes / LINE {
-                            _mm_prefetch::<_MM_HINT_T0>(next.line(at * (2 * $lanes / LINE) + line));
-                        }
-                    }
-                    // SAFETY: both halves of an array.
-                    let halves = unsafe { [$load(columns.as_ptr()), $load(columns.as_ptr().add($lanes))] };
-                    for row in 0..R {
-                        // SAFETY: there are `R` rows, and each has as many words as a panel may have.
-                        let $value = $splat(unsafe { *x.add(row).cast::<f32>().add(at) });
-                        for half in 0..2 {
-                            let ($sum, $other) = (held[row][half], halves[half]);
-                            held[row][half] = $add;
-                        }
-                    }
-                }
-                for row in 0..R {
-                    for half in 0..2 {
-                        // SAFETY: so many rows were asked for.
-                        unsafe {
-                            let sum = sums.add(row * stride + half * $lanes);
-                            $store(sum, $plus($load(sum), held[row][half]));
-                        }
-                    }
-                }
-            }
-        }
-
-        impl Tile<{ 2 * $lanes }> for $name {
-            const PER_WORD: usize = $per_word;
-            const ROWS: usize = [$($rows),*].len();
-            const LANES: usize = $lanes;
-
-            #[target_feature(enable = $features)]
-            unsafe fn add(
-                x: &[[f32; DEPTH]],
-                panel: &[[f32; 2 * $lanes]],
-                sums: &mut [f32],
-                stride: usize,
-                next: Option<Ahead>,
-            ) {
-                match x.len() {
-                    $($rows => Self::tile::<$rows>(x, panel, sums, stride, next),)*
-                    rows => panic!("a tile of {rows} rows"),
-                }
-            }
-
-            #[target_feature(enable = $features)]
-            unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; 2 * $lanes]], first: usize) {
-                let whole = panel.len() / $lanes * $lanes;
-                for (at, block) in (0..).step_by($lanes).zip(panel[..whole].chunks_mut($lanes)) {
-                    $turn(&lines.as_flattened()[at..], DEPTH, block, first);
-                }
-                turn(&lines[..$lanes], panel, first, whole);
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-vectors!(
-    /// Tiles of 8 numbers at a time.
-    Avx2,
-    "avx2,fma",
-    1,
-    8,
-    [1, 2, 3, 4, 5, 6],
-    _mm256_setzero_ps,
-    _mm256_set1_ps,
-    _mm256_loadu_ps,
-    _mm256_add_ps,
-    _mm256_storeu_ps,
-    turn_8,
-    |sum, value, other| _mm256_fmadd_ps(value, other, sum)
-);
-#[cfg(target_arch = "x86_64")]
-vectors!(
-    /// Tiles of 16 numbers at a time.
-    Avx512,
-    "avx512f",
-    1,
-    16,
-    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
-    _mm512_setzero_ps,
-    _mm512_set1_ps,
-    _mm512_loadu_ps,
-    _mm512_add_ps,
-    _mm512_storeu_ps,
-    turn_16,
-    |sum, value, other| _mm512_fmadd_ps(value, other, sum)
-);
-#[cfg(target_arch = "x86_64")]
-vectors!(
-    /// Tiles of 16 pairs of bf16 at a time.
-    Pairs,
-    "avx512f,avx512bf16",
-    2,
-    16,
-    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14],
-    _mm512_setzero_ps,
-    _mm512_set1_ps,
-    _mm512_loadu_ps,
-    _mm512_add_ps,
-    _mm512_storeu_ps,
-    turn_16,
-    |sum, value, other| {
-        // SAFETY: words of as many bits.
-        let [value, other] = unsafe { std::mem::transmute::<[__m512; 2], [__m512bh; 2]>([value, other]) };
-        _mm512_dpbf16_ps(sum, value, other)
-    }
-);
-
 /// `[rows, columns]` turned, `[columns, rows]`.
 #[cfg(feature = "autodiff")]
 pub fn turned(x: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
@@ -727,85 +348,10 @@ pub fn turned(x: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
     out
 }
 
-/// 8 rows of `w`, `stride` apart, become columns of `panel` from `first` on.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn turn_8(w: &[f32], stride: usize, panel: &mut [[f32; 16]], first: usize) {
-    use std::arch::x86_64::*;
-
-    let mut rows = [_mm256_setzero_ps(); 8];
-    for (at, row) in rows.iter_mut().enumerate() {
-        // SAFETY: so many numbers were just cut out.
-        *row = unsafe { _mm256_loadu_ps(w[at * stride..][..8].as_ptr()) };
-    }
-    let pairs: [__m256; 8] = std::array::from_fn(|at| match at % 2 {
-        0 => _mm256_unpacklo_ps(rows[at], rows[at + 1]),
-        _ => _mm256_unpackhi_ps(rows[at - 1], rows[at]),
-    });
-    // Of four rows, place `at % 4` in each half.
-    let fours: [__m256; 8] = std::array::from_fn(|at| {
-        let (low, high) = (pairs[at / 4 * 4 + at % 4 / 2], pairs[at / 4 * 4 + at % 4 / 2 + 2]);
-        match at % 2 {
-            0 => _mm256_shuffle_ps::<0x44>(low, high),
-            _ => _mm256_shuffle_ps::<0xee>(low, high),
-        }
-    });
-    for (at, packed) in panel[..8].iter_mut().enumerate() {
-        let (low, high) = (fours[at % 4], fours[4 + at % 4]);
-        let row = match at / 4 {
-            0 => _mm256_permute2f128_ps::<0x20>(low, high),
-            _ => _mm256_permute2f128_ps::<0x31>(low, high),
-        };
-        // SAFETY: so many numbers were just cut out.
-        unsafe { _mm256_storeu_ps(packed[first..first + 8].as_mut_ptr(), row) };
-    }
-}
-
-/// 16 rows of `w`, `stride` apart, become columns of `panel` from `first` on.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn turn_16(w: &[f32], stride: usize, panel: &mut [[f32; 32]], first: usize) {
-    use std::arch::x86_64::*;
-
-    let mut rows = [_mm512_setzero_ps(); 16];
-    for (at, row) in rows.iter_mut().enumerate() {
-        // SAFETY: so many numbers were just cut out.
-        *row = unsafe { _mm512_loadu_ps(w[at * stride..][..16].as_ptr()) };
-    }
-    let mut pairs = rows;
-    for at in (0..16).step_by(2) {
-        pairs[at] = _mm512_unpacklo_ps(rows[at], rows[at + 1]);
-        pairs[at + 1] = _mm512_unpackhi_ps(rows[at], rows[at + 1]);
-    }
-    // Of four rows, place `at % 4` in each quarter.
-    let mut fours = pairs;
-    for at in (0..16).step_by(4) {
-        for half in 0..2 {
-            let [low, high] = [pairs[at + half], pairs[at + 2 + half]].map(|pair| _mm512_castps_pd(pair));
-            fours[at + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            fours[at + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-    }
-    for place in 0..4 {
-        let [a, b, c, d] = [0, 4, 8, 12].map(|rows| fours[rows + place]);
-        let [low, high] = [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b)];
-        let [low_2, high_2] = [_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d)];
-        let quarters = [
-            _mm512_shuffle_f32x4::<0x88>(low, low_2),
-            _mm512_shuffle_f32x4::<0xdd>(low, low_2),
-            _mm512_shuffle_f32x4::<0x88>(high, high_2),
-            _mm512_shuffle_f32x4::<0xdd>(high, high_2),
-        ];
-        for (quarter, row) in quarters.into_iter().enumerate() {
-            let packed = &mut panel[4 * quarter + place][first..first + 16];
-            // SAFETY: so many numbers were just cut out.
-            unsafe { _mm512_storeu_ps(packed.as_mut_ptr(), row) };
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
     use crate::testing::random;
 
@@ -839,7 +385,12 @@ mod tests {
             check(&half(&x), &half(&matrices), shape, &floats, 1e-3);
             let half = |values: &[f32]| -> Vec<bf16> { values.iter().map(|&x| bf16::from_f32(x)).collect() };
             let tiles = Instructions::all().into_iter().map(bf16::tiles);
-            let tiles: Vec<Tiles> = floats.into_iter().chain(tiles).collect();
+            #[allow(unused_mut)]
+            let mut tiles: Vec<Tiles> = floats.into_iter().chain(tiles).collect();
+            #[cfg(target_arch = "x86_64")]
+            if tiles.contains(&Tiles::Amx) && is_x86_feature_detected!("avx512bf16") {
+                tiles.push(Tiles::Pairs); // which the machine has beside what it prefers
+            }
             check(&half(&x), &half(&matrices), shape, &tiles, 5e-3);
         }
     }
@@ -912,7 +463,10 @@ mod tests {
                 for (column, sum) in part.clone().zip(sums) {
                     let term = |k: usize| f64::from(x[row * inner + k]) * f64::from(w[k * columns + column]);
                     let expected = (0..inner).map(term).sum::<f64>() + 1.0;
-                    assert!((f64::from(*sum) - expected).abs() < 1e-5, "{row}, {column}: {sum} for {expected}");
+                    assert!(
+                        (f64::from(*sum) - expected).abs() < 1e-5,
+                        "{row}, {column}: {sum} for {expected}"
+                    );
                 }
             }
         }

@@ -1,5 +1,7 @@
 //! Bodies for the CPU behind [`crate::ops`].
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod convolution;
 pub mod few;
@@ -15,5 +17,6 @@ pub mod pointwise;
 pub mod products;
 pub mod quantized;
 pub mod rope;
+pub mod tiles;
 
 pub use instructions::Instructions;

@@ -7,12 +7,13 @@ use burn::tensor::Element;
 use super::few::Held;
 use super::host::Values;
 use super::instructions::{Body, Instructions};
-use super::matmul::{Number, Rows, Sums, add};
+use super::matmul::{Rows, Sums, add};
 use super::pointwise::Finish;
+use super::tiles::{DEPTH, Number};
 use crate::ops::Activation;
 
 /// Sums of rows that go through a projection at a time: as many as stay in a core's cache.
-const PART: usize = 64 * 1024;
+const PART: usize = 128 * 1024;
 
 /// A projection of one expert.
 pub struct Projection<T> {
@@ -67,7 +68,8 @@ impl<T: Number + Element> Mlp<T> {
     pub fn forward(&self, x: &[T], out: &mut [T]) {
         let Self { gate, up, down, activation } = self;
         let rows = out.len() / down.d_out;
-        let part = (PART / rows).next_multiple_of(256); // whole depths of the product with `down`
+        // whole depths of the product with `down`, whatever a word holds: sums are taken in one order
+        let part = (PART / rows).next_multiple_of(2 * DEPTH);
         let mut out_sums = Sums::zeros(rows, down.d_out);
         for first in (0..up.d_out).step_by(part) {
             let columns = first..up.d_out.min(first + part);

@@ -1,6 +1,6 @@
+use burn::tensor::Tensor;
 use burn::tensor::module::conv2d;
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::Tensor;
 
 use crate::count;
 use crate::cpu::convolution::{Sizes, convolve};

@@ -1,5 +1,7 @@
+#[cfg(feature = "autodiff")]
+use burn::tensor::DType;
 use burn::tensor::module::linear as burns;
-use burn::tensor::{DType, Element, Tensor};
+use burn::tensor::{Element, Tensor};
 
 use super::{Activation, finished};
 use crate::count;
@@ -8,8 +10,9 @@ use crate::cpu::few::products;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host, is_in_order};
-use crate::cpu::matmul::{Columns, Number, product};
+use crate::cpu::matmul::{Columns, product};
 use crate::cpu::pointwise::Finish;
+use crate::cpu::tiles::Number;
 
 /// Fewer rows read the weight where it lies, once, and do not pack it.
 const FEW: usize = 16;
@@ -42,7 +45,7 @@ pub(super) fn uncounted<const D: usize>(
     bias: Option<Tensor<1>>,
     activation: Option<Activation>,
 ) -> Tensor<D> {
-    let mut shape = x.dims();
+    let shape = x.dims();
     let [d_out, d_in] = weight.dims();
     assert_eq!(shape[D - 1], d_in, "width of the input (left) and of a weight of {d_out} rows");
     let rows: usize = shape[..D - 1].iter().product();
@@ -60,7 +63,8 @@ pub(super) fn uncounted<const D: usize>(
         return host::by_type!(dtypes[0], T => many::<T, D>(x, weight, bias, activation));
     }
     #[cfg(feature = "autodiff")]
-    if dtypes == [DType::F32; 2] && rows >= FEW && is_tracked(&x) && is_tracked(&weight) {
+    if rows >= FEW && is_tracked(&x) && is_tracked(&weight) {
+        let mut shape = shape;
         shape[D - 1] = d_out;
         let y = gradient::linear(x.reshape([rows, d_in]), weight).reshape(shape);
         return finished(y, bias, activation);
@@ -110,7 +114,7 @@ fn few<const D: usize>(
 mod tests {
     use super::*;
     use crate::testing::{assert_close, floats, noise};
-    use burn::tensor::Device;
+    use burn::tensor::{DType, Device};
 
     /// Few rows and many, parts of tensors, turned weights, against Burn's operations.
     #[test]

@@ -13,7 +13,8 @@ use rayon::prelude::*;
 use super::Activation;
 use crate::count;
 use crate::cpu::host::{self, Values, is_host};
-use crate::cpu::matmul::Number;
+use crate::cpu::matmul::FEW;
+use crate::cpu::tiles::Number;
 use crate::cpu::{self, Instructions};
 #[cfg(feature = "cube")]
 use crate::cube::{self, is_cube};
@@ -291,9 +292,6 @@ pub fn grouped_mlp(
     })
 }
 
-/// Rows of a segment that go to one thread at a time, at most.
-const BLOCK: usize = 256;
-
 /// `body` of what `of_expert` gives for an expert, of some of its rows, and of as many that come out, `[rows, d_out]`.
 fn by_segment<T: Number + Element, E: Sync>(
     x: Tensor<2>,
@@ -302,15 +300,19 @@ fn by_segment<T: Number + Element, E: Sync>(
     of_expert: impl Fn(usize) -> E,
     body: impl Fn(&E, &[T], &mut [T]) + Sync,
 ) -> Tensor<2> {
+    /// Tasks for each thread, where there are rows for so many.
+    const TASKS: usize = 4;
     let [rows, width] = x.dims();
     let x = Values::<T>::held(x);
     let mut out = vec![T::default(); rows * d_out];
+    // of a task; half of the fewest are not yet few for a product, so that its sums do not depend on the threads
+    let most = rows.div_ceil(TASKS * rayon::current_num_threads()).clamp(2 * FEW + 32, 512);
     let segments = dispatch.segments();
     let experts: Vec<E> = segments.iter().map(|(expert, _)| of_expert(*expert)).collect();
     let (mut parts, mut left) = (Vec::new(), &mut out[..]);
     for ((_, segment), expert) in segments.into_iter().zip(&experts) {
         let (own, rest) = left.split_at_mut(segment.len() * d_out);
-        let size = segment.len().div_ceil(segment.len().div_ceil(BLOCK)); // parts of similar size
+        let size = segment.len().div_ceil(segment.len().div_ceil(most)); // parts of similar size
         let starts = segment.step_by(size);
         parts.extend(starts.zip(own.chunks_mut(size * d_out)).map(|(start, out)| (expert, start, out)));
         left = rest;

@@ -45,6 +45,7 @@ use serde::Serialize;
 use volary::folder::Folder;
 use volary::pretrained::{EMBEDDED, resolve};
 use volary::{Clip, Error};
+use volary_kernels::{Instructions, memory};
 use volary_weights::hub::{Environment, Hub, LOCK_FILE, Pins, Reach};
 use volary_weights::{LoadOptions, Packing, Quantization};
 
@@ -157,35 +158,9 @@ enum Command {
 pub fn run() -> ExitCode {
     let Cli { command, shared } = Cli::parse();
     let shared = shared.resolved();
-    let result = match command {
-        Command::Classify(arguments) => classify::run(arguments, &shared),
-        Command::Embed(arguments) => embed::run(arguments, &shared),
-        Command::Search(arguments) => search::run(arguments, &shared),
-        Command::Segment(arguments) => segment::run(arguments, &shared),
-        Command::Paint(arguments) => paint::run(arguments, &shared),
-        Command::Imagine(arguments) => imagine::run(*arguments, &shared),
-        Command::Variations(arguments) => variations::run(*arguments, &shared),
-        Command::Replay(arguments) => replay::run(arguments, &shared),
-        Command::Generate(arguments) => generate::run(*arguments, &shared),
-        Command::Chat(arguments) => chat::run(*arguments, &shared),
-        Command::Fill(arguments) => fill::run(*arguments, &shared),
-        Command::Perplexity(arguments) => perplexity::run(arguments, &shared),
-        Command::Forward(arguments) => forward::run(arguments, &shared),
-        Command::Preprocess(arguments) => preprocess::run(arguments, &shared),
-        Command::Tokenize(arguments) => tokenize::run(arguments, &shared),
-        Command::Info(arguments) => info::run(arguments, &shared),
-        Command::Convert(arguments) => convert::run(arguments, &shared),
-        Command::Quantize(arguments) => quantize::run(arguments, &shared),
-        Command::Fetch(arguments) => fetch::run(arguments, &shared),
-        Command::Verify(arguments) => verify::run(arguments, &shared),
-        Command::Plan(arguments) => plan::run(arguments, &shared),
-        Command::List(arguments) => list::run(arguments, &shared),
-        Command::Eval(arguments) => eval::run(arguments, &shared),
-        Command::Bench(arguments) => bench::run(arguments, &shared),
-        Command::Doctor => doctor::run(&shared),
-        #[cfg(feature = "train")]
-        Command::Train(arguments) => train::run(arguments, &shared),
-    };
+    memory::keep_freed();
+    // On one of the threads that compute: handing small products over to them and waiting would take longer than these.
+    let result = rayon::scope(|_| command.run(&shared));
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever reads our output (`head`) may stop reading: that is no failure.
@@ -193,6 +168,43 @@ pub fn run() -> ExitCode {
         Err(error) => {
             eprintln!("error: {}", told(&error));
             ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+impl Command {
+    fn run(self, shared: &Shared) -> Result<()> {
+        if let (Err(unknown), false) = (Instructions::wanted(), matches!(self, Self::Doctor)) {
+            return Err(Usage(unknown).into());
+        }
+        match self {
+            Self::Classify(arguments) => classify::run(arguments, shared),
+            Self::Embed(arguments) => embed::run(arguments, shared),
+            Self::Search(arguments) => search::run(arguments, shared),
+            Self::Segment(arguments) => segment::run(arguments, shared),
+            Self::Paint(arguments) => paint::run(arguments, shared),
+            Self::Imagine(arguments) => imagine::run(*arguments, shared),
+            Self::Variations(arguments) => variations::run(*arguments, shared),
+            Self::Replay(arguments) => replay::run(arguments, shared),
+            Self::Generate(arguments) => generate::run(*arguments, shared),
+            Self::Chat(arguments) => chat::run(*arguments, shared),
+            Self::Fill(arguments) => fill::run(*arguments, shared),
+            Self::Perplexity(arguments) => perplexity::run(arguments, shared),
+            Self::Forward(arguments) => forward::run(arguments, shared),
+            Self::Preprocess(arguments) => preprocess::run(arguments, shared),
+            Self::Tokenize(arguments) => tokenize::run(arguments, shared),
+            Self::Info(arguments) => info::run(arguments, shared),
+            Self::Convert(arguments) => convert::run(arguments, shared),
+            Self::Quantize(arguments) => quantize::run(arguments, shared),
+            Self::Fetch(arguments) => fetch::run(arguments, shared),
+            Self::Verify(arguments) => verify::run(arguments, shared),
+            Self::Plan(arguments) => plan::run(arguments, shared),
+            Self::List(arguments) => list::run(arguments, shared),
+            Self::Eval(arguments) => eval::run(arguments, shared),
+            Self::Bench(arguments) => bench::run(arguments, shared),
+            Self::Doctor => doctor::run(shared),
+            #[cfg(feature = "train")]
+            Self::Train(arguments) => train::run(arguments, shared),
         }
     }
 }
