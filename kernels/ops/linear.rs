@@ -1,5 +1,3 @@
-#[cfg(feature = "autodiff")]
-use burn::tensor::DType;
 use burn::tensor::module::linear as burns;
 use burn::tensor::{Element, Tensor};
 
