@@ -1,7 +1,8 @@
 //! Pictures cut into patches.
 
 use burn::module::{Initializer, Module, Param};
-use burn::tensor::{Bool, Device, Tensor, module::linear};
+use burn::tensor::{Bool, Device, Tensor};
+use volary_kernels::ops::linear;
 
 /// Projects every square patch to a vector: a convolution whose stride is its kernel (Dosovitskiy et al.
 /// 2020, section 3.1), computed as one matrix product.
@@ -41,7 +42,7 @@ impl PatchEmbedding {
             .permute([0, 2, 4, 1, 3, 5]) // [batch, rows, columns, channels, side, side]
             .reshape([batch, rows * columns, channels * side * side]);
         let weight = self.weight.val().reshape([d_model, channels * side * side]);
-        linear(patches, weight.transpose(), self.bias.as_ref().map(|bias| bias.val()))
+        linear(patches, weight, self.bias.as_ref().map(|bias| bias.val()), None)
     }
 }
 

@@ -48,39 +48,41 @@ impl Sizes {
     }
 }
 
-/// `out`, `[heads, queries, d_value]`, becomes `softmax(q kᵀ · scale) v` of each head of `query`, `[heads, queries, d_head]`,
-/// `key`, `[heads, keys, d_head]`, and `value`, `[heads, keys, d_value]`. A query that sees no key gets zeros.
+/// `softmax(q kᵀ · scale) v` of each head: `[batch, queries, heads, d_value]`, as the next projection reads it. Queries, keys
+/// and values are read where they lie; each head of keys serves `group` heads of queries that follow each other. A query that
+/// sees no key gets zeros.
 ///
-/// # Panics
-/// If sizes do not fit.
-pub fn attention<T: Number>(query: &[T], key: &[T], value: &[T], sizes: Sizes, out: &mut [T]) {
-    let Sizes { queries, keys, d_head, d_value, .. } = sizes;
+/// - `query`: `[batch, heads, queries, d_head]`
+/// - `key`, `value`: `[batch, heads / group, keys, ..]`
+pub fn attention<T: Number + Element>(
+    query: &Rows<T>,
+    [key, value]: [&Rows<T>; 2],
+    [batch, heads, group]: [usize; 3],
+    sizes: Sizes,
+) -> Vec<T> {
+    let Sizes { queries, keys, d_value, .. } = sizes;
+    let mut out = vec![T::default(); batch * queries * heads * d_value];
     if out.is_empty() {
-        return;
+        return out;
     }
-    let heads = out.len() / (queries * d_value);
-    assert_eq!(
-        [query.len(), key.len(), value.len()],
-        [heads * queries * d_head, heads * keys * d_head, heads * keys * d_value],
-        "queries, keys and values of {heads} heads"
-    );
-    let parts = (TASKS * rayon::current_num_threads()).div_ceil(heads);
-    let rows = queries.div_ceil(parts).next_multiple_of(QUERIES);
-    let tasks: Vec<_> = out
-        .chunks_mut(queries * d_value)
-        .enumerate()
-        .flat_map(|(head, out)| {
-            let parts = out.chunks_mut(rows * d_value).enumerate();
-            parts.map(move |(part, out)| (head, part * rows, out))
-        })
-        .collect();
+    let parts = (TASKS * rayon::current_num_threads()).div_ceil(batch * heads);
+    let rows = queries.div_ceil(parts).next_multiple_of(QUERIES); // of a task
+    let parts = queries.div_ceil(rows);
+    let mut tasks: Vec<Vec<&mut [T]>> = Vec::new();
+    tasks.resize_with(batch * heads * parts, || Vec::with_capacity(rows.min(queries)));
+    for (at, row) in out.chunks_mut(d_value).enumerate() {
+        let (batch, query, head) = (at / heads / queries, at / heads % queries, at % heads);
+        tasks[(batch * heads + head) * parts + query / rows].push(row);
+    }
     let tiles = T::tiles(Instructions::in_use());
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (head, first, out)| {
-        let query = &query[(head * queries + first) * d_head..][..out.len() / d_value * d_head];
-        let key = Columns::new(&key[head * keys * d_head..][..keys * d_head], d_head);
-        let value = matmul::Rows::new(&value[head * keys * d_value..][..keys * d_value], d_value);
+    tasks.into_par_iter().enumerate().for_each_init(Scratch::default, |scratch, (at, out)| {
+        let (batch, head, first) = (at / parts / heads, at / parts % heads, at % parts * rows);
+        let key = Columns::of(key.at([batch, head / group]), keys);
+        let value = matmul::Rows::of(value.at([batch, head / group]));
+        let query = query.at([batch, head]);
         tiles.run(Part { query, key, value, first, sizes, scratch, out });
     });
+    out
 }
 
 /// The same for few queries, whose keys and values are read where they lie, one after the other. Each head of keys serves
@@ -181,16 +183,16 @@ fn dot<T: Held, const FMA: bool>(query: &[f32], key: &[T]) -> f32 {
 
 /// Queries of a head.
 struct Part<'a, T> {
-    /// `[queries of the part, d_head]`
-    query: &'a [T],
+    /// All of the head
+    query: Strided<'a, T>,
     key: Columns<'a, T>,
     value: matmul::Rows<'a, T>,
-    /// The place of the first query.
+    /// The place of the first query of the part.
     first: usize,
     sizes: Sizes,
     scratch: &'a mut Scratch,
     /// `[queries of the part, d_value]`
-    out: &'a mut [T],
+    out: Vec<&'a mut [T]>,
 }
 
 /// Room for what a part lays out.
@@ -210,15 +212,14 @@ struct Scratch {
 
 impl<T: Number> ByTile for Part<'_, T> {
     fn run<K: Tile<C>, const C: usize>(self) {
-        let Self { query, key, value, first, sizes, scratch, out } = self;
+        let Self { query, key, value, first, sizes, scratch, mut out } = self;
         let Sizes { d_head, d_value, .. } = sizes;
-        let seen = sizes.seen(first + out.len() / d_value - 1);
+        let seen = sizes.seen(first + out.len() - 1);
         let [keys, values] = [(d_head, DEPTH * K::PER_WORD, seen), (seen, KEYS, d_value)]
             .map(|(inner, block, columns)| Panels::new::<K, C>(inner, block, columns));
         keys.lay_out::<T, K, C>(&key, scratch.keys.of(keys.words()));
         values.lay_out::<T, K, C>(&value, scratch.values.of(values.words()));
-        for (at, out) in out.chunks_mut(QUERIES * d_value).enumerate() {
-            let query = &query[at * QUERIES * d_head..][..out.len() / d_value * d_head];
+        for (at, out) in out.chunks_mut(QUERIES).enumerate() {
             scratch.block::<T, K, C>(query, first + at * QUERIES, [keys, values], sizes, out);
         }
     }
@@ -282,20 +283,20 @@ impl Scratch {
     /// A block of queries, of which the first is at `first`.
     fn block<T: Number, K: Tile<C>, const C: usize>(
         &mut self,
-        query: &[T],
+        query: Strided<T>,
         first: usize,
         [keys, values]: [Panels; 2],
         sizes: Sizes,
-        out: &mut [T],
+        out: &mut [&mut [T]],
     ) {
-        let Sizes { d_head, d_value, scale, .. } = sizes;
-        let (count, width) = (out.len() / d_value, d_value.next_multiple_of(C));
+        let Sizes { d_value, scale, .. } = sizes;
+        let (count, width) = (out.len(), d_value.next_multiple_of(C));
         let queries = self.queries.of(keys.blocks().count() * count * DEPTH).as_chunks_mut().0;
         for (part, queries) in keys.blocks().zip(queries.chunks_mut(count)) {
-            for (query, words) in query.chunks(d_head).zip(queries) {
+            for (at, words) in (first..).zip(queries) {
                 let words = &mut words[..K::whole_words(part.len())];
                 let (words, beyond) = words.split_at_mut(part.len().div_ceil(K::PER_WORD));
-                T::words::<K, C>(&query[part.clone()], words);
+                T::words::<K, C>(&query.row(at)[part.clone()], words);
                 beyond.fill(0.0);
             }
         }
@@ -333,7 +334,7 @@ impl Scratch {
                 multiply::<K, C>(scores, panel, &mut sums[at..], width, None);
             }
         }
-        for (at, (sums, out)) in sums.chunks_mut(width).zip(out.chunks_mut(d_value)).enumerate() {
+        for (at, (sums, out)) in sums.chunks_mut(width).zip(out).enumerate() {
             if totals[at] != 0.0 {
                 sums.iter_mut().for_each(|sum| *sum /= totals[at]);
             }

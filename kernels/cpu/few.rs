@@ -9,17 +9,23 @@ use super::instructions::Instructions;
 /// Rows of the matrix that are walked at a time.
 pub const STREAMS: usize = 4;
 /// Values of a matrix that are worth a thread.
-const TASK: usize = 64 * 1024;
+const TASK: usize = 128 * 1024;
 
 /// `y = x Wᵀ`: `weight` is `[rows, cols]`, `x` `[many, cols]`, `y` `[many, rows]`; sums are f32.
 ///
 /// # Panics
 /// If the sizes do not fit.
-pub fn products<T: Held>(weight: &[T], x: &[f32], cols: usize, y: &mut [f32]) {
-    products_with(Instructions::in_use(), weight, x, cols, y);
+pub fn products<T: Held>(weight: &[T], x: &[T], cols: usize, y: &mut [f32]) {
+    T::products(Instructions::in_use(), weight, x, cols, y);
 }
 
-fn products_with<T: Held>(body: Instructions, weight: &[T], x: &[f32], cols: usize, y: &mut [f32]) {
+fn products_with<T: Sync, X: Sync>(
+    body: impl RowSums<T, X>,
+    weight: &[T],
+    x: &[X],
+    cols: usize,
+    y: &mut [f32],
+) {
     if y.is_empty() || cols == 0 {
         return y.fill(0.0);
     }
@@ -32,10 +38,10 @@ fn products_with<T: Held>(body: Instructions, weight: &[T], x: &[f32], cols: usi
     by_streams(y, [many, rows], cols, |first, y| {
         let weight = &weight[first * cols..][..y.len() / many * cols];
         match y.len() / many {
-            STREAMS => some_rows::<T, STREAMS>(body, weight, x, cols, y),
+            STREAMS => some_rows::<T, X, STREAMS>(body, weight, x, cols, y),
             _ => {
                 for (weight, y) in weight.chunks(cols).zip(y.chunks_mut(many)) {
-                    some_rows::<T, 1>(body, weight, x, cols, y);
+                    some_rows::<T, X, 1>(body, weight, x, cols, y);
                 }
             }
         }
@@ -77,10 +83,10 @@ pub(super) fn by_streams(
 }
 
 /// `R` rows; `y` is `[R, many]`.
-fn some_rows<T: Held, const R: usize>(
-    body: Instructions,
+fn some_rows<T, X, const R: usize>(
+    body: impl RowSums<T, X>,
     weight: &[T],
-    x: &[f32],
+    x: &[X],
     cols: usize,
     y: &mut [f32],
 ) {
@@ -90,7 +96,7 @@ fn some_rows<T: Held, const R: usize>(
     let mut at = 0;
     macro_rules! together {
         ($($count:literal),*) => { $(while many - at >= $count {
-            let x: [&[f32]; $count] = std::array::from_fn(|m| &x[(at + m) * cols..(at + m + 1) * cols]);
+            let x: [&[X]; $count] = std::array::from_fn(|m| &x[(at + m) * cols..(at + m + 1) * cols]);
             let sums = body.row_sums(rows, x);
             for (y, sums) in y.chunks_mut(many).zip(&sums) {
                 y[at..at + $count].copy_from_slice(sums);
@@ -101,14 +107,15 @@ fn some_rows<T: Held, const R: usize>(
     together!(4, 2, 1);
 }
 
-impl Instructions {
+/// What multiplies rows.
+trait RowSums<T, X>: Copy + Sync {
     /// The products of rows that are equally long.
+    fn row_sums<const R: usize, const M: usize>(self, rows: [&[T]; R], x: [&[X]; M]) -> [[f32; M]; R];
+}
+
+impl<T: Held> RowSums<T, f32> for Instructions {
     #[inline]
-    fn row_sums<T: Held, const R: usize, const M: usize>(
-        self,
-        rows: [&[T]; R],
-        x: [&[f32]; M],
-    ) -> [[f32; M]; R] {
+    fn row_sums<const R: usize, const M: usize>(self, rows: [&[T]; R], x: [&[f32]; M]) -> [[f32; M]; R] {
         match self {
             Self::Plain => plain(rows, x),
             // SAFETY: `all` found the instructions on this machine.
@@ -121,10 +128,30 @@ impl Instructions {
     }
 }
 
+/// Pairs of bf16, where [`Instructions::has_pairs`].
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Pairs;
+
+#[cfg(target_arch = "x86_64")]
+impl RowSums<bf16, bf16> for Pairs {
+    #[inline]
+    fn row_sums<const R: usize, const M: usize>(self, rows: [&[bf16]; R], x: [&[bf16]; M]) -> [[f32; M]; R] {
+        // SAFETY: it is only made where the machine has them.
+        unsafe { pairs(rows, x) }
+    }
+}
+
 /// How values of a matrix are held.
 pub trait Held: Copy + Sync {
     /// The value.
     fn widen(self) -> f32;
+
+    /// See [`products`].
+    fn products(instructions: Instructions, weight: &[Self], x: &[Self], cols: usize, y: &mut [f32]) {
+        let x: Vec<f32> = x.iter().map(|x| x.widen()).collect();
+        products_with(instructions, weight, &x, cols, y);
+    }
 
     /// Eight of them.
     ///
@@ -143,8 +170,10 @@ pub trait Held: Copy + Sync {
 
 /// `widen`, `eight` and `sixteen` of a type.
 macro_rules! held {
-    ($type:ty, |$value:ident| $widen:expr, |$from:ident| $eight:expr, $sixteen:expr) => {
+    ($type:ty, |$value:ident| $widen:expr, |$from:ident| $eight:expr, $sixteen:expr $(, $products:item)?) => {
         impl Held for $type {
+            $($products)?
+
             #[inline(always)]
             fn widen(self) -> f32 {
                 let $value = self;
@@ -183,7 +212,15 @@ held!(
     bf16,
     |value| f32::from_bits(u32::from(value.to_bits()) << 16),
     |from| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())))),
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())))),
+    fn products(instructions: Instructions, weight: &[Self], x: &[Self], cols: usize, y: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if instructions.has_pairs() {
+            return products_with(Pairs, weight, x, cols, y);
+        }
+        let x: Vec<f32> = x.iter().map(|x| x.widen()).collect();
+        products_with(instructions, weight, &x, cols, y);
+    }
 );
 
 /// For whatever instructions it is compiled.
@@ -254,6 +291,45 @@ vectors!(
 );
 #[cfg(target_arch = "x86_64")]
 vectors!(avx512, "avx512f", 16, sixteen, _mm512_setzero_ps, _mm512_fmadd_ps, _mm512_add_ps, _mm512_storeu_ps);
+
+/// The same of pairs: half as many instructions for a line of memory, so that more lines are on their way.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+#[allow(clippy::needless_range_loop)] // several arrays side by side
+fn pairs<const R: usize, const M: usize>(rows: [&[bf16]; R], x: [&[bf16]; M]) -> [[f32; M]; R] {
+    use std::arch::x86_64::{
+        __m512, __m512bh, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_reduce_add_ps,
+        _mm512_setzero_ps,
+    };
+
+    const LANES: usize = 32;
+    let cols = rows.iter().chain(&x).map(|row| row.len()).min().unwrap_or(0);
+    let mut sums = [[[_mm512_setzero_ps(); 2]; M]; R];
+    let whole = cols / (2 * LANES) * (2 * LANES);
+    // SAFETY: so many columns are left in all rows; pairs of bf16 are words.
+    let load = |row: &[bf16], at: usize| unsafe {
+        std::mem::transmute::<__m512, __m512bh>(_mm512_loadu_ps(row.as_ptr().add(at).cast()))
+    };
+    for at in (0..whole).step_by(2 * LANES) {
+        for half in 0..2 {
+            let at = at + half * LANES;
+            for r in 0..R {
+                let row = load(rows[r], at);
+                for m in 0..M {
+                    sums[r][m][half] = _mm512_dpbf16_ps(sums[r][m][half], row, load(x[m], at));
+                }
+            }
+        }
+    }
+    let rest = x.map(|x| x[whole..].iter().map(|x| x.widen()).collect::<Vec<f32>>());
+    let mut out = plain(rows.map(|row| &row[whole..]), rest.each_ref().map(Vec::as_slice));
+    for r in 0..R {
+        for m in 0..M {
+            out[r][m] += _mm512_reduce_add_ps(_mm512_add_ps(sums[r][m][0], sums[r][m][1]));
+        }
+    }
+    out
+}
 
 #[cfg(test)]
 mod tests {

@@ -95,9 +95,12 @@ pub struct Rows<T> {
 /// Rows, each in order and as far behind the one before.
 #[derive(Clone, Copy, Debug)]
 pub struct Strided<'a, T> {
-    values: &'a [T],
-    stride: usize,
-    width: usize,
+    /// From the first one on.
+    pub values: &'a [T],
+    /// How far they are apart.
+    pub stride: usize,
+    /// How long each is.
+    pub width: usize,
 }
 
 impl<T: Element + Pod> Rows<T> {

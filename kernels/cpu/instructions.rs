@@ -79,6 +79,12 @@ impl Instructions {
         }
     }
 
+    /// Whether pairs of bf16 are multiplied and summed up by one of them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_pairs(self) -> bool {
+        self == Self::Avx512 && is_x86_feature_detected!("avx512bf16")
+    }
+
     fn widest() -> Self {
         *Self::all().last().unwrap_or(&Self::Plain)
     }

@@ -12,6 +12,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
 
+use super::host::Strided;
 #[cfg(feature = "autodiff")]
 use super::host::by_task;
 use super::instructions::Instructions;
@@ -55,6 +56,8 @@ pub trait Right<T>: Sync {
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a, T> {
     values: &'a [T],
+    /// How far rows are apart.
+    stride: usize,
     columns: usize,
 }
 
@@ -62,27 +65,39 @@ pub struct Rows<'a, T> {
 #[derive(Clone, Copy, Debug)]
 pub struct Columns<'a, T> {
     values: &'a [T],
-    inner: usize,
+    /// How far columns are apart.
+    stride: usize,
+    columns: usize,
 }
 
 impl<'a, T> Rows<'a, T> {
     /// Of `values`, `[inner, columns]`.
     pub fn new(values: &'a [T], columns: usize) -> Self {
-        Self { values, columns }
+        Self { values, stride: columns, columns }
+    }
+
+    /// Of rows where they lie.
+    pub fn of(rows: Strided<'a, T>) -> Self {
+        Self { values: rows.values, stride: rows.stride, columns: rows.width }
     }
 }
 
 impl<'a, T> Columns<'a, T> {
     /// Of `values`, `[columns, inner]`.
     pub fn new(values: &'a [T], inner: usize) -> Self {
-        Self { values, inner }
+        Self { values, stride: inner, columns: values.len() / inner.max(1) }
+    }
+
+    /// Of so many rows where they lie.
+    pub fn of(rows: Strided<'a, T>, columns: usize) -> Self {
+        Self { values: rows.values, stride: rows.stride, columns }
     }
 }
 
 impl<T: Number> Right<T> for Rows<'_, T> {
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]) {
         let wide = C.min(self.columns.saturating_sub(first));
-        let row = |at: usize| &self.values[at * self.columns..][first..first + wide];
+        let row = |at: usize| &self.values[at * self.stride..][first..first + wide];
         for (at, words) in inner.clone().step_by(K::PER_WORD).zip(panel) {
             let next = (K::PER_WORD == 2 && at + 1 < inner.end).then(|| row(at + 1));
             T::across::<K, C>(row(at), next, &mut words[..wide]);
@@ -91,15 +106,15 @@ impl<T: Number> Right<T> for Rows<'_, T> {
     }
 
     fn ahead(&self, inner: Range<usize>, columns: Range<usize>) -> Option<Ahead> {
-        let start = self.values.as_ptr().wrapping_add(inner.start * self.columns + columns.start);
+        let start = self.values.as_ptr().wrapping_add(inner.start * self.stride + columns.start);
         Some(match self.is_whole(&columns) {
             true => Ahead::new(start, 0, usize::MAX),
-            false => Ahead::new(start, self.columns, columns.len()),
+            false => Ahead::new(start, self.stride, columns.len()),
         })
     }
 
     fn is_whole(&self, columns: &Range<usize>) -> bool {
-        columns.len() == self.columns
+        columns.len() == self.stride
     }
 
     fn at_once(&self) -> usize {
@@ -112,10 +127,13 @@ impl<T: Number> Right<T> for Columns<'_, T> {
         let mut lines = [[0.0_f32; DEPTH]; LINE];
         for from in (0..C).step_by(K::LANES) {
             for (at, line) in lines.iter_mut().enumerate().take(K::LANES) {
-                let column = (first + from + at) * self.inner;
-                match self.values.get(column + inner.start..column + inner.end) {
-                    Some(column) => T::words::<K, C>(column, &mut line[..panel.len()]),
-                    None => line.fill(0.0),
+                let column = first + from + at;
+                match column < self.columns {
+                    true => {
+                        let places = &self.values[column * self.stride..][inner.clone()];
+                        T::words::<K, C>(places, &mut line[..panel.len()]);
+                    }
+                    false => line.fill(0.0),
                 }
             }
             // SAFETY: whoever chose the tile found its instructions on this machine.
@@ -124,8 +142,8 @@ impl<T: Number> Right<T> for Columns<'_, T> {
     }
 
     fn ahead(&self, inner: Range<usize>, columns: Range<usize>) -> Option<Ahead> {
-        let start = self.values.as_ptr().wrapping_add(columns.start * self.inner + inner.start);
-        Some(Ahead::new(start, self.inner, inner.len()))
+        let start = self.values.as_ptr().wrapping_add(columns.start * self.stride + inner.start);
+        Some(Ahead::new(start, self.stride, inner.len()))
     }
 }
 

@@ -72,7 +72,7 @@ impl Number for bf16 {
             #[cfg(target_arch = "x86_64")]
             Tiles::Avx512 if has_amx() => Tiles::Amx,
             #[cfg(target_arch = "x86_64")]
-            Tiles::Avx512 if is_x86_feature_detected!("avx512bf16") => Tiles::Pairs,
+            Tiles::Avx512 if instructions.has_pairs() => Tiles::Pairs,
             tiles => tiles,
         }
     }

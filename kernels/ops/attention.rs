@@ -80,12 +80,12 @@ pub fn attention(
     if is_fast && queries < FEW {
         return of_few(query, key, value, resolved.causal, scale);
     }
-    // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
-    let key = repeat_heads(key, heads / kv_heads);
-    let value = repeat_heads(value, heads / kv_heads);
     if is_fast {
         return on_cpu(query, key, value, resolved.causal, scale);
     }
+    // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
+    let key = repeat_heads(key, heads / kv_heads);
+    let value = repeat_heads(value, heads / kv_heads);
     let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
     scaled_dot_product(query, key, value, resolved.hidden, bias, options)
 }
@@ -111,14 +111,14 @@ fn sizes(
     (sizes, [batch, heads, queries, d_value])
 }
 
-/// Without a matrix of scores; `key` and `value` have as many heads as `query`.
+/// Without a matrix of scores; nothing is copied that lies row by row.
 fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
-    let (sizes, shape) = sizes(&query, &value, causal, scale);
+    let (sizes, [batch, heads, queries, d_value]) = sizes(&query, &value, causal, scale);
+    let group = heads / key.dims()[1];
     by_type!(query.dtype(), T => {
-        let mut out = vec![T::default(); shape.iter().product()];
-        let [query, key, value] = [query, key, value].map(Values::<T>::held);
-        cpu::attention::attention(&query, &key, &value, sizes, &mut out);
-        tensor(out, shape)
+        let [query, key, value] = [query, key, value].map(Rows::<T>::held);
+        let out = cpu::attention::attention(&query, [&key, &value], [batch, heads, group], sizes);
+        tensor(out, [batch, queries, heads, d_value]).swap_dims(1, 2)
     })
 }
 

@@ -103,8 +103,9 @@ fn few<const D: usize>(
     let [d_out, d_in] = weight.dims();
     shape[D - 1] = d_out;
     let mut out = vec![0.0; shape.iter().product()];
-    let x = Values::of(x);
-    host::by_type!(dtype, T => products(&Values::<T>::held(weight), &x, d_in, &mut out));
+    host::by_type!(dtype, T => {
+        products(&Values::<T>::held(weight), &Values::<T>::held(x), d_in, &mut out);
+    });
     finished(host::tensor(out, shape), bias, activation).cast(dtype)
 }
 
