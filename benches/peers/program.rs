@@ -123,11 +123,13 @@ pub struct Done {
     pub output: TensorData,
 }
 
-/// Computes something. Flex is done when it gives the tensor.
-pub fn timed<const D: usize>(run: impl FnOnce() -> Tensor<D>) -> Done {
-    let start = Instant::now();
-    let output = run();
-    Done { seconds: start.elapsed().as_secs_f64(), output: output.into_data() }
+/// Computes something, on one of the threads that compute, as the command line does. Flex is done when it gives the tensor.
+pub fn timed<const D: usize>(run: impl FnOnce() -> Tensor<D> + Send) -> Done {
+    rayon::scope(|_| {
+        let start = Instant::now();
+        let output = run();
+        Done { seconds: start.elapsed().as_secs_f64(), output: output.into_data() }
+    })
 }
 
 /// Our own side: says what it computes with, and answers `write WORK FILE` and `time WORK TIMES`, line by line, until
