@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::sync::OnceLock;
 
-use super::tiles::{Ahead, Avx512, DEPTH, LINE, Tile};
+use super::tiles::{Ahead, Avx512, DEPTH, Tile};
 
 /// Tiles of two by two of AMX's registers, each of which has 16 rows and columns of sums.
 ///
@@ -157,9 +157,9 @@ impl Tile<32> for Amx {
         }
     }
 
-    unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; 32]], first: usize) {
+    unsafe fn turn(words: &[f32], stride: usize, panel: &mut [[f32; 32]], first: usize) {
         // SAFETY: machines with AMX have AVX-512.
-        unsafe { Avx512::turn(lines, panel, first) };
+        unsafe { Avx512::turn(words, stride, panel, first) };
     }
 }
 

@@ -124,6 +124,13 @@ impl<T: Number> Right<T> for Rows<'_, T> {
 
 impl<T: Number> Right<T> for Columns<'_, T> {
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]) {
+        if let Some((words, stride)) = self.words::<K, C>(&inner, first) {
+            for from in (0..C).step_by(K::LANES) {
+                // SAFETY: whoever chose the tile found its instructions on this machine.
+                unsafe { K::turn(&words[from * stride..], stride, panel, from) };
+            }
+            return;
+        }
         let mut lines = [[0.0_f32; DEPTH]; LINE];
         for from in (0..C).step_by(K::LANES) {
             for (at, line) in lines.iter_mut().enumerate().take(K::LANES) {
@@ -136,14 +143,30 @@ impl<T: Number> Right<T> for Columns<'_, T> {
                     false => line.fill(0.0),
                 }
             }
-            // SAFETY: whoever chose the tile found its instructions on this machine.
-            unsafe { K::turn(&lines, panel, from) };
+            // SAFETY: as above.
+            unsafe { K::turn(lines.as_flattened(), DEPTH, panel, from) };
         }
     }
 
     fn ahead(&self, inner: Range<usize>, columns: Range<usize>) -> Option<Ahead> {
         let start = self.values.as_ptr().wrapping_add(columns.start * self.stride + inner.start);
         Some(Ahead::new(start, self.stride, inner.len()))
+    }
+}
+
+impl<'a, T: Number> Columns<'a, T> {
+    /// `C` whole columns from `first` on, and how far they are apart, where what they hold are words as they lie.
+    fn words<K: Tile<C>, const C: usize>(
+        self,
+        inner: &Range<usize>,
+        first: usize,
+    ) -> Option<(&'a [f32], usize)> {
+        let are_whole = first + C <= self.columns
+            && [inner.start, inner.end, self.stride].iter().all(|at| at.is_multiple_of(K::PER_WORD));
+        let start = first * self.stride + inner.start;
+        let end = (first + C - 1) * self.stride + inner.end;
+        let words = are_whole.then(|| T::as_words::<K, C>(&self.values[start..end])).flatten()?;
+        Some((words, self.stride / K::PER_WORD))
     }
 }
 
@@ -382,6 +405,7 @@ mod tests {
             [3, 2, 5, 2],
             [14, 256, 32, 1],
             [31, 257, 33, 1],
+            [20, 258, 70, 1],
             [5, 600, 70, 3],
             [29, 40, 16, 1],
             [270, 7, 290, 1],

@@ -26,6 +26,11 @@ pub trait Number: Pod + Default + Send + Sync {
     /// Numbers that follow each other on the inner axis, as words.
     fn words<K: Tile<C>, const C: usize>(from: &[Self], to: &mut [f32]);
 
+    /// The same where they are words as they lie.
+    fn as_words<K: Tile<C>, const C: usize>(_from: &[Self]) -> Option<&[f32]> {
+        None
+    }
+
     /// Numbers beside each other on the other axis, each a word with that in `next`, if there is such.
     fn across<K: Tile<C>, const C: usize>(from: &[Self], next: Option<&[Self]>, to: &mut [f32]);
 
@@ -34,6 +39,10 @@ pub trait Number: Pod + Default + Send + Sync {
 }
 
 impl Number for f32 {
+    fn as_words<K: Tile<C>, const C: usize>(from: &[f32]) -> Option<&[f32]> {
+        Some(from)
+    }
+
     #[inline(always)]
     fn words<K: Tile<C>, const C: usize>(from: &[f32], to: &mut [f32]) {
         to.copy_from_slice(from);
@@ -75,6 +84,10 @@ impl Number for bf16 {
             Tiles::Avx512 if instructions.has_pairs() => Tiles::Pairs,
             tiles => tiles,
         }
+    }
+
+    fn as_words<K: Tile<C>, const C: usize>(from: &[bf16]) -> Option<&[f32]> {
+        bytemuck::try_cast_slice(from).ok().filter(|_| K::PER_WORD == 2)
     }
 
     #[inline(always)]
@@ -214,17 +227,24 @@ pub trait Tile<const C: usize> {
         next: Option<Ahead>,
     );
 
-    /// Words of the first lines become columns of a panel, from `first` on.
+    /// [`Self::LANES`] rows of words, `stride` apart, become columns of a panel, from `first` on.
     ///
     /// # Safety
     /// The machine has the instructions.
-    unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; C]], first: usize);
+    unsafe fn turn(words: &[f32], stride: usize, panel: &mut [[f32; C]], first: usize);
 }
 
-/// The same, from a word on.
-fn turn<const C: usize>(lines: &[[f32; DEPTH]], panel: &mut [[f32; C]], first: usize, from: usize) {
-    for (at, line) in lines.iter().enumerate() {
-        for (words, word) in panel.iter_mut().zip(line).skip(from) {
+/// `lanes` rows of words, `stride` apart, become columns of a panel, from `first` on; their words from `from` on alone.
+fn turn<const C: usize>(
+    words: &[f32],
+    stride: usize,
+    lanes: usize,
+    panel: &mut [[f32; C]],
+    first: usize,
+    from: usize,
+) {
+    for (at, row) in words.chunks(stride).take(lanes).enumerate() {
+        for (words, word) in panel.iter_mut().zip(row).skip(from) {
             words[first + at] = *word;
         }
     }
@@ -255,8 +275,8 @@ impl<const C: usize> Tile<C> for Plain {
         }
     }
 
-    unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; C]], first: usize) {
-        turn(&lines[..C], panel, first, 0);
+    unsafe fn turn(words: &[f32], stride: usize, panel: &mut [[f32; C]], first: usize) {
+        turn(words, stride, C, panel, first, 0);
     }
 }
 
@@ -336,12 +356,12 @@ macro_rules! vectors {
             }
 
             #[target_feature(enable = $features)]
-            unsafe fn turn(lines: &[[f32; DEPTH]; LINE], panel: &mut [[f32; 2 * $lanes]], first: usize) {
+            unsafe fn turn(words: &[f32], stride: usize, panel: &mut [[f32; 2 * $lanes]], first: usize) {
                 let whole = panel.len() / $lanes * $lanes;
                 for (at, block) in (0..).step_by($lanes).zip(panel[..whole].chunks_mut($lanes)) {
-                    $turn(&lines.as_flattened()[at..], DEPTH, block, first);
+                    $turn(&words[at..], stride, block, first);
                 }
-                turn(&lines[..$lanes], panel, first, whole);
+                turn(words, stride, $lanes, panel, first, whole);
             }
         }
     };
