@@ -199,10 +199,12 @@ fn product_with<T: Number>(
     if out.is_empty() {
         return out;
     }
-    let across = columns.div_ceil(COLUMNS);
+    // More tasks come of fewer columns first: rows that are copied again cost less than columns that are laid out again.
+    let wanted = (TASKS * rayon::current_num_threads()).div_ceil(matrices.len());
+    let bands = rows.div_ceil(ROWS);
+    let across = wanted.div_ceil(bands).min(columns.div_ceil(COLUMNS / 4)).max(columns.div_ceil(COLUMNS));
+    let bands = wanted.div_ceil(across).min(rows.div_ceil(ROWS / 4)).max(bands);
     let width = columns.div_ceil(across).next_multiple_of(2 * LINE); // of every tile's columns
-    let wanted = (TASKS * rayon::current_num_threads()).div_ceil(matrices.len() * across);
-    let bands = wanted.min(rows.div_ceil(ROWS / 4)).max(rows.div_ceil(ROWS));
     let height = rows.div_ceil(bands);
 
     let mut tasks: Vec<Task<T>> = Vec::new();
