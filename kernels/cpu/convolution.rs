@@ -72,64 +72,82 @@ struct Patches<'a, T> {
     places: usize,
 }
 
+/// A place under the kernel: what a word of the inner axis is of.
+#[derive(Clone, Copy)]
+struct Tap {
+    channel: usize,
+    down: usize,
+    right: usize,
+}
+
 impl<T: Number> Right<T> for Patches<'_, T> {
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]) {
-        let mut seen = [[T::default(); C]; 2];
-        for (at, words) in inner.clone().step_by(K::PER_WORD).zip(panel) {
-            let [row, next] = &mut seen;
-            self.row(at, first, row);
-            let next = (K::PER_WORD == 2 && at + 1 < inner.end).then(|| {
-                self.row(at + 1, first, next);
-                &next[..]
-            });
-            T::across::<K, C>(row, next, words);
+        let end = self.places.min(first + C);
+        panel.iter_mut().for_each(|words| words[end - first..].fill(0.0));
+        let mut place = first;
+        while place < end {
+            // neighbours in a row of the output
+            let (row, column) = (place / self.width, place % self.width);
+            let count = (self.width - column).min(end - place);
+            let lanes = place - first..place - first + count;
+            let (mut tap, mut left) = (self.tap(inner.start), inner.len());
+            for words in &mut *panel {
+                let mut seen = [[T::default(); C]; 2];
+                let taps = left.min(K::PER_WORD);
+                for seen in &mut seen[..taps] {
+                    self.line(tap, [row, column], seen, count);
+                    tap = self.after(tap);
+                }
+                left -= taps;
+                let [one, next] = &seen;
+                let next = (taps == 2).then_some(&next[..count]);
+                T::across::<K, C>(&one[..count], next, &mut words[lanes.clone()]);
+            }
+            place += count;
         }
     }
 }
 
 impl<T: Number> Patches<'_, T> {
-    /// What places from `first` on see under one place of their kernels; zeros beyond the last one.
-    fn row(&self, at: usize, first: usize, out: &mut [T]) {
-        let Sizes { picture: [height, width], kernel: [_, kernel_width], stride, border, .. } = self.sizes;
-        let kernel = self.sizes.kernel[0] * kernel_width;
-        let (channel, at) = (at / kernel, at % kernel);
-        let (down, right) = (at / kernel_width, at % kernel_width);
-        let channel = &self.x[channel * height * width..][..height * width];
-        let end = self.places.min(first + out.len());
-        let (mut place, mut lane) = (first, 0);
-        while place < end {
-            let (row, column) = (place / self.width, place % self.width);
-            let count = (self.width - column).min(end - place);
-            let out = &mut out[lane..lane + count];
-            let row = (row * stride + down).checked_sub(border);
-            match row.filter(|&row| row < height) {
-                Some(row) => self.line(&channel[row * width..][..width], column, right, out),
-                None => out.fill(T::default()),
-            }
-            place += count;
-            lane += count;
-        }
-        out[lane..].fill(T::default());
+    fn tap(&self, at: usize) -> Tap {
+        let [height, width] = self.sizes.kernel;
+        Tap { channel: at / (height * width), down: at / width % height, right: at % width }
     }
 
-    /// What `out.len()` neighbours from `column` on see in a row of the picture, `right` of where their kernels begin.
-    fn line(&self, row: &[T], column: usize, right: usize, out: &mut [T]) {
-        let Sizes { stride, border, .. } = self.sizes;
-        if stride != 1 {
-            for (at, out) in (column..).zip(out) {
-                let seen = (at * stride + right).checked_sub(border);
-                *out = seen.and_then(|seen| row.get(seen)).copied().unwrap_or_default();
-            }
-            return;
+    /// The next one, without a division.
+    #[inline(always)]
+    fn after(&self, tap: Tap) -> Tap {
+        let ([height, width], Tap { channel, down, right }) = (self.sizes.kernel, tap);
+        match (down + 1 < height, right + 1 < width) {
+            (_, true) => Tap { right: right + 1, ..tap },
+            (true, false) => Tap { channel, down: down + 1, right: 0 },
+            (false, false) => Tap { channel: channel + 1, down: 0, right: 0 },
         }
-        // the first of `out` that sees the row, and the first that no longer does
-        let start = border.saturating_sub(column + right).min(out.len());
-        let end = (row.len() + border).saturating_sub(column + right).clamp(start, out.len());
-        out[..start].fill(T::default());
-        out[end..].fill(T::default());
-        if start < end {
-            let seen = column + start + right - border;
-            out[start..end].copy_from_slice(&row[seen..seen + end - start]);
+    }
+
+    /// What `count` neighbours from `row` and `column` of the output on see at one place of their kernels.
+    #[inline(always)]
+    fn line<const C: usize>(
+        &self,
+        Tap { channel, down, right }: Tap,
+        [row, column]: [usize; 2],
+        out: &mut [T; C],
+        count: usize,
+    ) {
+        let Sizes { picture: [height, width], stride, border, .. } = self.sizes;
+        let row = (row * stride + down).wrapping_sub(border);
+        if row >= height {
+            return out.fill(T::default());
+        }
+        let row = &self.x[(channel * height + row) * width..][..width];
+        let start = (column * stride + right).wrapping_sub(border);
+        match row.get(start..).and_then(|row| row.first_chunk()).filter(|_| stride == 1) {
+            Some(seen) => *out = *seen, // beyond `count` too: without a call
+            None => {
+                for (at, out) in out[..count].iter_mut().enumerate() {
+                    *out = row.get(start.wrapping_add(at * stride)).copied().unwrap_or_default();
+                }
+            }
         }
     }
 }

@@ -224,8 +224,9 @@ fn product_with<T: Number>(
         let mut sums = Sums::zeros(out.len(), out[0].len());
         let x = &x[row * inner..(row + out.len()) * inner];
         let columns = column..column + out[0].len();
+        // not shallow, whatever its columns: which are whole depends on the threads, and with it the order of sums
         let right = &matrices[matrix];
-        tiles.run(Add { x, right, inner, columns, are_few: rows <= FEW, sums: &mut sums });
+        tiles.run(Add { x, right, inner, columns, is_shallow: false, sums: &mut sums });
         for ((row, out), sums) in (row..).zip(out).zip(sums.rows()) {
             finish(row, column, sums);
             T::narrow(sums, out);
@@ -246,13 +247,13 @@ struct Task<'a, T> {
 }
 
 /// Adds to `sums` the products of its rows of `x`, `[rows, inner]`, with `columns` of a matrix, on the calling thread. Up to
-/// [`FEW`] rows are summed in another order than more.
+/// [`FEW`] rows are summed in another order than more, where the columns are all.
 ///
 /// # Panics
 /// If the sizes do not fit.
 pub fn add<T: Number>(x: &[T], right: &impl Right<T>, inner: usize, columns: Range<usize>, sums: &mut Sums) {
-    let are_few = sums.rows <= FEW;
-    T::tiles(Instructions::in_use()).run(Add { x, right, inner, columns, are_few, sums });
+    let is_shallow = sums.rows <= FEW && right.is_whole(&columns);
+    T::tiles(Instructions::in_use()).run(Add { x, right, inner, columns, is_shallow, sums });
 }
 
 /// Sums of products, `[rows, columns]`.
@@ -289,8 +290,8 @@ struct Add<'a, T, R> {
     right: &'a R,
     inner: usize,
     columns: Range<usize>,
-    /// Not of the task alone: another order of sums would come of other tasks.
-    are_few: bool,
+    /// Whether whole rows of the right matrix are laid out, few at a time.
+    is_shallow: bool,
     sums: &'a mut Sums,
 }
 
@@ -300,11 +301,10 @@ impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
             /// Copies of rows, and panels.
             static ROOM: RefCell<[Room; 2]> = RefCell::default();
         }
-        let Self { x, right, inner, columns, are_few, sums } = self;
+        let Self { x, right, inner, columns, is_shallow, sums } = self;
         let (rows, stride) = (sums.rows, Sums::stride(columns.len()));
         let across = columns.len().next_multiple_of(C);
         assert_eq!([rows * inner, sums.columns], [x.len(), columns.len()], "numbers of rows, and columns");
-        let is_shallow = are_few && right.is_whole(&columns);
         let (depth, at_once) = match is_shallow {
             true => (SHALLOW, across),
             false => (DEPTH, across.min(right.at_once().next_multiple_of(C))),
