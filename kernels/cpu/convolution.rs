@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::matmul::{Right, product};
+use super::matmul::{COLUMNS, Right, product};
 use super::tiles::{Number, Tile};
 
 /// Sizes of a convolution.
@@ -82,29 +82,53 @@ struct Tap {
 
 impl<T: Number> Right<T> for Patches<'_, T> {
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]) {
-        let end = self.places.min(first + C);
-        panel.iter_mut().for_each(|words| words[end - first..].fill(0.0));
+        let words = panel.len();
+        self.lay_out_all::<K, C>(inner, first, panel, words);
+    }
+
+    fn lay_out_all<K: Tile<C>, const C: usize>(
+        &self,
+        inner: Range<usize>,
+        first: usize,
+        panels: &mut [[f32; C]],
+        words: usize,
+    ) {
+        let lanes = panels.len() / words * C;
+        let end = self.places.min(first + lanes);
+        for (at, panel) in panels.chunks_mut(words).enumerate() {
+            let own = (end - first).saturating_sub(at * C).min(C);
+            panel.iter_mut().for_each(|words| words[own..].fill(0.0));
+        }
+        let mut seen = [[T::default(); COLUMNS]; 2];
         let mut place = first;
         while place < end {
             // neighbours in a row of the output
             let (row, column) = (place / self.width, place % self.width);
-            let count = (self.width - column).min(end - place);
-            let lanes = place - first..place - first + count;
+            let count = (self.width - column).min(end - place).min(COLUMNS);
             let (mut tap, mut left) = (self.tap(inner.start), inner.len());
-            for words in &mut *panel {
-                let mut seen = [[T::default(); C]; 2];
+            for word in 0..inner.len().div_ceil(K::PER_WORD) {
                 let taps = left.min(K::PER_WORD);
                 for seen in &mut seen[..taps] {
-                    self.line(tap, [row, column], seen, count);
+                    self.line(tap, [row, column], &mut seen[..count]);
                     tap = self.after(tap);
                 }
                 left -= taps;
-                let [one, next] = &seen;
-                let next = (taps == 2).then_some(&next[..count]);
-                T::across::<K, C>(&one[..count], next, &mut words[lanes.clone()]);
+                let mut lane = place - first;
+                let mut from = 0;
+                while from < count {
+                    let some = (C - lane % C).min(count - from);
+                    let [one, next] = [&seen[0][from..from + some], &seen[1][from..from + some]];
+                    let words = &mut panels[lane / C * words + word][lane % C..][..some];
+                    T::across::<K, C>(one, (taps == 2).then_some(next), words);
+                    (lane, from) = (lane + some, from + some);
+                }
             }
             place += count;
         }
+    }
+
+    fn at_once(&self) -> usize {
+        COLUMNS
     }
 }
 
@@ -125,15 +149,9 @@ impl<T: Number> Patches<'_, T> {
         }
     }
 
-    /// What `count` neighbours from `row` and `column` of the output on see at one place of their kernels.
+    /// What `out.len()` neighbours from `row` and `column` of the output on see at one place of their kernels.
     #[inline(always)]
-    fn line<const C: usize>(
-        &self,
-        Tap { channel, down, right }: Tap,
-        [row, column]: [usize; 2],
-        out: &mut [T; C],
-        count: usize,
-    ) {
+    fn line(&self, Tap { channel, down, right }: Tap, [row, column]: [usize; 2], out: &mut [T]) {
         let Sizes { picture: [height, width], stride, border, .. } = self.sizes;
         let row = (row * stride + down).wrapping_sub(border);
         if row >= height {
@@ -141,10 +159,10 @@ impl<T: Number> Patches<'_, T> {
         }
         let row = &self.x[(channel * height + row) * width..][..width];
         let start = (column * stride + right).wrapping_sub(border);
-        match row.get(start..).and_then(|row| row.first_chunk()).filter(|_| stride == 1) {
-            Some(seen) => *out = *seen, // beyond `count` too: without a call
+        match row.get(start..start.saturating_add(out.len())).filter(|_| stride == 1) {
+            Some(seen) => out.copy_from_slice(seen),
             None => {
-                for (at, out) in out[..count].iter_mut().enumerate() {
+                for (at, out) in out.iter_mut().enumerate() {
                     *out = row.get(start.wrapping_add(at * stride)).copied().unwrap_or_default();
                 }
             }

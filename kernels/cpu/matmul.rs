@@ -27,7 +27,7 @@ pub const FEW: usize = 64;
 /// Rows of a task, at most.
 const ROWS: usize = 256;
 /// Columns of a task, at most.
-const COLUMNS: usize = 256;
+pub const COLUMNS: usize = 256;
 /// Tasks for each thread, where there are rows and columns for so many.
 const TASKS: usize = 4;
 
@@ -35,6 +35,20 @@ const TASKS: usize = 4;
 pub trait Right<T>: Sync {
     /// Lays out `inner` places of `C` columns from `first` on, as words; zeros beyond the last column.
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]);
+
+    /// The same of panels that follow each other, each of so many words, of which the last may be none of theirs.
+    fn lay_out_all<K: Tile<C>, const C: usize>(
+        &self,
+        inner: Range<usize>,
+        first: usize,
+        panels: &mut [[f32; C]],
+        words: usize,
+    ) {
+        for (panel, first) in panels.chunks_mut(words).zip((first..).step_by(C)) {
+            let own = inner.len().div_ceil(K::PER_WORD);
+            self.lay_out::<K, C>(inner.clone(), first, &mut panel[..own]);
+        }
+    }
 
     /// Where `inner` places of `columns` lie, to be asked for early.
     fn ahead(&self, _inner: Range<usize>, _columns: Range<usize>) -> Option<Ahead> {
@@ -323,11 +337,8 @@ impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
                 }
                 for first in (0..across).step_by(at_once) {
                     let panels = panels.of(words * at_once.min(across - first)).as_chunks_mut().0;
-                    for (at, panel) in panels.chunks_mut(words).enumerate() {
-                        let (panel, beyond) = panel.split_at_mut(given);
-                        right.lay_out::<K, C>(part.clone(), columns.start + first + at * C, panel);
-                        beyond.fill([0.0; C]);
-                    }
+                    right.lay_out_all::<K, C>(part.clone(), columns.start + first, panels, words);
+                    panels.chunks_mut(words).for_each(|panel| panel[given..].fill([0.0; C]));
                     let next = columns.start + first + at_once;
                     let next = match next < columns.end {
                         true => right.ahead(part.clone(), next..next + at_once),
