@@ -16,6 +16,7 @@ const CHUNK: usize = 32;
 /// Sums that are kept side by side: half of a chunk.
 const LANES: usize = CHUNK / 2;
 /// How many bytes of a row are asked for before they are needed.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 2048;
 
 /// `y = x Wᵀ`: `x` is `[many, cols]`, `y` `[many, rows]`; none of them is empty.
