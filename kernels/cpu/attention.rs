@@ -255,12 +255,7 @@ impl Panels {
 
     fn lay_out<T: Number, K: Tile<C>, const C: usize>(self, matrix: &impl Right<T>, room: &mut [f32]) {
         for (part, room) in self.blocks().zip(room.chunks_mut(self.size.max(1))) {
-            for (at, panel) in room.chunks_mut(self.deep * C).enumerate() {
-                let panel = &mut panel.as_chunks_mut().0[..K::whole_words(part.len())];
-                let (panel, beyond) = panel.split_at_mut(part.len().div_ceil(K::PER_WORD));
-                matrix.lay_out::<K, C>(part.clone(), at * C, panel);
-                beyond.fill([0.0; C]);
-            }
+            matrix.lay_out_all::<K, C>(part, 0, room.as_chunks_mut().0, self.deep);
         }
     }
 

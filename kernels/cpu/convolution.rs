@@ -95,9 +95,11 @@ impl<T: Number> Right<T> for Patches<'_, T> {
     ) {
         let lanes = panels.len() / words * C;
         let end = self.places.min(first + lanes);
+        let given = inner.len().div_ceil(K::PER_WORD);
         for (at, panel) in panels.chunks_mut(words).enumerate() {
             let own = (end - first).saturating_sub(at * C).min(C);
             panel.iter_mut().for_each(|words| words[own..].fill(0.0));
+            panel[given..].fill([0.0; C]);
         }
         let mut seen = [[T::default(); COLUMNS]; 2];
         let mut place = first;
@@ -106,7 +108,7 @@ impl<T: Number> Right<T> for Patches<'_, T> {
             let (row, column) = (place / self.width, place % self.width);
             let count = (self.width - column).min(end - place).min(COLUMNS);
             let (mut tap, mut left) = (self.tap(inner.start), inner.len());
-            for word in 0..inner.len().div_ceil(K::PER_WORD) {
+            for word in 0..given {
                 let taps = left.min(K::PER_WORD);
                 for seen in &mut seen[..taps] {
                     self.line(tap, [row, column], &mut seen[..count]);

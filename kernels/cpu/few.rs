@@ -19,6 +19,12 @@ pub fn products<T: Held>(weight: &[T], x: &[T], cols: usize, y: &mut [f32]) {
     T::products(Instructions::in_use(), weight, x, cols, y);
 }
 
+/// The same in f32.
+fn widened_products<T: Held>(instructions: Instructions, weight: &[T], x: &[T], cols: usize, y: &mut [f32]) {
+    let x: Vec<f32> = x.iter().map(|x| x.widen()).collect();
+    products_with(instructions, weight, &x, cols, y);
+}
+
 fn products_with<T: Sync, X: Sync>(
     body: impl RowSums<T, X>,
     weight: &[T],
@@ -149,8 +155,7 @@ pub trait Held: Copy + Sync {
 
     /// See [`products`].
     fn products(instructions: Instructions, weight: &[Self], x: &[Self], cols: usize, y: &mut [f32]) {
-        let x: Vec<f32> = x.iter().map(|x| x.widen()).collect();
-        products_with(instructions, weight, &x, cols, y);
+        widened_products(instructions, weight, x, cols, y);
     }
 
     /// Eight of them.
@@ -218,8 +223,7 @@ held!(
         if instructions.has_pairs() {
             return products_with(Pairs, weight, x, cols, y);
         }
-        let x: Vec<f32> = x.iter().map(|x| x.widen()).collect();
-        products_with(instructions, weight, &x, cols, y);
+        widened_products(instructions, weight, x, cols, y);
     }
 );
 

@@ -36,7 +36,7 @@ pub trait Right<T>: Sync {
     /// Lays out `inner` places of `C` columns from `first` on, as words; zeros beyond the last column.
     fn lay_out<K: Tile<C>, const C: usize>(&self, inner: Range<usize>, first: usize, panel: &mut [[f32; C]]);
 
-    /// The same of panels that follow each other, each of so many words, of which the last may be none of theirs.
+    /// The same of panels that follow each other, each of so many words: zeros beyond the last place.
     fn lay_out_all<K: Tile<C>, const C: usize>(
         &self,
         inner: Range<usize>,
@@ -45,8 +45,9 @@ pub trait Right<T>: Sync {
         words: usize,
     ) {
         for (panel, first) in panels.chunks_mut(words).zip((first..).step_by(C)) {
-            let own = inner.len().div_ceil(K::PER_WORD);
-            self.lay_out::<K, C>(inner.clone(), first, &mut panel[..own]);
+            let (own, beyond) = panel.split_at_mut(inner.len().div_ceil(K::PER_WORD));
+            self.lay_out::<K, C>(inner.clone(), first, own);
+            beyond.fill([0.0; C]);
         }
     }
 
@@ -338,7 +339,6 @@ impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
                 for first in (0..across).step_by(at_once) {
                     let panels = panels.of(words * at_once.min(across - first)).as_chunks_mut().0;
                     right.lay_out_all::<K, C>(part.clone(), columns.start + first, panels, words);
-                    panels.chunks_mut(words).for_each(|panel| panel[given..].fill([0.0; C]));
                     let next = columns.start + first + at_once;
                     let next = match next < columns.end {
                         true => right.ahead(part.clone(), next..next + at_once),

@@ -30,15 +30,20 @@ impl<T: Number + Element> Projection<T> {
     pub fn forward(&self, x: &[T], out: &mut [T]) {
         let mut sums = Sums::zeros(out.len() / self.d_out, self.d_out);
         self.add(x, 0..self.d_out, &mut sums);
-        for (sums, out) in sums.rows().zip(out.chunks_mut(self.d_out)) {
-            self.finish(sums, 0..self.d_out, None, None);
-            T::narrow(sums, out);
-        }
+        self.put(&mut sums, 0..self.d_out, None, out);
     }
 
     /// `sums` of `columns` alone, without the bias.
     fn add(&self, x: &[T], columns: Range<usize>, sums: &mut Sums) {
         add(x, &Rows::new(&self.weight, self.d_out), self.d_in, columns, sums);
+    }
+
+    /// `out` becomes `act(sums + b)`, rounded, of sums of `columns`.
+    fn put(&self, sums: &mut Sums, columns: Range<usize>, activation: Option<Activation>, out: &mut [T]) {
+        for (sums, out) in sums.rows().zip(out.chunks_mut(columns.len())) {
+            self.finish(sums, columns.clone(), activation, None);
+            T::narrow(sums, out);
+        }
     }
 
     /// Sums of `columns` become `act(sums + b) * factors`.
@@ -76,17 +81,12 @@ impl<T: Number + Element> Mlp<T> {
             let mut sums = Sums::zeros(rows, columns.len());
             up.add(x, columns.clone(), &mut sums);
             let mut inner = vec![T::default(); rows * columns.len()];
-            let out = inner.chunks_mut(columns.len());
             match gate {
-                None => {
-                    for (sums, out) in sums.rows().zip(out) {
-                        up.finish(sums, columns.clone(), Some(*activation), None);
-                        T::narrow(sums, out);
-                    }
-                }
+                None => up.put(&mut sums, columns.clone(), Some(*activation), &mut inner),
                 Some(gate) => {
                     let mut gates = Sums::zeros(rows, columns.len());
                     gate.add(x, columns.clone(), &mut gates);
+                    let out = inner.chunks_mut(columns.len());
                     for ((sums, gates), out) in sums.rows().zip(gates.rows()).zip(out) {
                         up.finish(sums, columns.clone(), None, None);
                         gate.finish(gates, columns.clone(), Some(*activation), Some(sums));
@@ -97,10 +97,7 @@ impl<T: Number + Element> Mlp<T> {
             let weight = &down.weight[first * down.d_out..columns.end * down.d_out];
             add(&inner, &Rows::new(weight, down.d_out), columns.len(), 0..down.d_out, &mut out_sums);
         }
-        for (sums, out) in out_sums.rows().zip(out.chunks_mut(down.d_out)) {
-            down.finish(sums, 0..down.d_out, None, None);
-            T::narrow(sums, out);
-        }
+        down.put(&mut out_sums, 0..down.d_out, None, out);
     }
 }
 

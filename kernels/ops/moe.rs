@@ -250,7 +250,8 @@ pub fn grouped_linear(x: Tensor<2>, projection: &Projection, dispatch: &Dispatch
 /// Each row through the MLP of its expert, `down(act(up(x)))` or `down(act(gate(x)) * up(x))`:
 /// `[rows, d_model] -> [rows, d_model]`.
 ///
-/// On the CPU a part of a segment goes through all of it at once, so that what is between the projections stays in the caches. Where gradients are wanted, and on other devices, it is composed of [`grouped_linear`]s.
+/// On the CPU a part of a segment goes through all of it at once, so that what is between the projections stays in the caches.
+/// Where gradients are wanted, and on other devices, it is composed of [`grouped_linear`]s.
 ///
 /// # Panics
 /// If there are not as many rows or experts as in `dispatch`, or the widths differ.
