@@ -20,17 +20,22 @@
 //!
 //! - weights `N·w`, gradients `N·w`
 //! - states of Adam: two moments in f32, and weights in f32 where the dtype is another: `8·N`, or `12·N`
-//! - activations: what Burn's autodiff keeps of the forward pass of all tokens of the device, without recomputation and without
-//!   micro-batches. For a token, `d` the width of the stream, `a` the number of attentions of a block, `h` that of heads:
-//!   - `a·(3·d + (4·q + h·(3·S + 2)) / T)` with `q = h·d_head`: what goes into a norm, what it scales, and what comes out; queries, keys
-//!     and values of every head (those that heads share are repeated), what they give; three tables of scores, and what divides them
-//!   - of an MLP `3·d + f·d_ff / T`, `f` the values between its projections: by the activation, 1 (ReLU, GELU), 2 (SiLU) or 3 (GELU by
-//!     `tanh`), and 1 more, or 3 where there are three projections
-//!   - of experts `3·d + e + k·(m·d + f·d_ff / T)`: chances of `e` experts, and of each of `k` choices the rows that go into all but the
+//! - activations: what autodiff keeps of the forward pass of all tokens of the device, without recomputation and without
+//!   micro-batches. In f32 as bodies of ours for the CPU keep it, in other dtypes as Burn's operations do. For a token, `d` the width
+//!   of the stream, `a` the number of attentions of a block, `h` that of heads, and `q = h·d_head`:
+//!   - `2·d` of a norm: what goes in and what comes out; with Burn's `3·d`, what it scales besides
+//!   - `2·(q + k) / T` of an attention, `k` as wide as the keys: queries, keys, values, and what they give. With Burn's, and where
+//!     distances bias the scores, `(4·q + h·(3·S + 2)) / T`: keys and values are repeated for every head, and there are three tables of
+//!     scores, and what divides them
+//!   - `f·d_ff / T` of an MLP, `f` the values between its projections: 2, or 3 where there are three projections. With Burn's, by
+//!     the activation, 1 (ReLU, GELU), 2 (SiLU) or 3 (GELU by `tanh`), and 1 more, or 3 where there are three projections
+//!   - of experts `e + k·(m·d + f·d_ff / T)`: chances of `e` experts, and of each of `k` choices the rows that go into all but the
 //!     last of `m` projections, and the row that comes back
-//!   - `3·d` of the norm after the last block, of an encoder and of a decoder; on the last stage `vocabulary / T` scores
+//!   - a norm before every attention and MLP, and one after the last block, of an encoder and of a decoder; on the last stage
+//!     `vocabulary / T` scores
 //!
-//!   Counted allocations of tiny models in f32 are within 3 % of it (`tests/memory.rs`) where loads are even. Where they differ by
+//!   Counted allocations of tiny models in f32 on a CPU are within 3 % of it (`tests/memory.rs`) where loads are even; what Burn's
+//!   operations keep was counted likewise, in f32 as well. On a GPU it is Burn's in every dtype. Where loads differ by
 //!   more than twice, a block's experts are there once more, and up to twice the rows, until the backward pass has read them. Masks,
 //!   and what the backward pass itself needs, are not counted.
 //!
@@ -107,6 +112,8 @@ pub enum Scores {
 pub struct Block {
     /// Attentions: two in a decoder that sees an encoder.
     pub attentions: usize,
+    /// How many of them have scores that are biased by distances.
+    pub biased: usize,
     /// Numbers of its norms.
     pub norms: usize,
     /// Width between the projections of its MLP, or of each expert.
@@ -309,6 +316,7 @@ impl Outline {
                 };
                 let block = |at| Block {
                     attentions: 1,
+                    biased: 0,
                     norms: 4 * config.d_model, // two layer norms
                     d_ff: config.d_ff,
                     projections: 2,
@@ -375,6 +383,7 @@ impl Outline {
     fn llama(config: &LlamaConfig, experts: Option<Experts>) -> Self {
         let block = |at| Block {
             attentions: 1,
+            biased: 0,
             norms: 2 * config.d_model,
             d_ff: config.d_ff,
             projections: 3,
@@ -404,6 +413,7 @@ impl Outline {
     fn t5(config: &T5Config, experts: impl Fn(usize, usize) -> Option<Experts>) -> Self {
         let block = |side: usize, at: usize| Block {
             attentions: 1 + side,
+            biased: 1,
             norms: (2 + side) * config.d_model,
             d_ff: config.d_ff,
             projections: match config.mlp {
@@ -661,19 +671,21 @@ impl Outline {
 
         // activations
         let d_model = self.d_model as u128;
-        let [queries, _] = self.widths();
-        let heads = self.n_heads as u128;
-        let norm = 3 * d_model;
+        let is_own = bytes == 4;
+        let [queries, keys] = self.widths();
+        let composed = 4 * queries + self.n_heads as u128 * (3 * sequence + 2);
+        let open = if is_own { 2 * (queries + keys) } else { composed };
+        let norm = d_model * if is_own { 2 } else { 3 };
         let kept = |block: &Block| {
-            let between = block.between() * block.d_ff as u128 / tensor;
+            let between = block.between(is_own) * block.d_ff as u128 / tensor;
             let mlp = match block.experts {
                 Some(Experts { count, top_k, .. }) => {
                     count as u128 + top_k as u128 * (block.projections as u128 * d_model + between)
                 }
                 None => between,
             };
-            let attention = norm + (4 * queries + heads * (3 * sequence + 2)) / tensor;
-            block.attentions as u128 * attention + norm + mlp
+            let [all, biased] = [block.attentions, block.biased].map(|count| count as u128);
+            all * norm + (biased * composed + (all - biased) * open) / tensor + norm + mlp
         };
         let ends = (first + 1..=first + count)
             .filter(|at| self.rest > 0 && self.blocks.get(*at).is_none_or(|next| next.is_first));
@@ -724,14 +736,18 @@ impl Outline {
 }
 
 impl Block {
-    /// How many values of the width between projections are kept for a token.
-    fn between(&self) -> u128 {
+    /// How many values of the width between projections are kept for a token, by bodies of ours or by Burn's operations.
+    fn between(&self, is_own: bool) -> u128 {
+        let is_gated = self.projections == 3;
+        if is_own {
+            return if is_gated { 3 } else { 2 };
+        }
         let of_activation = match self.activation {
             Activation::Relu | Activation::Gelu | Activation::Tanh => 1,
             Activation::Silu => 2,
             Activation::GeluTanh | Activation::QuickGelu => 3,
         };
-        of_activation + if self.projections == 3 { 3 } else { 1 }
+        of_activation + if is_gated { 3 } else { 1 }
     }
 }
 
@@ -920,6 +936,7 @@ mod tests {
     fn a_plan_by_hand() {
         let block = |side: usize, at: usize| Block {
             attentions: 1 + side,
+            biased: 1,
             norms: 4 * (2 + side),
             d_ff: 6,
             projections: 2,
@@ -978,6 +995,12 @@ mod tests {
             sent: Sent { shared_gradients: 2 * 125, tensor: 48 * 8, pipeline: 48, ..Sent::default() },
         };
         assert_eq!(plan.stages, [encoder, decoder]);
+
+        // in f32: norms of two, scores of the first attention only, an MLP of two
+        let plan = outline.plan(&Layout { bytes: 4, ..layout }).unwrap();
+        let activations = [2 * (8 + 19 + 8 + 6) + 8, (8 + 19) + (8 + (8 + 8) / 2) + (8 + 6) + 8 + 5];
+        let found: Vec<u128> = plan.stages.iter().map(|stage| stage.activations).collect();
+        assert_eq!(found, activations.map(|kept| 4 * 6 * kept));
     }
 
     /// Products are counted in every matrix that a tiny decoder has, over the rows that come to it.
@@ -1045,6 +1068,7 @@ mod tests {
         let experts = Experts { count: EXPERTS, top_k: 2, router_bias: false, norm: 0 };
         let block = Block {
             attentions: 1,
+            biased: 0,
             norms: 0,
             d_ff: 4,
             projections: 2,

@@ -7,7 +7,7 @@ use burn::tensor::Element;
 use bytemuck::Pod;
 use rayon::prelude::*;
 
-use super::few::Held;
+use super::few::{Held, dot};
 use super::host::{Rows, Strided, by_task};
 use super::instructions::{self, Instructions};
 use super::matmul::{self, Columns, Right, Room};
@@ -18,8 +18,6 @@ use super::tiles::{ByTile, DEPTH, Number, Tile, multiply};
 const QUERIES: usize = 98;
 /// Keys of a block: weights of them are as wide as rows of a product.
 const KEYS: usize = DEPTH;
-/// Sums that are kept side by side.
-const LANES: usize = 16;
 /// Tasks for each thread, where there are queries for so many.
 const TASKS: usize = 2;
 
@@ -42,7 +40,7 @@ pub struct Sizes {
 
 impl Sizes {
     /// How many keys a query sees.
-    fn seen(self, query: usize) -> usize {
+    pub fn seen(self, query: usize) -> usize {
         let Self { queries, keys, causal, .. } = self;
         if causal { (query + 1 + keys).saturating_sub(queries).min(keys) } else { keys }
     }
@@ -165,20 +163,6 @@ impl<T: Held> instructions::Body for Few<'_, T> {
             }
         }
     }
-}
-
-#[inline(always)]
-fn dot<T: Held, const FMA: bool>(query: &[f32], key: &[T]) -> f32 {
-    let (queries, query_rest) = query.as_chunks::<LANES>();
-    let (keys, key_rest) = key.as_chunks::<LANES>();
-    let mut sums = [0.0_f32; LANES];
-    for (query, key) in queries.iter().zip(keys) {
-        for lane in 0..LANES {
-            sums[lane] = fma::<FMA>(query[lane], key[lane].widen(), sums[lane]);
-        }
-    }
-    let rest: f32 = query_rest.iter().zip(key_rest).map(|(query, key)| query * key.widen()).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
 /// Queries of a head.

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::instructions::Instructions;
+use super::pointwise::fma;
 
 /// Rows of the matrix that are walked at a time.
 pub const STREAMS: usize = 4;
@@ -146,6 +147,24 @@ impl RowSums<bf16, bf16> for Pairs {
         // SAFETY: it is only made where the machine has them.
         unsafe { pairs(rows, x) }
     }
+}
+
+/// The product of two rows, of as many values.
+#[inline(always)]
+pub fn dot<T: Held, const FMA: bool>(x: &[f32], values: &[T]) -> f32 {
+    /// Sums that are kept side by side.
+    const LANES: usize = 16;
+
+    let (wide, rest) = x.as_chunks::<LANES>();
+    let (held, held_rest) = values.as_chunks::<LANES>();
+    let mut sums = [0.0_f32; LANES];
+    for (x, values) in wide.iter().zip(held) {
+        for lane in 0..LANES {
+            sums[lane] = fma::<FMA>(x[lane], values[lane].widen(), sums[lane]);
+        }
+    }
+    let rest: f32 = rest.iter().zip(held_rest).map(|(x, value)| x * value.widen()).sum();
+    sums.iter().sum::<f32>() + rest
 }
 
 /// How values of a matrix are held.

@@ -1,5 +1,17 @@
 //! Operations of Burn's autodiff whose both directions are bodies of ours.
 
+mod attention;
+mod linear;
+mod norm;
+mod pointwise;
+mod rope;
+
+pub use attention::attention;
+pub use linear::linear;
+pub use norm::{layer_norm, rms_norm};
+pub use pointwise::{activated, gated, softmax};
+pub use rope::turned;
+
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
@@ -13,51 +25,10 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Autodiff, DispatchKindConversion, DispatchTensor, Flex};
 use burn::tensor::{DType, Device, Tensor};
 
-use super::host::{Values, tensor};
-use super::matmul::{Columns, Rows, product, turned};
-
 /// Whether a tensor of f32 lies in this machine's memory, and gradients may be wanted.
 pub fn is_tracked<const D: usize>(x: &Tensor<D>) -> bool {
     let device = x.device();
     device.is_autodiff() && device.inner() == Device::flex() && x.dtype() == DType::F32
-}
-
-/// `x Wᵀ`: `[rows, d_in] -> [rows, d_out]`; `weight` is `[d_out, d_in]`.
-///
-/// # Panics
-/// If not both are [`is_tracked`], or their widths differ.
-pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    let nodes = Nodes::of(&x).and(&weight);
-    let [x, weight] = [x, weight].map(Tensor::inner);
-    let ([rows, d_in], [d_out, _]) = (x.dims(), weight.dims());
-    let linear = Linear { x: Values::of(x), weight: Values::of(weight), shape: [rows, d_in, d_out] };
-    let out = product(&linear.x, &[Columns::new(&linear.weight, d_in)], [rows, d_in, d_out], |_, _, _| ());
-    nodes.record(linear, tensor(out, [rows, d_out]))
-}
-
-#[derive(Clone, Debug)]
-struct Linear {
-    x: Values,
-    weight: Values,
-    /// Rows, `d_in`, `d_out`.
-    shape: [usize; 3],
-}
-
-impl Operation<2> for Linear {
-    fn backward(self, gradient: FlexTensor, [to_x, to_weight]: [bool; 2]) -> [Option<FlexTensor>; 2] {
-        let [rows, d_in, d_out] = self.shape;
-        let gradient = Values::of(Tensor::<2>::from_primitive::<Flex>(gradient));
-        let x = to_x.then(|| {
-            let x = product(&gradient, &[Rows::new(&self.weight, d_in)], [rows, d_out, d_in], |_, _, _| ());
-            primitive(tensor(x, [rows, d_in]))
-        });
-        let weight = to_weight.then(|| {
-            let turned = turned(&gradient, [rows, d_out]);
-            let weight = product(&turned, &[Rows::new(&self.x, d_in)], [d_out, rows, d_in], |_, _, _| ());
-            primitive(tensor(weight, [d_out, d_in]))
-        });
-        [x, weight]
-    }
 }
 
 /// What an operation keeps for its backward pass.
@@ -82,16 +53,29 @@ impl Nodes<1> {
     }
 
     fn and<const D: usize>(self, other: &Tensor<D>) -> Nodes<2> {
-        let other = match self.is_balanced {
-            true => node::<D, BalancedCheckpointing>(other),
-            false => node::<D, NoCheckpointing>(other),
-        };
+        let other = self.like(other);
         let [node] = self.nodes;
         Nodes { nodes: [node, other], is_balanced: self.is_balanced }
     }
 }
 
+impl Nodes<2> {
+    fn and<const D: usize>(self, other: &Tensor<D>) -> Nodes<3> {
+        let other = self.like(other);
+        let [first, second] = self.nodes;
+        Nodes { nodes: [first, second, other], is_balanced: self.is_balanced }
+    }
+}
+
 impl<const N: usize> Nodes<N> {
+    /// Another one, of the same graph.
+    fn like<const D: usize>(&self, other: &Tensor<D>) -> NodeGuard {
+        match self.is_balanced {
+            true => node::<D, BalancedCheckpointing>(other),
+            false => node::<D, NoCheckpointing>(other),
+        }
+    }
+
     /// `out`, which came of them, with the way back.
     fn record<O: Operation<N>, const D: usize>(self, operation: O, out: Tensor<D>) -> Tensor<D> {
         match self.is_balanced {
@@ -136,6 +120,11 @@ impl<O: Operation<N>, const N: usize> Backward<Flex, N> for Step<O> {
     }
 }
 
+/// Adds to each sum its value.
+fn add_up(sums: &mut [f32], values: &[f32]) {
+    sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+}
+
 /// A tensor in the graph of gradients.
 ///
 /// # Panics
@@ -145,7 +134,7 @@ where
     DispatchTensor: DispatchKindConversion<Autodiff<Flex, C>>,
 {
     let x = x.clone().try_into_primitive::<Autodiff<Flex, C>>();
-    x.expect("both tensors have gradients, on the CPU and in the same way").node()
+    x.expect("all tensors have gradients, on the CPU and in the same way").node()
 }
 
 /// A tensor without gradients, as Burn's backend has it.

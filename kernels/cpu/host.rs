@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 /// Values of a parallel task: few enough to stay in a core's nearest cache, many enough to be worth a thread.
-const TASK: usize = 8 * 1024;
+pub const TASK: usize = 8 * 1024;
 
 /// An expression in which a name stands for the type of a tensor's values that [`is_host`].
 macro_rules! by_type {

@@ -1,7 +1,11 @@
 //! Normalisation in place: of groups of channels, and of rows.
 
+#[cfg(feature = "autodiff")]
+use super::few::dot;
 use super::instructions::Body;
 use super::pointwise::activate;
+#[cfg(feature = "autodiff")]
+use super::pointwise::fma;
 use crate::ops::Activation;
 
 /// Values whose sum is kept in f32 before it goes on in f64.
@@ -69,15 +73,68 @@ impl Body for RowNorm<'_> {
     #[inline(always)]
     fn run<const FMA: bool>(self) {
         for row in self.values.chunks_mut(self.weight.len()) {
-            let count = row.len() as f64;
-            let mean = if self.centred { (sum(row, |value| value) / count) as f32 } else { 0.0 };
-            let variance = sum(row, |value| (value - mean) * (value - mean)) / count;
-            let inverse = (1.0 / (variance + self.eps).sqrt()) as f32;
+            let [mean, inverse] = of_row(row, self.eps, self.centred);
             for (value, weight) in row.iter_mut().zip(self.weight) {
                 *value = (*value - mean) * inverse * weight;
             }
             if let Some(bias) = self.bias {
                 row.iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
+            }
+        }
+    }
+}
+
+/// The mean that is taken away from a row, and what it is taken times then.
+#[inline(always)]
+fn of_row(row: &[f32], eps: f64, centred: bool) -> [f32; 2] {
+    let count = row.len() as f64;
+    let mean = if centred { (sum(row, |value| value) / count) as f32 } else { 0.0 };
+    let variance = sum(row, |value| (value - mean) * (value - mean)) / count;
+    [mean, (1.0 / (variance + eps).sqrt()) as f32]
+}
+
+/// The way back through a [`RowNorm`].
+#[cfg(feature = "autodiff")]
+pub struct RowNormSlope<'a> {
+    /// Become gradients of `x`: whole rows.
+    pub values: &'a mut [f32],
+    /// What was normalised.
+    pub x: &'a [f32],
+    /// Of what came out.
+    pub gradient: &'a [f32],
+    /// `[width]`
+    pub weight: &'a [f32],
+    /// Its gradient is added here, `[width]`.
+    pub of_weight: &'a mut [f32],
+    /// That of a bias, `[width]`.
+    pub of_bias: &'a mut [f32],
+    pub eps: f64,
+    pub centred: bool,
+}
+
+#[cfg(feature = "autodiff")]
+impl Body for RowNormSlope<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { values, x, gradient, weight, of_weight, of_bias, eps, centred } = self;
+        let width = weight.len();
+        let mut normal = vec![0.0; width];
+        let rows = x.chunks(width).zip(gradient.chunks(width));
+        for (values, (x, gradient)) in values.chunks_mut(width).zip(rows) {
+            let [mean, inverse] = of_row(x, eps, centred);
+            for (at, normal) in normal.iter_mut().enumerate() {
+                *normal = (x[at] - mean) * inverse;
+                values[at] = gradient[at] * weight[at];
+                of_weight[at] = fma::<FMA>(gradient[at], *normal, of_weight[at]);
+                of_bias[at] += gradient[at];
+            }
+            let count = width as f64;
+            let along = (f64::from(dot::<f32, FMA>(values, &normal)) / count) as f32;
+            let level = if centred { (sum(values, |value| value) / count) as f32 } else { 0.0 };
+            for (value, normal) in values.iter_mut().zip(&normal) {
+                *value = inverse * fma::<FMA>(-*normal, along, *value - level);
             }
         }
     }

@@ -2,6 +2,8 @@
 //!
 //! Errors against exact values, over all of f32, are those that the tests allow.
 
+#[cfg(feature = "autodiff")]
+use super::few::dot;
 use super::instructions::Body;
 use crate::ops::Activation;
 
@@ -67,8 +69,10 @@ fn sigmoid<const FMA: bool>(x: f32) -> f32 {
 #[inline(always)]
 fn quick_gelu<const FMA: bool>(x: f32) -> f32 {
     let x = at_least(x, -50.0);
-    x * sigmoid::<FMA>(1.702 * x)
+    x * sigmoid::<FMA>(QUICK_GELU * x)
 }
+
+const QUICK_GELU: f32 = 1.702;
 
 /// `x σ(x)`.
 #[inline(always)]
@@ -95,25 +99,38 @@ fn tanh<const FMA: bool>(x: f32) -> f32 {
 /// polynomials.
 #[inline(always)]
 fn gelu<const FMA: bool>(x: f32) -> f32 {
-    /// The tail from here on is 0.
+    let size = normal_size(x);
+    let [tail, _] = normal_tail::<FMA>(size);
+    relu(x) - size * tail
+}
+
+/// `|x|`, or from where on the tail of the normal distribution is 0.
+#[inline(always)]
+fn normal_size(x: f32) -> f32 {
     const FAR: f32 = 14.0;
+    let size = x.abs();
+    if size > FAR { FAR } else { size }
+}
+
+/// `1 - Φ(size)`, and `exp(-size² / 2)`.
+#[inline(always)]
+fn normal_tail<const FMA: bool>(size: f32) -> [f32; 2] {
     const ABOVE: [f32; 4] = [0.499_999_97, 0.334_602_2, 0.104_482_11, 0.013_632_71];
     const BELOW: [f32; 5] = [1.0, 1.467_085_4, 0.879_563_3, 0.261_345_27, 0.034_192_72];
 
-    let size = x.abs();
-    let size = if size > FAR { FAR } else { size };
-    let fraction = polynomial::<FMA, 4>(size, ABOVE) / polynomial::<FMA, 5>(size, BELOW);
-    let tail = fraction * exp::<FMA>(-0.5 * size * size);
-    relu(x) - size * tail
+    let density = exp::<FMA>(-0.5 * size * size);
+    [polynomial::<FMA, 4>(size, ABOVE) / polynomial::<FMA, 5>(size, BELOW) * density, density]
 }
 
 /// `x σ(2u) = x / 2 (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`.
 #[inline(always)]
 fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
-    const SCALE: f32 = 1.595_769_2; // 2 √(2/π)
     let x = at_least(x, -10.0);
-    x * sigmoid::<FMA>(x * fma::<FMA>(x * x, SCALE * 0.044_715, SCALE))
+    x * sigmoid::<FMA>(x * fma::<FMA>(x * x, GELU_TANH * 0.044_715, GELU_TANH))
 }
+
+/// `2 √(2/π)`.
+const GELU_TANH: f32 = 1.595_769_2;
 
 /// `max(x, 0)`; NaN stays.
 #[inline(always)]
@@ -129,6 +146,15 @@ fn each(values: &mut [f32], f: impl Fn(f32) -> f32) {
     }
 }
 
+/// Every value becomes what `f` makes of it and of its neighbour in `others`.
+#[cfg(feature = "autodiff")]
+#[inline(always)]
+fn each_with(values: &mut [f32], others: &[f32], f: impl Fn(f32, f32) -> f32) {
+    for (value, &other) in values.iter_mut().zip(others) {
+        *value = f(*value, other);
+    }
+}
+
 /// The activation of every value.
 #[inline(always)]
 pub fn activate<const FMA: bool>(values: &mut [f32], activation: Activation) {
@@ -139,6 +165,107 @@ pub fn activate<const FMA: bool>(values: &mut [f32], activation: Activation) {
         Activation::Silu => each(values, silu::<FMA>),
         Activation::Relu => each(values, relu),
         Activation::Tanh => each(values, tanh::<FMA>),
+    }
+}
+
+/// Derivatives of the activations, by what goes into them. Beyond [`STEEP`] they do not change any more.
+#[cfg(feature = "autodiff")]
+mod slope {
+    use super::{clamp, exp, fma, normal_size, normal_tail, sigmoid};
+
+    /// Where exponentials of all of them are still within f32.
+    const STEEP: f32 = 40.0;
+
+    /// `Φ(x) + x φ(x)`.
+    #[inline(always)]
+    pub fn gelu<const FMA: bool>(x: f32) -> f32 {
+        const DENSITY: f32 = 0.398_942_3; // 1 / √(2 π)
+        let size = normal_size(x);
+        let [tail, density] = normal_tail::<FMA>(size);
+        let below = if x < 0.0 { tail } else { 1.0 - tail };
+        fma::<FMA>(x.signum() * size * DENSITY, density, below)
+    }
+
+    /// `σ(2u) + x σ(2u) (1 - σ(2u)) 2u'`.
+    #[inline(always)]
+    pub fn gelu_tanh<const FMA: bool>(x: f32) -> f32 {
+        const SCALE: f32 = super::GELU_TANH;
+        const CUBIC: f32 = SCALE * 0.044_715;
+        let x = clamp(x, -10.0, 10.0);
+        let part = sigmoid::<FMA>(x * fma::<FMA>(x * x, CUBIC, SCALE));
+        fma::<FMA>(x * part * (1.0 - part), fma::<FMA>(x * x, 3.0 * CUBIC, SCALE), part)
+    }
+
+    /// `σ(a x) + a x σ(a x) (1 - σ(a x))`.
+    #[inline(always)]
+    pub fn swish<const FMA: bool>(x: f32, a: f32) -> f32 {
+        let x = a * clamp(x, -STEEP, STEEP);
+        let part = sigmoid::<FMA>(x);
+        fma::<FMA>(x * part, 1.0 - part, part)
+    }
+
+    /// 0 at 0.
+    #[inline(always)]
+    pub fn relu(x: f32) -> f32 {
+        if x > 0.0 { 1.0 } else { 0.0 }
+    }
+
+    /// `1 - tanh² = 4 e^(-2|x|) / (1 + e^(-2|x|))²`.
+    #[inline(always)]
+    pub fn tanh<const FMA: bool>(x: f32) -> f32 {
+        let part = exp::<FMA>(-2.0 * clamp(x, -STEEP, STEEP).abs());
+        4.0 * part / ((1.0 + part) * (1.0 + part))
+    }
+}
+
+/// Values times the activation's derivative.
+#[cfg(feature = "autodiff")]
+pub struct Slope<'a> {
+    pub values: &'a mut [f32],
+    /// What went into the activation, as many.
+    pub x: &'a [f32],
+    pub activation: Activation,
+}
+
+#[cfg(feature = "autodiff")]
+impl Body for Slope<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { values, x, activation } = self;
+        match activation {
+            Activation::Gelu => each_with(values, x, |value, x| value * slope::gelu::<FMA>(x)),
+            Activation::GeluTanh => each_with(values, x, |value, x| value * slope::gelu_tanh::<FMA>(x)),
+            Activation::QuickGelu => {
+                each_with(values, x, |value, x| value * slope::swish::<FMA>(x, QUICK_GELU));
+            }
+            Activation::Silu => each_with(values, x, |value, x| value * slope::swish::<FMA>(x, 1.0)),
+            Activation::Relu => each_with(values, x, |value, x| value * slope::relu(x)),
+            Activation::Tanh => each_with(values, x, |value, x| value * slope::tanh::<FMA>(x)),
+        }
+    }
+}
+
+/// Rows become their product with the derivative of the softmax that gave rows of `y`.
+#[cfg(feature = "autodiff")]
+pub struct SoftmaxSlope<'a> {
+    pub values: &'a mut [f32],
+    pub y: &'a [f32],
+    pub width: usize,
+}
+
+#[cfg(feature = "autodiff")]
+impl Body for SoftmaxSlope<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let Self { values, y, width } = self;
+        for (values, y) in values.chunks_exact_mut(width).zip(y.chunks_exact(width)) {
+            let mean = dot::<f32, FMA>(values, y);
+            each_with(values, y, |value, y| (value - mean) * y);
+        }
     }
 }
 

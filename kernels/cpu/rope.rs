@@ -1,24 +1,56 @@
 //! Pairs of channels are turned in place.
 
-use super::instructions::Body;
+use burn::tensor::Tensor;
+
+use super::host::{Values, change};
+use super::instructions::{Body, Instructions};
 use super::pointwise::fma;
 use crate::ops::Pairing;
 
-/// The first channels of heads are turned by their positions' angles.
-pub struct Turn<'a> {
-    /// Whole rows of `d_head`, of `[batch, heads, seq, d_head]`.
-    pub values: &'a mut [f32],
-    /// The number of the first of them.
-    pub first: usize,
-    pub heads: usize,
-    pub seq: usize,
-    pub d_head: usize,
-    /// `[batch or 1, seq, pairs]`
-    pub cos: &'a [f32],
+/// How the first channels of heads are turned.
+#[derive(Clone, Debug)]
+pub struct Turns {
+    /// Of their positions' angles, `[batch or 1, 1, seq, pairs]`.
+    pub cos: Tensor<4>,
     /// As `cos`.
-    pub sin: &'a [f32],
-    pub pairs: usize,
+    pub sin: Tensor<4>,
     pub pairing: Pairing,
+}
+
+impl Turns {
+    /// `[batch, heads, seq, d_head]`, in place where nobody else holds it.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let ([_, heads, seq, d_head], [.., pairs]) = (x.dims(), self.cos.dims());
+        let [cos, sin] = [&self.cos, &self.sin].map(|angles| Values::of(angles.clone()));
+        change(x, d_head, |first, values| {
+            let (cos, sin, pairing) = (&*cos, &*sin, self.pairing);
+            let turn = Turn { values, first, heads, seq, d_head, cos, sin, pairs, pairing };
+            Instructions::in_use().run(turn);
+        })
+    }
+
+    /// The other way round. What `forward` also takes times a factor is taken times that again: it is the transpose.
+    #[cfg(feature = "autodiff")]
+    pub fn transposed(self) -> Self {
+        Self { sin: self.sin.neg(), ..self }
+    }
+}
+
+/// The first channels of heads are turned by their positions' angles.
+struct Turn<'a> {
+    /// Whole rows of `d_head`, of `[batch, heads, seq, d_head]`.
+    values: &'a mut [f32],
+    /// The number of the first of them.
+    first: usize,
+    heads: usize,
+    seq: usize,
+    d_head: usize,
+    /// `[batch or 1, seq, pairs]`
+    cos: &'a [f32],
+    /// As `cos`.
+    sin: &'a [f32],
+    pairs: usize,
+    pairing: Pairing,
 }
 
 impl Body for Turn<'_> {

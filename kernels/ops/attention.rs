@@ -4,6 +4,8 @@ use burn::tensor::{Bool, Device, Int, Tensor};
 
 use crate::count;
 use crate::cpu;
+#[cfg(feature = "autodiff")]
+use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{Rows, Values, by_type, is_host, tensor};
 
 /// Fewer queries read keys and values where they lie: there is nothing to gain from laying them out.
@@ -76,18 +78,28 @@ pub fn attention(
     resolved.add(mask, [batch, heads, queries, keys], &query.device());
     let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
     let is_open = resolved.hidden.is_none() && resolved.bias.is_none();
-    let is_fast = is_open && is_fast(&query, &key, &value);
-    if is_fast && queries < FEW {
-        return of_few(query, key, value, resolved.causal, scale);
+    if is_open && is_fast(&query, &key, &value) {
+        return by_bodies([query, key, value], resolved.causal, scale);
     }
-    if is_fast {
-        return on_cpu(query, key, value, resolved.causal, scale);
+    #[cfg(feature = "autodiff")]
+    if is_open && d_head > 0 && [&query, &key, &value].into_iter().all(is_tracked) {
+        let (sizes, _) = sizes(&query, &value, resolved.causal, scale);
+        return gradient::attention([query, key, value], sizes, |all| by_bodies(all, sizes.causal, scale));
     }
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
     let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
     scaled_dot_product(query, key, value, resolved.hidden, bias, options)
+}
+
+/// On the CPU, without gradients.
+fn by_bodies([query, key, value]: [Tensor<4>; 3], causal: bool, scale: Option<f64>) -> Tensor<4> {
+    let [_, _, queries, _] = query.dims();
+    match queries < FEW {
+        true => of_few(query, key, value, causal, scale),
+        false => on_cpu(query, key, value, causal, scale),
+    }
 }
 
 /// Whether the own bodies are for it.

@@ -61,11 +61,12 @@ pub(super) fn uncounted<const D: usize>(
         return host::by_type!(dtypes[0], T => many::<T, D>(x, weight, bias, activation));
     }
     #[cfg(feature = "autodiff")]
-    if rows >= FEW && is_tracked(&x) && is_tracked(&weight) {
+    if rows >= FEW && [is_tracked(&x), is_tracked(&weight), bias.as_ref().is_none_or(is_tracked)] == [true; 3]
+    {
         let mut shape = shape;
         shape[D - 1] = d_out;
-        let y = gradient::linear(x.reshape([rows, d_in]), weight).reshape(shape);
-        return finished(y, bias, activation);
+        let y = gradient::linear(x.reshape([rows, d_in]), weight, bias).reshape(shape);
+        return finished(y, None, activation);
     }
     finished(burns(x, weight.transpose(), None), bias, activation)
 }
@@ -138,24 +139,26 @@ mod tests {
         }
     }
 
-    /// Beside those of Burn's operations: of both, and of either one.
+    /// Beside those of Burn's operations: of all, and of some.
     #[test]
     fn gradients_agree() {
         let device = Device::flex().autodiff();
         for [batch, seq, d_in, d_out] in [[1, 16, 1, 1], [2, 33, 40, 17], [3, 200, 65, 33]] {
-            for (to_x, to_weight) in [(true, true), (true, false), (false, true)] {
-                let gradients = |linear: &dyn Fn(Tensor<3>, Tensor<2>) -> Tensor<3>| {
+            for wanted in [[true; 3], [true, false, false], [false, true, false], [false, false, true]] {
+                let gradients = |linear: &dyn Fn(Tensor<3>, Tensor<2>, Tensor<1>) -> Tensor<3>| {
+                    let [to_x, to_weight, to_bias] = wanted;
                     let x = noise([batch, d_in, seq], 1, &device).set_require_grad(to_x);
                     let weight = noise([d_out, d_in], 2, &device).set_require_grad(to_weight);
-                    let y = linear(x.clone().swap_dims(1, 2), weight.clone());
+                    let bias = noise([d_out], 4, &device).set_require_grad(to_bias);
+                    let y = linear(x.clone().swap_dims(1, 2), weight.clone(), bias.clone());
                     let gradients = (y * noise([batch, seq, d_out], 3, &device)).sum().backward();
                     let of_x = x.grad(&gradients).map(floats);
-                    (of_x, weight.grad(&gradients).map(floats))
+                    [of_x, weight.grad(&gradients).map(floats), bias.grad(&gradients).map(floats)]
                 };
-                let found = gradients(&|x, weight| linear(x, weight, None, None));
-                let expected = gradients(&|x, weight| burns(x, weight.transpose(), None));
-                assert_eq!((found.0.is_some(), found.1.is_some()), (to_x, to_weight));
-                for (found, expected) in [(found.0, expected.0), (found.1, expected.1)] {
+                let found = gradients(&|x, weight, bias| linear(x, weight, Some(bias), None));
+                let expected = gradients(&|x, weight, bias| burns(x, weight.transpose(), Some(bias)));
+                assert_eq!(found.each_ref().map(Option::is_some), wanted);
+                for (found, expected) in found.into_iter().zip(expected) {
                     let [found, expected] = [found, expected].map(Option::unwrap_or_default);
                     assert_eq!(found.len(), expected.len());
                     assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 4e-5));

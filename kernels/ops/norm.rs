@@ -2,6 +2,8 @@ use burn::tensor::{DType, Tensor, module};
 
 use super::Activation;
 use crate::cpu::Instructions;
+#[cfg(feature = "autodiff")]
+use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::norm::{GroupNorm, RowNorm};
 
@@ -10,8 +12,8 @@ use crate::cpu::norm::{GroupNorm, RowNorm};
 /// - `x`: `[..., width]`
 /// - `weight`, `bias`: `[width]`
 ///
-/// On the CPU in place where nobody else holds `x`; half precision is normalised in f32 and rounded at the end. Where gradients
-/// are wanted, and on other devices, it is Burn's.
+/// On the CPU in place where nobody else holds `x`; half precision is normalised in f32 and rounded at the end. Gradients in f32
+/// are by a body of ours, too. On other devices, and for gradients of other types, it is Burn's.
 ///
 /// # Panics
 /// If `weight` or `bias` is not as wide as `x`.
@@ -21,6 +23,10 @@ pub fn layer_norm<const D: usize>(
     bias: Option<Tensor<1>>,
     eps: f64,
 ) -> Tensor<D> {
+    #[cfg(feature = "autodiff")]
+    if is_tracked(&x) && is_tracked(&weight) && bias.as_ref().is_none_or(is_tracked) {
+        return gradient::layer_norm(x, weight, bias, eps);
+    }
     match is_host(&x) {
         true => by_rows(x, weight, bias, eps, true),
         false => module::layer_norm(x, weight, bias, eps),
@@ -32,14 +38,19 @@ pub fn layer_norm<const D: usize>(
 /// - `x`: `[..., width]`
 /// - `weight`: `[width]`
 ///
-/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`; where
-/// gradients are wanted, and on other devices, it is composed of tensor operations.
+/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`.
+/// Gradients in f32 are by a body of ours, too. On other devices, and for gradients of other types, it is composed of tensor
+/// operations.
 ///
 /// # Panics
 /// If `weight` is not as wide as `x`.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     if is_host(&x) {
         return by_rows(x, weight, None, eps, false);
+    }
+    #[cfg(feature = "autodiff")]
+    if is_tracked(&x) && is_tracked(&weight) {
+        return gradient::rms_norm(x, weight, eps);
     }
     let dtype = x.dtype();
     if let DType::F16 | DType::BF16 = dtype {
@@ -234,6 +245,53 @@ mod tests {
         let variance = centred.clone().square().mean_dim(2);
         let y = centred / (variance + eps).sqrt() * weight.unsqueeze();
         bias.map_or(y.clone(), |bias| y + bias.unsqueeze())
+    }
+
+    /// Beside those of Burn's operations, of all that goes in.
+    #[test]
+    fn gradients_of_rows_agree() {
+        let device = Device::flex().autodiff();
+        for shape in [[1, 1], [3, 5], [70, 300], [1000, 33]] {
+            let width = shape[1];
+            let gradients = |norm: &dyn Fn(Tensor<2>, Tensor<1>, Tensor<1>) -> Tensor<2>| {
+                let x = (noise(shape, 1, &device) * 3.0 + 1.0).detach().require_grad();
+                let [weight, bias] = [2, 3].map(|seed| noise([width], seed, &device).require_grad());
+                let y = norm(x.clone(), weight.clone(), bias.clone());
+                let gradients = (y * noise(shape, 4, &device)).sum().backward();
+                [
+                    x.grad(&gradients).map(floats),
+                    weight.grad(&gradients).map(floats),
+                    bias.grad(&gradients).map(floats),
+                ]
+            };
+            let mean = |x: Tensor<2>| x.mean_dim(1);
+            let layer = |x: Tensor<2>, weight: Tensor<1>| {
+                let centred = x.clone() - mean(x);
+                centred.clone() / (mean(centred.square()) + 0.1).sqrt() * weight.unsqueeze()
+            };
+            for (found, expected) in [
+                (
+                    gradients(&|x, weight, bias| layer_norm(x, weight, Some(bias), 0.1)),
+                    gradients(&|x, weight, bias| layer(x, weight) + bias.unsqueeze()),
+                ),
+                (
+                    gradients(&|x, weight, _| layer_norm(x, weight, None, 0.1)),
+                    gradients(&|x, weight, _| layer(x, weight)),
+                ),
+                (
+                    gradients(&|x, weight, _| rms_norm(x, weight, 0.1)),
+                    gradients(&|x, weight, _| composed_rms(x, weight, 0.1)),
+                ),
+            ] {
+                for (found, expected) in found.iter().zip(&expected) {
+                    let [found, expected] =
+                        [found, expected].map(|values| values.as_deref().unwrap_or_default());
+                    assert_eq!(found.len(), expected.len());
+                    let is_close = |(a, b): (&f64, &f64)| (a - b).abs() < 2e-4 * (1.0 + b.abs());
+                    assert!(found.iter().zip(expected).all(is_close), "{shape:?}");
+                }
+            }
+        }
     }
 
     #[test]

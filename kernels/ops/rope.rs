@@ -17,9 +17,10 @@ use burn::config::Config;
 use burn::module::Module;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-use crate::cpu::Instructions;
-use crate::cpu::host::{self, Values, is_host};
-use crate::cpu::rope::Turn;
+#[cfg(feature = "autodiff")]
+use crate::cpu::gradient::{self, is_tracked};
+use crate::cpu::host::is_host;
+use crate::cpu::rope::Turns;
 
 /// Which two channels of a head turn together.
 #[derive(Config, Debug, Copy, PartialEq, Eq)]
@@ -304,12 +305,12 @@ impl Rope {
         let cos = at(&self.cos, positions, batch, seq); // [batch or 1, 1, seq, pairs]
         let sin = at(&self.sin, positions, batch, seq);
         if is_host(&x) {
-            let (pairing, [cos, sin]) = (self.pairing, [cos, sin].map(Values::of));
-            return host::change(x, d_head, |first, values| {
-                let (cos, sin) = (&*cos, &*sin);
-                let turn = Turn { values, first, heads, seq, d_head, cos, sin, pairs, pairing };
-                Instructions::in_use().run(turn);
-            });
+            return Turns { cos, sin, pairing: self.pairing }.forward(x);
+        }
+        #[cfg(feature = "autodiff")]
+        if is_tracked(&x) {
+            let [cos, sin] = [cos, sin].map(Tensor::inner);
+            return gradient::turned(x, Turns { cos, sin, pairing: self.pairing });
         }
         let dtype = x.dtype();
         let rest = (d_rot < d_head).then(|| x.clone().narrow(3, d_rot, d_head - d_rot));

@@ -1,15 +1,21 @@
 use burn::tensor::{Tensor, activation};
 
 use crate::cpu::Instructions;
+#[cfg(feature = "autodiff")]
+use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, is_host};
 use crate::cpu::pointwise::Softmax;
 
 /// `exp(x) / Σ exp(x)` over the last axis.
 ///
 /// On the CPU, in vectors and in place where nobody else holds `x`: half precision is computed in f32 and rounded at the end,
-/// and a row of `-∞` alone, a query that sees nothing, becomes zeros. Where gradients are wanted, and on other devices,
-/// it is Burn's, which makes NaN of such a row.
+/// and a row of `-∞` alone, a query that sees nothing, becomes zeros. Gradients in f32 are by a body of ours, too. On other
+/// devices, and for gradients of other types, it is Burn's, which makes NaN of such a row.
 pub fn softmax<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "autodiff")]
+    if is_tracked(&x) {
+        return gradient::softmax(x);
+    }
     if !is_host(&x) {
         return activation::softmax(x, D - 1);
     }

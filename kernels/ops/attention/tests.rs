@@ -266,6 +266,48 @@ fn what_is_no_number_stays_none() {
     assert!(before.iter().all(|value| value.is_finite()) && last.iter().all(|value| value.is_nan()));
 }
 
+/// Beside those of Burn's operations: blocks of queries whole and broken, heads that share keys, queries that see no key.
+#[test]
+fn gradients_agree() {
+    let device = Device::flex().autodiff();
+    for (causal, [batch, heads, kv_heads, queries, keys], [d_head, d_value]) in [
+        (false, [2, 4, 2, 130, 75], [20, 12]),
+        (true, [1, 3, 3, 64, 150], [8, 8]),
+        (true, [2, 2, 1, 40, 40], [33, 16]),
+        (true, [1, 1, 1, 30, 20], [8, 4]),
+        (false, [1, 2, 1, 1, 1], [1, 1]),
+    ] {
+        let gradients = |attention: &dyn Fn([Tensor<4>; 3]) -> Tensor<4>| {
+            let all = [[heads, queries, d_head], [kv_heads, keys, d_head], [kv_heads, keys, d_value]];
+            let mut seed = 0;
+            let all = all.map(|[heads, seq, width]| {
+                seed += 1;
+                noise([batch, heads, seq, width], seed, &device).require_grad()
+            });
+            let y = attention(all.clone());
+            let gradients = (y.clone() * noise(y.dims(), 9, &device)).sum().backward();
+            all.map(|x| floats(x.grad(&gradients).unwrap()))
+        };
+        let mask = if causal { Mask::Causal } else { Mask::Full };
+        let found = gradients(&|[q, k, v]| attention(q, k, v, &mask, Some(0.7)));
+        let seen =
+            |query: usize| if causal { (query + 1 + keys).saturating_sub(queries).min(keys) } else { keys };
+        let bias: Vec<f64> =
+            (0..queries * keys).map(|at| if at % keys < seen(at / keys) { 0.0 } else { -1e30 }).collect();
+        let sees: Vec<f64> = (0..queries).map(|query| if seen(query) > 0 { 1.0 } else { 0.0 }).collect();
+        let expected = gradients(&|[q, k, v]| {
+            let [k, v] = [k, v].map(|x| repeat_heads(x, heads / kv_heads));
+            let scores = q.matmul(k.swap_dims(2, 3)) * 0.7 + tensor([1, 1, queries, keys], &bias, &device);
+            let weights = burn::tensor::activation::softmax(scores, 3);
+            weights.matmul(v) * tensor([1, 1, queries, 1], &sees, &device)
+        });
+        for (found, expected) in found.iter().zip(&expected) {
+            assert_eq!(found.len(), expected.len());
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5 * (1.0 + b.abs())));
+        }
+    }
+}
+
 #[test]
 fn gradients_match_finite_differences() {
     let device = Device::flex().autodiff();
