@@ -233,10 +233,11 @@ impl Cpm2Moe {
         let bias = Mask::Bias(decoder.bias.forward(written, written));
         let mask = Mask::All(vec![bias, Mask::Causal, decoder_mask]);
         for block in &self.decoder {
-            x = x.clone() + block.attention.forward(block.norm1.forward(x), &mask);
-            let query = block.cross.queries(block.norm2.forward(x.clone())); // [batch, n_heads, written, d_head]
+            let attended = block.attention.forward(block.norm1.forward(x.clone()), &mask);
+            let (sum, normed) = block.norm2.add(x, attended);
+            let query = block.cross.queries(normed); // [batch, n_heads, written, d_head]
             let (key, value) = block.cross.keys_values(read.clone());
-            x = x + block.cross.attend(query, key, value, &cross_mask);
+            x = sum + block.cross.attend(query, key, value, &cross_mask);
             x = block.experts.best(x, rank);
         }
         T5Output { encoder: read, decoder: decoder.norm.forward(x) }

@@ -195,8 +195,9 @@ impl BeitBlock {
     pub fn forward(&self, x: Tensor<3>, shared: &Mask) -> Tensor<3> {
         let own = self.distances.as_ref().map(|distances| Mask::Bias(distances.forward()));
         let mask = own.map_or(shared.clone(), |own| Mask::All(vec![shared.clone(), own]));
-        let x = x.clone() + scaled(&self.scale1, self.attention.forward(self.norm1.forward(x), &mask));
-        x.clone() + scaled(&self.scale2, self.mlp.forward(self.norm2.forward(x), self.activation))
+        let attended = scaled(&self.scale1, self.attention.forward(self.norm1.forward(x.clone()), &mask));
+        let (x, normed) = self.norm2.add(x, attended);
+        x + scaled(&self.scale2, self.mlp.forward(normed, self.activation))
     }
 }
 

@@ -161,8 +161,8 @@ impl BertConfig {
 impl BertBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = self.norm1.forward(x.clone() + self.attention.forward(x, mask));
-        self.norm2.forward(x.clone() + self.mlp.forward(x, self.activation))
+        let x = self.norm1.of_sum(x.clone(), self.attention.forward(x, mask));
+        self.norm2.of_sum(x.clone(), self.mlp.forward(x, self.activation))
     }
 }
 

@@ -352,8 +352,8 @@ impl Encoder {
 
 impl Block {
     fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = self.norm1.forward(x.clone() + self.attention.forward(x, mask));
-        self.norm2.forward(x.clone() + self.mlp.forward(x, Activation::Relu))
+        let x = self.norm1.of_sum(x.clone(), self.attention.forward(x, mask));
+        self.norm2.of_sum(x.clone(), self.mlp.forward(x, Activation::Relu))
     }
 }
 

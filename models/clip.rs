@@ -258,8 +258,9 @@ impl TextConfig {
 impl Block {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
-        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+        let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed, self.activation)
     }
 }
 

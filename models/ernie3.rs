@@ -182,8 +182,9 @@ impl RelativeBlock {
         let distances = self.distances(query.clone(), key.dims()[2]);
         let mask = Mask::All(vec![Mask::Bias(distances), mask.clone()]);
         let query = query + self.content_bias.val().unsqueeze_dims(&[0, 2]);
-        let x = self.norm1.forward(x + self.attention.merge(ops::attention(query, key, value, &mask, None)));
-        self.norm2.forward(x.clone() + self.mlp.forward(x, Activation::Gelu))
+        let attended = self.attention.merge(ops::attention(query, key, value, &mask, None));
+        let x = self.norm1.of_sum(x, attended);
+        self.norm2.of_sum(x.clone(), self.mlp.forward(x, Activation::Gelu))
     }
 
     /// The scores of the distances from queries `[batch, n_heads, seq, d_head]` to the last `keys` tokens, over the

@@ -262,6 +262,14 @@ impl Norm {
             Norm::Rms(norm) => norm.forward(x),
         }
     }
+
+    /// `x + y`, and the norm of it, each `[..., width]`.
+    pub fn add<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        match self {
+            Norm::Layer(norm) => norm.add(x, y),
+            Norm::Rms(norm) => norm.add(x, y),
+        }
+    }
 }
 
 fn normed<const D: usize>(norm: &Option<Norm>, x: Tensor<D>) -> Tensor<D> {
@@ -274,7 +282,7 @@ impl EvaMlp {
         match self {
             EvaMlp::Plain(mlp) => mlp.forward(x, Activation::Gelu),
             EvaMlp::Gated(NormedGatedMlp { projections: GatedMlp { gate, up, down }, norm }) => {
-                let gated = Activation::Silu.forward(gate.forward(x.clone())) * up.forward(x);
+                let gated = Activation::Silu.gated(gate.forward(x.clone()), up.forward(x));
                 down.forward(normed(norm, gated))
             }
         }
@@ -286,8 +294,9 @@ impl EvaBlock {
     pub fn forward(&self, x: Tensor<3>, rope: Option<&Rope>, positions: &Positions) -> Tensor<3> {
         match self.wiring {
             Wiring::Pre => {
-                let x = x.clone() + self.attend(self.norm1.forward(x), rope, positions);
-                x.clone() + self.mlp.forward(self.norm2.forward(x))
+                let attended = self.attend(self.norm1.forward(x.clone()), rope, positions);
+                let (x, normed) = self.norm2.add(x, attended);
+                x + self.mlp.forward(normed)
             }
             Wiring::Post => {
                 let x = x.clone() + self.norm1.forward(self.attend(x, rope, positions));

@@ -117,11 +117,12 @@ impl GlmBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask, cache: Option<&mut KvCache>) -> Tensor<3> {
         let normed = self.norm1.forward(x.clone());
-        let x = x + match cache {
+        let attended = match cache {
             Some(cache) => self.attention.cached(normed, cache, mask),
             None => self.attention.forward(normed, mask),
         };
-        x.clone() + self.mlp.forward(self.norm2.forward(x), Activation::GeluTanh)
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed, Activation::GeluTanh)
     }
 }
 

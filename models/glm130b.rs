@@ -171,8 +171,7 @@ impl Glm130bBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
     fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
         let x = self.norm1.forward(x);
-        let x = x.clone() * self.alpha + self.attention.forward(x, place, cache);
-        let x = self.norm2.forward(x);
+        let x = self.norm2.of_sum(x.clone() * self.alpha, self.attention.forward(x, place, cache));
         x.clone() * self.alpha + self.mlp.forward(x, Activation::Gelu)
     }
 }

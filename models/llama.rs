@@ -192,8 +192,9 @@ impl LlamaConfig {
 impl LlamaBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one.
     pub fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let x = x.clone() + attend(&self.attention, self.norm1.forward(x), place, cache);
-        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+        let attended = attend(&self.attention, self.norm1.forward(x.clone()), place, cache);
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed, self.activation)
     }
 }
 

@@ -172,11 +172,11 @@ impl M6 {
     pub fn forward(&self, x: Tensor<3>, mask: &Mask, phase: Phase) -> (Tensor<3>, Vec<Routing>) {
         let (mut x, mut routings) = (x, Vec::with_capacity(self.n_layers));
         for block in self.blocks.iter().cycle().take(self.n_layers) {
-            x = x.clone() + block.attention.forward(block.norm1.forward(x), mask);
+            let attended = block.attention.forward(block.norm1.forward(x.clone()), mask);
+            let (sum, normed) = block.norm2.add(x, attended);
             // the gate draws nothing
-            let (y, routing) =
-                block.moe.forward(block.norm2.forward(x.clone()), phase, &mut Noise::Seeded(0));
-            x = x + y;
+            let (y, routing) = block.moe.forward(normed, phase, &mut Noise::Seeded(0));
+            x = sum + y;
             routings.push(routing);
         }
         (x, routings)

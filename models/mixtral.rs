@@ -105,8 +105,9 @@ impl MixtralBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, after the tokens that `cache` holds, if there is one; and what the
     /// router says of each token, `[batch * seq, n_experts]`.
     pub fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> (Tensor<3>, Tensor<2>) {
-        let x = x.clone() + attend(&self.attention, self.norm1.forward(x), place, cache);
-        let (mixed, router_logits) = self.mix(self.norm2.forward(x.clone()));
+        let attended = attend(&self.attention, self.norm1.forward(x.clone()), place, cache);
+        let (x, normed) = self.norm2.add(x, attended);
+        let (mixed, router_logits) = self.mix(normed);
         (x + mixed, router_logits)
     }
 

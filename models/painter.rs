@@ -282,8 +282,9 @@ impl PainterConfig {
 impl PainterBlock {
     /// `[batch, patches, d_model] -> [batch, patches, d_model]`.
     pub fn forward(&self, x: Tensor<3>, sharing: Sharing) -> Tensor<3> {
-        let x = x.clone() + sharing.apply(self.attend(self.norm1.forward(x)));
-        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+        let attended = sharing.apply(self.attend(self.norm1.forward(x.clone())));
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed, self.activation)
     }
 
     fn attend(&self, x: Tensor<3>) -> Tensor<3> {

@@ -198,14 +198,16 @@ impl PlugBlock {
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let normed = self.norm1.forward(x.clone());
-        let x = x + match cache {
+        let attended = match cache {
             Some(cache) => self.attention.cached(normed, cache, mask),
             None => self.attention.forward(normed, mask),
         };
+        let (x, normed) = self.norm2.add(x, attended);
         let ((key, value), seen) = memory;
-        let query = self.cross.queries(self.norm2.forward(x.clone()));
-        let x = x + self.cross.merge(ops::attention(query, key.clone(), value.clone(), seen, None));
-        x.clone() + self.mlp.forward(self.norm3.forward(x), activation)
+        let query = self.cross.queries(normed);
+        let crossed = self.cross.merge(ops::attention(query, key.clone(), value.clone(), seen, None));
+        let (x, normed) = self.norm3.add(x, crossed);
+        x + self.mlp.forward(normed, activation)
     }
 }
 

@@ -237,8 +237,9 @@ impl SwitchMlp {
 impl SwitchEncoderBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`, and what the router says, if there is one.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> (Tensor<3>, Option<Routed>) {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
-        let (y, routed) = self.mlp.forward(self.norm2.forward(x.clone()));
+        let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
+        let (x, normed) = self.norm2.add(x, attended);
+        let (y, routed) = self.mlp.forward(normed);
         (x + y, routed)
     }
 }
@@ -253,11 +254,12 @@ impl SwitchDecoderBlock {
         read: &Tensor<3>,
         cross_mask: &Mask,
     ) -> (Tensor<3>, Option<Routed>) {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
-        let query = self.cross.queries(self.norm2.forward(x.clone())); // [batch, n_heads, written, d_head]
+        let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
+        let (x, normed) = self.norm2.add(x, attended);
+        let query = self.cross.queries(normed); // [batch, n_heads, written, d_head]
         let (key, value) = self.cross.keys_values(read.clone());
-        let x = x + self.cross.attend(query, key, value, cross_mask);
-        let (y, routed) = self.mlp.forward(self.norm3.forward(x.clone()));
+        let (x, normed) = self.norm3.add(x, self.cross.attend(query, key, value, cross_mask));
+        let (y, routed) = self.mlp.forward(normed);
         (x + y, routed)
     }
 }

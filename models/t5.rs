@@ -287,8 +287,9 @@ impl T5Mlp {
 impl EncoderBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
-        x.clone() + self.mlp.forward(self.norm2.forward(x))
+        let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed)
     }
 }
 
@@ -307,11 +308,11 @@ impl DecoderBlock {
             Some(cache) => self.attention.cached(own, cache, mask),
             None => self.attention.forward(own, mask),
         };
-        let x = x + own;
-        let query = self.cross.queries(self.norm2.forward(x.clone())); // [batch, n_heads, new, d_head]
+        let (x, normed) = self.norm2.add(x, own);
+        let query = self.cross.queries(normed); // [batch, n_heads, new, d_head]
         let Memory { key, value } = memory.clone();
-        let x = x + self.cross.attend(query, key, value, cross_mask);
-        x.clone() + self.mlp.forward(self.norm3.forward(x))
+        let (x, normed) = self.norm3.add(x, self.cross.attend(query, key, value, cross_mask));
+        x + self.mlp.forward(normed)
     }
 }
 

@@ -266,8 +266,9 @@ impl LayerScale {
 impl VitBlock {
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let x = x.clone() + scaled(&self.scale1, self.attend(self.norm1.forward(x)));
-        x.clone() + scaled(&self.scale2, self.mlp.forward(self.norm2.forward(x), self.activation))
+        let attended = scaled(&self.scale1, self.attend(self.norm1.forward(x.clone())));
+        let (x, normed) = self.norm2.add(x, attended);
+        x + scaled(&self.scale2, self.mlp.forward(normed, self.activation))
     }
 
     fn attend(&self, x: Tensor<3>) -> Tensor<3> {

@@ -298,9 +298,10 @@ impl TransformerBlock {
 
     /// `[batch, places, channels] -> [batch, places, channels]`; `context` is `[batch, seq, d_context]`.
     pub fn forward(&self, x: Tensor<3>, context: &Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), &Mask::Full);
-        let x = x.clone() + self.cross.cross(self.norm2.forward(x), context.clone(), mask);
-        x.clone() + self.mlp.forward(self.norm3.forward(x), Activation::Gelu)
+        let attended = self.attention.forward(self.norm1.forward(x.clone()), &Mask::Full);
+        let (x, normed) = self.norm2.add(x, attended);
+        let (x, normed) = self.norm3.add(x, self.cross.cross(normed, context.clone(), mask));
+        x + self.mlp.forward(normed, Activation::Gelu)
     }
 }
 

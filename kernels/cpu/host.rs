@@ -142,6 +142,92 @@ pub fn tensor<T: Element, const D: usize>(values: Vec<T>, shape: [usize; D]) -> 
     Tensor::from_primitive::<Flex>(FlexTensor::from_data(TensorData::new(values, shape)))
 }
 
+/// What the values of a tensor that [`is_host`] may be.
+pub trait Float: Element + Pod + Send + Sync {
+    /// Calls `body` with these values in f32, and rounds what it makes of them; `whole` is for it to use.
+    fn in_f32(values: &mut [Self], whole: &mut Vec<f32>, body: impl FnOnce(&mut [f32]));
+
+    /// Adds to each value of `x` that of `y`: sums are f32, and rounded.
+    fn add(x: &mut [Self], y: &[Self]);
+}
+
+impl Float for f32 {
+    fn in_f32(values: &mut [Self], _: &mut Vec<f32>, body: impl FnOnce(&mut [f32])) {
+        body(values);
+    }
+
+    fn add(x: &mut [Self], y: &[Self]) {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+    }
+}
+
+macro_rules! half {
+    ($name:ident) => {
+        impl Float for $name {
+            fn in_f32(values: &mut [Self], whole: &mut Vec<f32>, body: impl FnOnce(&mut [f32])) {
+                whole.resize(values.len(), 0.0);
+                values.convert_to_f32_slice(whole);
+                body(whole);
+                values.convert_from_f32_slice(whole);
+            }
+
+            fn add(x: &mut [Self], y: &[Self]) {
+                const BLOCK: usize = 256;
+                let [mut sums, mut others] = [[0.0; BLOCK]; 2];
+                for (x, y) in x.chunks_mut(BLOCK).zip(y.chunks(BLOCK)) {
+                    let (sums, others) = (&mut sums[..x.len()], &mut others[..y.len()]);
+                    x.convert_to_f32_slice(sums);
+                    y.convert_to_f32_slice(others);
+                    f32::add(sums, others);
+                    x.convert_from_f32_slice(sums);
+                }
+            }
+        }
+    };
+}
+half!(f16);
+half!(bf16);
+
+/// Values that tasks change: where they lie if nobody else holds them, and otherwise in a copy, into which each task takes
+/// its own part.
+struct Changed<T> {
+    held: Values<T>,
+    copy: Option<Vec<T>>,
+}
+
+impl<T: Float> Changed<T> {
+    fn of<const D: usize>(x: Tensor<D>) -> Self {
+        Self { held: Values::held(x), copy: None }
+    }
+
+    /// Whether nobody else holds them.
+    fn are_own(&self) -> bool {
+        let Values(held, _) = &self.held;
+        held.is_unique() && held.bytes().len() == size_of_val::<[T]>(&self.held)
+    }
+
+    /// Parts of so many values, each for a task.
+    fn parts(&mut self, size: usize) -> impl IndexedParallelIterator<Item = &mut [T]> {
+        let (values, from): (&mut [T], &[T]) = match self.are_own() {
+            true => (self.held.0.storage_mut(), &[]),
+            false => (self.copy.insert(vec![T::zeroed(); self.held.len()]), &self.held),
+        };
+        values.par_chunks_mut(size).enumerate().map(move |(task, part)| {
+            if !from.is_empty() {
+                part.copy_from_slice(&from[task * size..][..part.len()]);
+            }
+            part
+        })
+    }
+
+    fn tensor<const D: usize>(self, shape: [usize; D]) -> Tensor<D> {
+        match self.copy {
+            Some(copy) => tensor(copy, shape),
+            None => Tensor::from_primitive::<Flex>(self.held.0),
+        }
+    }
+}
+
 /// Calls `body` with rows of `width` values of `x` and the number of the first of them, until all have been changed, several
 /// calls at a time. Where nobody else holds `x` it is changed where it lies, and copied on the way otherwise.
 ///
@@ -154,66 +240,91 @@ pub fn change<const D: usize>(
     width: usize,
     body: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Tensor<D> {
-    let shape = x.dims();
-    let count: usize = shape.iter().product();
-    if count == 0 {
-        return x;
-    }
-    assert!(count.is_multiple_of(width), "{shape:?} in rows of {width}");
-    match x.dtype() {
-        DType::F16 => return change_half::<f16, D>(x, width, body),
-        DType::BF16 => return change_half::<bf16, D>(x, width, body),
-        _ => {}
-    }
-    let Values(mut x, _) = Values::of(x);
-    let is_whole = x.bytes().len() == count * size_of::<f32>();
-    match x.try_storage_mut::<f32>().filter(|_| is_whole) {
-        Some(values) => {
-            by_rows(values, width, body);
-            Tensor::from_primitive::<Flex>(x)
-        }
-        None => {
-            let mut changed = vec![0.0; count];
-            let values: Values = Values(x, PhantomData);
-            by_rows(&mut changed, width, |first, changed| {
-                let at = first * width;
-                changed.copy_from_slice(&values[at..at + changed.len()]);
-                body(first, changed);
-            });
-            tensor(changed, shape)
-        }
-    }
+    by_type!(x.dtype(), T => {
+        let (shape, rows) = (x.dims(), rows(width));
+        assert_rows(shape, width);
+        let mut x = Changed::<T>::of(x);
+        x.parts(rows * width).enumerate().for_each_init(Vec::new, |whole, (task, x)| {
+            T::in_f32(x, whole, |values| body(task * rows, values));
+        });
+        x.tensor(shape)
+    })
 }
 
-/// The same in half precision.
-fn change_half<T: Element + Pod + Send + Sync, const D: usize>(
+/// `x + y`, and what `body` makes of rows of `width` values of it; both where `x` and `y` lie, as far as nobody else holds
+/// them.
+///
+/// Half precision is added up in f32 and rounded, and is rounded again after each call.
+///
+/// # Panics
+/// If not both are [`is_host`], they differ in shape or type, or `width` does not divide the values.
+pub fn add_and_change<const D: usize>(
     x: Tensor<D>,
+    y: Tensor<D>,
     width: usize,
-    body: impl Fn(usize, &mut [f32]) + Sync,
-) -> Tensor<D>
-where
-    [T]: HalfFloatSliceExt,
-{
-    let shape = x.dims();
-    let values = Values::<T>::held(x);
-    let mut changed = vec![T::zeroed(); values.len()];
-    let size = (TASK / width).max(1) * width;
-    changed.par_chunks_mut(size).zip(values.par_chunks(size)).enumerate().for_each_init(
-        Vec::new,
-        |whole, (task, (changed, values))| {
-            whole.resize(values.len(), 0.0);
-            values.convert_to_f32_slice(whole);
-            body(task * size / width, whole);
-            changed.convert_from_f32_slice(whole);
-        },
-    );
-    tensor(changed, shape)
+    body: impl Fn(&mut [f32]) + Sync,
+) -> (Tensor<D>, Tensor<D>) {
+    by_type!(x.dtype(), T => {
+        let (shape, size) = (same_shape(&x, &y), rows(width) * width);
+        assert_rows(shape, width);
+        let (mut x, mut y) = (Changed::<T>::of(x), Changed::<T>::of(y));
+        x.parts(size).zip(y.parts(size)).for_each_init(Vec::new, |whole, (x, y)| {
+            T::add(x, y);
+            y.copy_from_slice(x);
+            T::in_f32(y, whole, &body);
+        });
+        (x.tensor(shape), y.tensor(shape))
+    })
+}
+
+/// What `body` makes of rows of `width` values of `x + y`, where one of them lies that nobody else holds.
+///
+/// Half precision is added up in f32 and rounded, and is rounded again after each call.
+///
+/// # Panics
+/// If not both are [`is_host`], they differ in shape or type, or `width` does not divide the values.
+pub fn change_sum<const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
+    width: usize,
+    body: impl Fn(&mut [f32]) + Sync,
+) -> Tensor<D> {
+    by_type!(x.dtype(), T => {
+        let (shape, size) = (same_shape(&x, &y), rows(width) * width);
+        assert_rows(shape, width);
+        let (mut x, mut y) = (Changed::<T>::of(x), Changed::<T>::of(y));
+        if y.are_own() && !x.are_own() {
+            std::mem::swap(&mut x, &mut y);
+        }
+        x.parts(size).zip(y.held.par_chunks(size)).for_each_init(Vec::new, |whole, (x, y)| {
+            T::add(x, y);
+            T::in_f32(x, whole, &body);
+        });
+        x.tensor(shape)
+    })
+}
+
+/// The shape that both have.
+#[track_caller]
+fn same_shape<const D: usize>(x: &Tensor<D>, y: &Tensor<D>) -> [usize; D] {
+    assert_eq!(x.dims(), y.dims(), "shapes of what is added up");
+    x.dims()
+}
+
+#[track_caller]
+fn assert_rows<const D: usize>(shape: [usize; D], width: usize) {
+    let count: usize = shape.iter().product();
+    assert!(count.is_multiple_of(width), "{shape:?} in rows of {width}");
+}
+
+/// How many rows of so many values are a task.
+fn rows(width: usize) -> usize {
+    (TASK / width).max(1)
 }
 
 /// Calls `body` with rows of `width` values and the number of the first of them, several calls at a time.
 pub fn by_rows<T: Send>(values: &mut [T], width: usize, body: impl Fn(usize, &mut [T]) + Sync) {
-    let rows = (TASK / width).max(1);
-    by_task(values, rows * width, |at, values| body(at / width, values));
+    by_task(values, rows(width) * width, |at, values| body(at / width, values));
 }
 
 /// Calls `body` with the place of each part of so many values, and the part.

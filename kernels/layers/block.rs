@@ -41,19 +41,18 @@ impl PreNormBlock {
 
     /// `[batch, seq, d_model] -> [batch, seq, d_model]`.
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), mask);
-        self.mix(x)
+        self.mix(x.clone(), self.attention.forward(self.norm1.forward(x), mask))
     }
 
     /// As [`PreNormBlock::forward`] after what is in the cache, which grows by `x`'s length.
     pub fn cached(&self, x: Tensor<3>, cache: &mut KvCache, mask: &Mask) -> Tensor<3> {
-        let x = x.clone() + self.attention.cached(self.norm1.forward(x), cache, mask);
-        self.mix(x)
+        self.mix(x.clone(), self.attention.cached(self.norm1.forward(x), cache, mask))
     }
 
-    /// The second half: `x + mlp(norm2(x))`.
-    pub fn mix(&self, x: Tensor<3>) -> Tensor<3> {
-        x.clone() + self.mlp.forward(self.norm2.forward(x), self.activation)
+    /// The second half, after what the attention gave: `x = x + attended`, then `x + mlp(norm2(x))`.
+    pub fn mix(&self, x: Tensor<3>, attended: Tensor<3>) -> Tensor<3> {
+        let (x, normed) = self.norm2.add(x, attended);
+        x + self.mlp.forward(normed, self.activation)
     }
 }
 

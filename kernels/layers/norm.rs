@@ -25,8 +25,21 @@ impl LayerNorm {
 
     /// `[..., d_model] -> [..., d_model]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let bias = self.bias.as_ref().map(|bias| bias.val());
-        ops::layer_norm(x, self.weight.val(), bias, self.eps)
+        ops::layer_norm(x, self.weight.val(), self.bias(), self.eps)
+    }
+
+    /// `x + y`, and the norm of it, each `[..., d_model]`; see [`ops::add_layer_norm`].
+    pub fn add<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        ops::add_layer_norm(x, y, self.weight.val(), self.bias(), self.eps)
+    }
+
+    /// The norm of `x + y`, `[..., d_model]`; see [`ops::layer_norm_of_sum`].
+    pub fn of_sum<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+        ops::layer_norm_of_sum(x, y, self.weight.val(), self.bias(), self.eps)
+    }
+
+    fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
     }
 }
 
@@ -49,6 +62,11 @@ impl RmsNorm {
     /// Half precision is normalised in f32, where the squares do not overflow, and rounded at the end.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         ops::rms_norm(x, self.weight.val(), self.eps)
+    }
+
+    /// `x + y`, and the norm of it, each `[..., d_model]`; see [`ops::add_rms_norm`].
+    pub fn add<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        ops::add_rms_norm(x, y, self.weight.val(), self.eps)
     }
 }
 

@@ -18,7 +18,7 @@ pub use attention::{Mask, attention};
 pub use codebook::nearest;
 pub use convolution::convolution;
 pub use linear::linear;
-pub use norm::{group_norm, layer_norm, rms_norm};
+pub use norm::{add_layer_norm, add_rms_norm, group_norm, layer_norm, layer_norm_of_sum, rms_norm};
 pub use products::products;
 pub use quantized::{Bits, BlockRange, PackedMatrix, Quantization, quantized_linear};
 pub use rope::{

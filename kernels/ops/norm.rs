@@ -28,8 +28,53 @@ pub fn layer_norm<const D: usize>(
         return gradient::layer_norm(x, weight, bias, eps);
     }
     match is_host(&x) {
-        true => by_rows(x, weight, bias, eps, true),
+        true => Rows::layer(weight, bias, eps).change(x),
         false => module::layer_norm(x, weight, bias, eps),
+    }
+}
+
+/// `x + y`, and the [`layer_norm`] of it: what a block hands on, and what goes into its next part.
+///
+/// - `x`, `y`: `[..., width]`
+/// - `weight`, `bias`: `[width]`
+///
+/// On the CPU in one pass, and both in place where nobody else holds `x` and `y`.
+///
+/// # Panics
+/// If `x` and `y` differ in shape, or `weight` or `bias` is not as wide.
+pub fn add_layer_norm<const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> (Tensor<D>, Tensor<D>) {
+    if are_host(&x, &y) {
+        return Rows::layer(weight, bias, eps).add(x, y);
+    }
+    let sum = sum(x, y);
+    (sum.clone(), layer_norm(sum, weight, bias, eps))
+}
+
+/// The [`layer_norm`] of `x + y`, "Add & Norm" (Vaswani et al. 2017).
+///
+/// - `x`, `y`: `[..., width]`
+/// - `weight`, `bias`: `[width]`
+///
+/// On the CPU in one pass, and in place where nobody else holds one of `x` and `y`.
+///
+/// # Panics
+/// If `x` and `y` differ in shape, or `weight` or `bias` is not as wide.
+pub fn layer_norm_of_sum<const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> Tensor<D> {
+    match are_host(&x, &y) {
+        true => Rows::layer(weight, bias, eps).change_sum(x, y),
+        false => layer_norm(sum(x, y), weight, bias, eps),
     }
 }
 
@@ -46,7 +91,7 @@ pub fn layer_norm<const D: usize>(
 /// If `weight` is not as wide as `x`.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     if is_host(&x) {
-        return by_rows(x, weight, None, eps, false);
+        return Rows::root_mean_square(weight, eps).change(x);
     }
     #[cfg(feature = "autodiff")]
     if is_tracked(&x) && is_tracked(&weight) {
@@ -64,22 +109,84 @@ fn composed_rms<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     x / (mean_square + eps).sqrt() * weight.unsqueeze()
 }
 
-/// Both on the CPU.
-fn by_rows<const D: usize>(
+/// `x + y`, and the [`rms_norm`] of it: what a block hands on, and what goes into its next part.
+///
+/// - `x`, `y`: `[..., width]`
+/// - `weight`: `[width]`
+///
+/// On the CPU in one pass, and both in place where nobody else holds `x` and `y`.
+///
+/// # Panics
+/// If `x` and `y` differ in shape, or `weight` is not as wide.
+pub fn add_rms_norm<const D: usize>(
     x: Tensor<D>,
+    y: Tensor<D>,
     weight: Tensor<1>,
-    bias: Option<Tensor<1>>,
+    eps: f64,
+) -> (Tensor<D>, Tensor<D>) {
+    if are_host(&x, &y) {
+        return Rows::root_mean_square(weight, eps).add(x, y);
+    }
+    let sum = sum(x, y);
+    (sum.clone(), rms_norm(sum, weight, eps))
+}
+
+/// Whether the sum of both is made by a body for the CPU.
+fn are_host<const D: usize>(x: &Tensor<D>, y: &Tensor<D>) -> bool {
+    is_host(x) && is_host(y) && x.dtype() == y.dtype()
+}
+
+/// Of tensor operations.
+fn sum<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    assert_eq!(x.dims(), y.dims(), "shapes of what is added up");
+    x + y
+}
+
+/// How rows are normalised on the CPU.
+struct Rows {
+    weight: Values,
+    bias: Option<Values>,
     eps: f64,
     centred: bool,
-) -> Tensor<D> {
-    let width = x.dims()[D - 1];
-    let (weight, bias) = (Values::of(weight), bias.map(Values::of));
-    let widths = [weight.len(), bias.as_deref().map_or(width, <[f32]>::len)];
-    assert_eq!(widths, [width; 2], "widths of weight and bias (left) and of what is normalised");
-    host::change(x, width.max(1), |_, values| {
-        let (weight, bias) = (&*weight, bias.as_deref());
-        Instructions::in_use().run(RowNorm { values, weight, bias, eps, centred });
-    })
+}
+
+impl Rows {
+    fn layer(weight: Tensor<1>, bias: Option<Tensor<1>>, eps: f64) -> Self {
+        Self { weight: Values::of(weight), bias: bias.map(Values::of), eps, centred: true }
+    }
+
+    fn root_mean_square(weight: Tensor<1>, eps: f64) -> Self {
+        Self { weight: Values::of(weight), bias: None, eps, centred: false }
+    }
+
+    fn change<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let width = self.width(&x);
+        host::change(x, width, |_, values| self.normalise(values))
+    }
+
+    fn add<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+        let width = self.width(&x);
+        host::add_and_change(x, y, width, |values| self.normalise(values))
+    }
+
+    fn change_sum<const D: usize>(&self, x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+        let width = self.width(&x);
+        host::change_sum(x, y, width, |values| self.normalise(values))
+    }
+
+    /// That of the rows, which those of the factors must be.
+    fn width<const D: usize>(&self, x: &Tensor<D>) -> usize {
+        let width = x.dims()[D - 1];
+        let widths = [self.weight.len(), self.bias.as_deref().map_or(width, <[f32]>::len)];
+        assert_eq!(widths, [width; 2], "widths of weight and bias (left) and of what is normalised");
+        width.max(1)
+    }
+
+    fn normalise(&self, values: &mut [f32]) {
+        let Self { weight, bias, eps, centred } = self;
+        let (weight, bias) = (&**weight, bias.as_deref());
+        Instructions::in_use().run(RowNorm { values, weight, bias, eps: *eps, centred: *centred });
+    }
 }
 
 /// Group normalisation (Wu & He 2018), and an activation after it: the channels of a picture are cut into `n_groups`
@@ -301,6 +408,88 @@ mod tests {
         let (weight, bias) = (noise([4], 2, &device), noise([4], 3, &device));
         assert_gradient(|x| layer_norm(x, weight.clone(), Some(bias.clone()), 0.1), [3, 4], &at);
         assert_gradient(|x| rms_norm(x, weight.clone(), 0.1), [3, 4], &at);
+        let y = noise([3, 4], 4, &device);
+        let of_sum = |x| layer_norm_of_sum(x, y.clone(), weight.clone(), Some(bias.clone()), 0.1);
+        assert_gradient(of_sum, [3, 4], &at);
+        let product = |(sum, normed): (Tensor<2>, Tensor<2>)| sum * normed;
+        let added = |x| product(add_layer_norm(x, y.clone(), weight.clone(), Some(bias.clone()), 0.1));
+        assert_gradient(added, [3, 4], &at);
+        assert_gradient(|x| product(add_rms_norm(x, y.clone(), weight.clone(), 0.1)), [3, 4], &at);
+    }
+
+    #[test]
+    fn sums_and_their_norms_are_those_of_two_steps() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for shape in [[1, 1, 1], [2, 3, 5], [1, 70, 333], [2, 0, 4]] {
+                assert_same_as_two_steps(dtype, shape);
+            }
+        }
+    }
+
+    /// Bit for bit: of whole tensors, those that others hold, and parts of others and turned ones.
+    fn assert_same_as_two_steps(dtype: DType, [batch, rows, width]: [usize; 3]) {
+        let device = Device::flex();
+        let factor = |seed| noise([width], seed, &device).cast(dtype);
+        let (weight, bias) = (factor(1), Some(factor(2)));
+        let of = |shape, seed| (noise(shape, seed, &device) * 3.0).cast(dtype);
+        let whole = |seed| of([batch, rows, width], seed);
+        let part = || of([batch, rows, width + 1], 6).narrow(2, 1, width);
+        let turned = || of([batch, width, rows], 7).swap_dims(1, 2);
+        let held = whole(3);
+        let operands: [&dyn Fn() -> (Tensor<3>, Tensor<3>); 5] = [
+            &|| (whole(4), whole(5)),
+            &|| (held.clone(), whole(4)),
+            &|| (whole(4), held.clone()),
+            &|| (held.clone(), held.clone()),
+            &|| (part(), turned()),
+        ];
+        for operands in operands {
+            let (x, y) = operands();
+            let sum = x + y;
+            let normed = layer_norm(sum.clone(), weight.clone(), bias.clone(), 1e-5);
+            let (x, y) = operands();
+            let found = add_layer_norm(x, y, weight.clone(), bias.clone(), 1e-5);
+            assert_same(found.into(), [sum.clone(), normed.clone()]);
+            let (x, y) = operands();
+            let found = layer_norm_of_sum(x, y, weight.clone(), bias.clone(), 1e-5);
+            assert_same([found], [normed]);
+            let normed = rms_norm(sum.clone(), weight.clone(), 1e-5);
+            let (x, y) = operands();
+            assert_same(add_rms_norm(x, y, weight.clone(), 1e-5).into(), [sum, normed]);
+        }
+        assert_same([held], [whole(3)]);
+    }
+
+    #[track_caller]
+    fn assert_same<const N: usize>(found: [Tensor<3>; N], expected: [Tensor<3>; N]) {
+        for (found, expected) in found.into_iter().zip(expected) {
+            assert_eq!(found.dtype(), expected.dtype());
+            assert_eq!(found.dims(), expected.dims());
+            assert_eq!(floats(found), floats(expected));
+        }
+    }
+
+    #[test]
+    fn sums_and_their_norms_take_no_more_room() {
+        let ones = || Tensor::<1>::ones([5], &Device::flex());
+        let place = |x: &Tensor<2>| Values::of(x.clone()).as_ptr();
+        let [x, y] = [1, 2].map(|seed| noise([3, 5], seed, &Device::flex()));
+        let places = [&x, &y].map(place);
+        let (sum, normed) = add_rms_norm(x, y, ones(), 1e-5);
+        assert_eq!([&sum, &normed].map(place), places);
+        let held = sum.clone();
+        let normed = layer_norm_of_sum(sum, normed, ones(), None, 1e-5);
+        assert_eq!(place(&normed), places[1]);
+        let free = noise([3, 5], 3, &Device::flex());
+        let at = place(&free);
+        assert_eq!(place(&layer_norm_of_sum(free, held, ones(), None, 1e-5)), at);
+    }
+
+    #[test]
+    #[should_panic(expected = "shapes of what is added up")]
+    fn what_is_added_up_is_of_one_shape() {
+        let ones = |shape| Tensor::<2>::ones(shape, &Device::flex());
+        let _ = add_rms_norm(ones([2, 3]), ones([1, 3]), Tensor::ones([3], &Device::flex()), 0.1);
     }
 
     #[test]

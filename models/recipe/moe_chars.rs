@@ -253,16 +253,17 @@ impl CharModel {
         let mut x = self.around.tokens.forward(ids); // [batch, seq, d_model]
         let mut routings = Vec::new();
         for block in &self.blocks {
-            x = x.clone() + attend(&block.attention, block.norm1.forward(x), place, None);
-            let normed = block.norm2.forward(x.clone());
-            x = x + match &block.mlp {
-                FeedForward::Dense(mlp) => mlp.forward(normed, ACTIVATION),
-                FeedForward::Sparse(experts) => {
-                    let (y, routing) = experts.forward(normed, phase, noise);
-                    routings.push(routing);
-                    y
-                }
-            };
+            let attended = attend(&block.attention, block.norm1.forward(x.clone()), place, None);
+            let (sum, normed) = block.norm2.add(x, attended);
+            x = sum
+                + match &block.mlp {
+                    FeedForward::Dense(mlp) => mlp.forward(normed, ACTIVATION),
+                    FeedForward::Sparse(experts) => {
+                        let (y, routing) = experts.forward(normed, phase, noise);
+                        routings.push(routing);
+                        y
+                    }
+                };
         }
         (self.around.logits(self.around.norm.forward(x)), routings)
     }
