@@ -255,15 +255,15 @@ impl CharModel {
         for block in &self.blocks {
             let attended = attend(&block.attention, block.norm1.forward(x.clone()), place, None);
             let (sum, normed) = block.norm2.add(x, attended);
-            x = sum
-                + match &block.mlp {
-                    FeedForward::Dense(mlp) => mlp.forward(normed, ACTIVATION),
-                    FeedForward::Sparse(experts) => {
-                        let (y, routing) = experts.forward(normed, phase, noise);
-                        routings.push(routing);
-                        y
-                    }
-                };
+            let mixed = match &block.mlp {
+                FeedForward::Dense(mlp) => mlp.forward(normed, ACTIVATION),
+                FeedForward::Sparse(experts) => {
+                    let (y, routing) = experts.forward(normed, phase, noise);
+                    routings.push(routing);
+                    y
+                }
+            };
+            x = sum + mixed;
         }
         (self.around.logits(self.around.norm.forward(x)), routings)
     }
