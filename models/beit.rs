@@ -15,7 +15,7 @@ use burn::tensor::{Bool, Device, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
-use volary_kernels::ops::{Activation, Mask};
+use volary_kernels::ops::{self, Activation, Mask};
 use volary_vision::patch::{PatchEmbedding, hide};
 use volary_vision::position::GridBias;
 use volary_weights::{KeyMap, Ones, Rule};
@@ -197,7 +197,7 @@ impl BeitBlock {
         let mask = own.map_or(shared.clone(), |own| Mask::All(vec![shared.clone(), own]));
         let attended = scaled(&self.scale1, self.attention.forward(self.norm1.forward(x.clone()), &mask));
         let (x, normed) = self.norm2.add(x, attended);
-        x + scaled(&self.scale2, self.mlp.forward(normed, self.activation))
+        ops::add(x, scaled(&self.scale2, self.mlp.forward(normed, self.activation)))
     }
 }
 

@@ -13,7 +13,7 @@ use burn::tensor::{Bool, Device, FloatDType, Int, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
-use volary_kernels::ops::{Activation, Mask};
+use volary_kernels::ops::{self, Activation, Mask};
 use volary_vision::masking::Kept;
 use volary_vision::patch::PatchEmbedding;
 use volary_vision::resnet::{ResNet, ResNetConfig};
@@ -260,7 +260,7 @@ impl Block {
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
         let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed, self.activation)
+        ops::add(x, self.mlp.forward(normed, self.activation))
     }
 }
 

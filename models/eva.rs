@@ -296,7 +296,7 @@ impl EvaBlock {
             Wiring::Pre => {
                 let attended = self.attend(self.norm1.forward(x.clone()), rope, positions);
                 let (x, normed) = self.norm2.add(x, attended);
-                x + self.mlp.forward(normed)
+                ops::add(x, self.mlp.forward(normed))
             }
             Wiring::Post => {
                 let x = x.clone() + self.norm1.forward(self.attend(x, rope, positions));

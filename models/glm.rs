@@ -17,7 +17,7 @@ use burn::module::Module;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use volary_kernels::layers::{Attention, AttentionConfig, Embedding, KvCache, LayerNorm, Mlp, MlpConfig};
-use volary_kernels::ops::{Activation, Mask};
+use volary_kernels::ops::{self, Activation, Mask};
 use volary_text::generate::{Appending, LeftPadded, Session, greedy, indices};
 use volary_text::infill::{Blanks, Commands};
 use volary_weights::format::{OpenOptions, RankOptions, megatron};
@@ -122,7 +122,7 @@ impl GlmBlock {
             None => self.attention.forward(normed, mask),
         };
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed, Activation::GeluTanh)
+        ops::add(x, self.mlp.forward(normed, Activation::GeluTanh))
     }
 }
 

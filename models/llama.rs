@@ -194,7 +194,7 @@ impl LlamaBlock {
     pub fn forward(&self, x: Tensor<3>, place: Place, cache: Option<&mut KvCache>) -> Tensor<3> {
         let attended = attend(&self.attention, self.norm1.forward(x.clone()), place, cache);
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed, self.activation)
+        ops::add(x, self.mlp.forward(normed, self.activation))
     }
 }
 

@@ -12,7 +12,7 @@ use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{Attention, KvCache, LinearConfig, RmsNorm};
 use volary_kernels::moe::gate::NaiveGate;
 use volary_kernels::moe::{ExpertMlpConfig, GatedExpertMlp, mix};
-use volary_kernels::ops::{Activation, Mask, Pairing, Positions, RopeScaling};
+use volary_kernels::ops::{self, Activation, Mask, Pairing, Positions, RopeScaling};
 use volary_text::generate::Session;
 use volary_weights::{KeyMap, LoadOptions, Ones, Rule};
 
@@ -108,7 +108,7 @@ impl MixtralBlock {
         let attended = attend(&self.attention, self.norm1.forward(x.clone()), place, cache);
         let (x, normed) = self.norm2.add(x, attended);
         let (mixed, router_logits) = self.mix(normed);
-        (x + mixed, router_logits)
+        (ops::add(x, mixed), router_logits)
     }
 
     fn mix(&self, x: Tensor<3>) -> (Tensor<3>, Tensor<2>) {

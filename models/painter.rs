@@ -17,7 +17,7 @@ use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, LayerNorm, LearnedPositions, Linear, LinearConfig, Mlp, MlpConfig,
 };
-use volary_kernels::ops::{Activation, Mask};
+use volary_kernels::ops::{self, Activation, Mask};
 use volary_vision::conv::Conv3x3;
 use volary_vision::image::Rgb8;
 use volary_vision::interpolation::Interpolation;
@@ -284,7 +284,7 @@ impl PainterBlock {
     pub fn forward(&self, x: Tensor<3>, sharing: Sharing) -> Tensor<3> {
         let attended = sharing.apply(self.attend(self.norm1.forward(x.clone())));
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed, self.activation)
+        ops::add(x, self.mlp.forward(normed, self.activation))
     }
 
     fn attend(&self, x: Tensor<3>) -> Tensor<3> {

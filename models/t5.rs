@@ -15,7 +15,7 @@ use volary_kernels::layers::{
     Attention, AttentionConfig, Embedding, GatedMlp, GatedMlpConfig, KvCache, Linear, LinearConfig, Mlp,
     MlpConfig, Reach, RelativeBias, RmsNorm,
 };
-use volary_kernels::ops::{Activation, Mask};
+use volary_kernels::ops::{self, Activation, Mask};
 use volary_text::generate::{RightPadded, Session, column, indices, matrix};
 use volary_weights::{KeyMap, LoadOptions, Rule};
 
@@ -289,7 +289,7 @@ impl EncoderBlock {
     pub fn forward(&self, x: Tensor<3>, mask: &Mask) -> Tensor<3> {
         let attended = self.attention.forward(self.norm1.forward(x.clone()), mask);
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed)
+        ops::add(x, self.mlp.forward(normed))
     }
 }
 
@@ -312,7 +312,7 @@ impl DecoderBlock {
         let query = self.cross.queries(normed); // [batch, n_heads, new, d_head]
         let Memory { key, value } = memory.clone();
         let (x, normed) = self.norm3.add(x, self.cross.attend(query, key, value, cross_mask));
-        x + self.mlp.forward(normed)
+        ops::add(x, self.mlp.forward(normed))
     }
 }
 

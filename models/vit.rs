@@ -268,7 +268,7 @@ impl VitBlock {
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         let attended = scaled(&self.scale1, self.attend(self.norm1.forward(x.clone())));
         let (x, normed) = self.norm2.add(x, attended);
-        x + scaled(&self.scale2, self.mlp.forward(normed, self.activation))
+        ops::add(x, scaled(&self.scale2, self.mlp.forward(normed, self.activation)))
     }
 
     fn attend(&self, x: Tensor<3>) -> Tensor<3> {

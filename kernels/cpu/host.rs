@@ -289,24 +289,42 @@ pub fn change_sum<const D: usize>(
     width: usize,
     body: impl Fn(&mut [f32]) + Sync,
 ) -> Tensor<D> {
-    by_type!(x.dtype(), T => {
-        let (shape, size) = (same_shape(&x, &y), rows(width) * width);
-        assert_rows(shape, width);
-        let (mut x, mut y) = (Changed::<T>::of(x), Changed::<T>::of(y));
-        if y.are_own() && !x.are_own() {
-            std::mem::swap(&mut x, &mut y);
-        }
-        x.parts(size).zip(y.held.par_chunks(size)).for_each_init(Vec::new, |whole, (x, y)| {
-            T::add(x, y);
-            T::in_f32(x, whole, &body);
-        });
-        x.tensor(shape)
-    })
+    assert_rows(x.dims(), width);
+    by_type!(x.dtype(), T => add_by_part::<T, D>(x, y, rows(width) * width, |whole, sum| {
+        T::in_f32(sum, whole, &body);
+    }))
+}
+
+/// `x + y`, where one of them lies that nobody else holds.
+///
+/// # Panics
+/// If not both are [`is_host`], or they differ in shape or type.
+pub fn add<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    by_type!(x.dtype(), T => add_by_part::<T, D>(x, y, TASK, |_, _| {}))
+}
+
+/// What `then` makes of parts of `x + y`, where one of them lies that nobody else holds.
+fn add_by_part<T: Float, const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
+    size: usize,
+    then: impl Fn(&mut Vec<f32>, &mut [T]) + Sync,
+) -> Tensor<D> {
+    let shape = same_shape(&x, &y);
+    let (mut x, mut y) = (Changed::<T>::of(x), Changed::<T>::of(y));
+    if y.are_own() && !x.are_own() {
+        std::mem::swap(&mut x, &mut y);
+    }
+    x.parts(size).zip(y.held.par_chunks(size)).for_each_init(Vec::new, |whole, (x, y)| {
+        T::add(x, y);
+        then(whole, x);
+    });
+    x.tensor(shape)
 }
 
 /// The shape that both have.
 #[track_caller]
-fn same_shape<const D: usize>(x: &Tensor<D>, y: &Tensor<D>) -> [usize; D] {
+pub fn same_shape<const D: usize>(x: &Tensor<D>, y: &Tensor<D>) -> [usize; D] {
     assert_eq!(x.dims(), y.dims(), "shapes of what is added up");
     x.dims()
 }

@@ -2,7 +2,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use super::{Attention, AttentionConfig, KvCache, LayerNorm, Mlp, MlpConfig};
-use crate::ops::{Activation, Mask};
+use crate::ops::{self, Activation, Mask};
 
 /// The plain pre-norm transformer block: `x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
 #[derive(Module, Debug)]
@@ -52,7 +52,7 @@ impl PreNormBlock {
     /// The second half, after what the attention gave: `x = x + attended`, then `x + mlp(norm2(x))`.
     pub fn mix(&self, x: Tensor<3>, attended: Tensor<3>) -> Tensor<3> {
         let (x, normed) = self.norm2.add(x, attended);
-        x + self.mlp.forward(normed, self.activation)
+        ops::add(x, self.mlp.forward(normed, self.activation))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Functions on tensors.
 
 mod activation;
+mod add;
 mod attention;
 mod codebook;
 mod convolution;
@@ -14,6 +15,7 @@ mod softmax;
 
 pub use activation::Activation;
 pub(crate) use activation::finished;
+pub use add::add;
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
 pub use convolution::convolution;

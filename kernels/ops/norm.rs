@@ -1,6 +1,7 @@
 use burn::tensor::{DType, Tensor, module};
 
-use super::Activation;
+use super::add::are_host;
+use super::{Activation, add};
 use crate::cpu::Instructions;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
@@ -52,7 +53,7 @@ pub fn add_layer_norm<const D: usize>(
     if are_host(&x, &y) {
         return Rows::layer(weight, bias, eps).add(x, y);
     }
-    let sum = sum(x, y);
+    let sum = add(x, y);
     (sum.clone(), layer_norm(sum, weight, bias, eps))
 }
 
@@ -74,7 +75,7 @@ pub fn layer_norm_of_sum<const D: usize>(
 ) -> Tensor<D> {
     match are_host(&x, &y) {
         true => Rows::layer(weight, bias, eps).change_sum(x, y),
-        false => layer_norm(sum(x, y), weight, bias, eps),
+        false => layer_norm(add(x, y), weight, bias, eps),
     }
 }
 
@@ -127,19 +128,8 @@ pub fn add_rms_norm<const D: usize>(
     if are_host(&x, &y) {
         return Rows::root_mean_square(weight, eps).add(x, y);
     }
-    let sum = sum(x, y);
+    let sum = add(x, y);
     (sum.clone(), rms_norm(sum, weight, eps))
-}
-
-/// Whether the sum of both is made by a body for the CPU.
-fn are_host<const D: usize>(x: &Tensor<D>, y: &Tensor<D>) -> bool {
-    is_host(x) && is_host(y) && x.dtype() == y.dtype()
-}
-
-/// Of tensor operations.
-fn sum<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
-    assert_eq!(x.dims(), y.dims(), "shapes of what is added up");
-    x + y
 }
 
 /// How rows are normalised on the CPU.
