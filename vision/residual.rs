@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::tensor::ops::PadMode;
 use burn::tensor::{Device, Tensor};
 use volary_kernels::layers::{GroupNorm, Linear, LinearConfig};
-use volary_kernels::ops::{self, Activation};
+use volary_kernels::ops::Activation;
 
 use crate::conv::Conv;
 
@@ -106,7 +106,7 @@ impl ResidualBlock {
                 self.activation.forward(self.norm2.forward(y) * (scale + 1.0) + shift)
             }
         };
-        ops::add(self.conv2.forward(y), kept)
+        self.conv2.forward(y) + kept
     }
 }
 

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Device, Tensor};
 use volary_kernels::layers::{
     Attention, AttentionConfig, GatedMlp, GatedMlpConfig, GroupNorm, LayerNorm, Linear, LinearConfig,
 };
-use volary_kernels::ops::{self, Activation, Mask};
+use volary_kernels::ops::{Activation, Mask};
 
 use crate::conv::Conv;
 use crate::residual::{NormConfig, ResidualBlock, TimeShift, double, picture, tokens};
@@ -301,7 +301,7 @@ impl TransformerBlock {
         let attended = self.attention.forward(self.norm1.forward(x.clone()), &Mask::Full);
         let (x, normed) = self.norm2.add(x, attended);
         let (x, normed) = self.norm3.add(x, self.cross.cross(normed, context.clone(), mask));
-        ops::add(x, self.mlp.forward(normed, Activation::Gelu))
+        x + self.mlp.forward(normed, Activation::Gelu)
     }
 }
 
