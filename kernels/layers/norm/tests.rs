@@ -38,6 +38,21 @@ fn rms_norm_literal() {
     assert_close(rms_norm(0.5).forward(x), &expected, 1e-6);
 }
 
+/// The sum is what both tests above normalise.
+#[test]
+fn norms_of_sums_are_literal() {
+    let of = |values: [f64; 4]| tensor([1, 4], &values, &Device::flex());
+    let (x, y) = (of([0.0, 4.0, 2.5, 3.0]), of([1.0, -2.0, 1.5, 4.0]));
+    let layer = [-0.9425720703, -1.0510864843, 0.0914855859, 1.1298004492];
+    let (sum, normed) = layer_norm(0.5).add(x.clone(), y.clone());
+    assert_close(sum, &[1.0, 2.0, 4.0, 7.0], 0.0);
+    assert_close(normed, &layer, 1e-6);
+    assert_close(layer_norm(0.5).of_sum(x.clone(), y.clone()), &layer, 1e-6);
+    let (sum, normed) = rms_norm(0.5).add(x, y);
+    assert_close(sum, &[1.0, 2.0, 4.0, 7.0], 0.0);
+    assert_close(normed, &[0.2357022604, 0.9428090416, -0.9428090416, 0.8249579114], 1e-6);
+}
+
 /// Squares of 300 and more overflow f16.
 #[test]
 fn half_precision_does_not_overflow() {
