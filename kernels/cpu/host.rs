@@ -240,9 +240,13 @@ pub fn change<const D: usize>(
     width: usize,
     body: impl Fn(usize, &mut [f32]) + Sync,
 ) -> Tensor<D> {
+    let shape = x.dims();
+    if shape.contains(&0) {
+        return x;
+    }
+    assert_rows(shape, width);
     by_type!(x.dtype(), T => {
-        let (shape, rows) = (x.dims(), rows(width));
-        assert_rows(shape, width);
+        let rows = rows(width);
         let mut x = Changed::<T>::of(x);
         x.parts(rows * width).enumerate().for_each_init(Vec::new, |whole, (task, x)| {
             T::in_f32(x, whole, |values| body(task * rows, values));
@@ -264,9 +268,10 @@ pub fn add_and_change<const D: usize>(
     width: usize,
     body: impl Fn(&mut [f32]) + Sync,
 ) -> (Tensor<D>, Tensor<D>) {
+    let shape = same_shape(&x, &y);
+    assert_rows(shape, width);
     by_type!(x.dtype(), T => {
-        let (shape, size) = (same_shape(&x, &y), rows(width) * width);
-        assert_rows(shape, width);
+        let size = rows(width) * width;
         let (mut x, mut y) = (Changed::<T>::of(x), Changed::<T>::of(y));
         x.parts(size).zip(y.parts(size)).for_each_init(Vec::new, |whole, (x, y)| {
             T::add(x, y);
