@@ -31,7 +31,7 @@ mod tests {
     fn bodies_agree() {
         let device = Device::flex();
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for [rows, width] in [[1, 1], [70, 333], [3, 0]] {
+            for [rows, width] in [[1, 1], [70, 333], [0, 4]] {
                 let held = noise([rows, width], 1, &device).cast(dtype);
                 let part = || noise([rows, width + 1], 2, &device).cast(dtype).narrow(1, 1, width);
                 let turned = || noise([width, rows], 3, &device).cast(dtype).transpose();
