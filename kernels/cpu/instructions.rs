@@ -1,5 +1,8 @@
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx::has_amx;
+
 /// Which instructions the bodies for the CPU use.
 ///
 /// The widest that this machine has, found at run time; the environment variable `VOLARY_CPU` (`plain`, `avx2` or
@@ -79,10 +82,30 @@ impl Instructions {
         }
     }
 
+    /// What bodies use besides, where this machine has it: `avx512bf16` (pairs of bf16), `amx` (tiles of bf16) and
+    /// `avx512vnni` (whole numbers).
+    pub fn besides(self) -> Vec<&'static str> {
+        #[cfg(target_arch = "x86_64")]
+        let all = [
+            ("avx512bf16", self.has_pairs()),
+            ("amx", self == Self::Avx512 && has_amx()),
+            ("avx512vnni", self.has_vnni()),
+        ];
+        #[cfg(not(target_arch = "x86_64"))]
+        let all: [(&str, bool); 0] = [];
+        all.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name).collect()
+    }
+
     /// Whether pairs of bf16 are multiplied and summed up by one of them.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn has_pairs(self) -> bool {
         self == Self::Avx512 && is_x86_feature_detected!("avx512bf16")
+    }
+
+    /// Whether pairs of whole numbers are multiplied and summed up by one of them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_vnni(self) -> bool {
+        self == Self::Avx512 && is_x86_feature_detected!("avx512vnni")
     }
 
     fn widest() -> Self {
@@ -128,5 +151,18 @@ mod tests {
         assert_eq!(all.contains(&Instructions::Avx512), all.len() == 3);
         assert_eq!(Instructions::widest(), all[all.len() - 1]);
         assert!(all.contains(&Instructions::in_use()));
+    }
+
+    #[test]
+    fn only_the_widest_have_something_besides() {
+        for instructions in Instructions::all() {
+            let besides = instructions.besides();
+            #[cfg(target_arch = "x86_64")]
+            if instructions == Instructions::Avx512 {
+                assert_eq!(besides.contains(&"avx512vnni"), is_x86_feature_detected!("avx512vnni"));
+                continue;
+            }
+            assert_eq!(besides, [""; 0], "{instructions:?}");
+        }
     }
 }

@@ -202,7 +202,8 @@ pub fn product<T: Number>(
     product_with(T::tiles(Instructions::in_use()), rows, matrices, shape, finish)
 }
 
-fn product_with<T: Number>(
+/// The same with tiles of the caller's choice, whose words `T` may be.
+pub(super) fn product_with<T: Number>(
     tiles: Tiles,
     x: &[T],
     matrices: &[impl Right<T>],
@@ -322,7 +323,7 @@ impl<T: Number, R: Right<T>> ByTile for Add<'_, T, R> {
         assert_eq!([rows * inner, sums.columns], [x.len(), columns.len()], "numbers of rows, and columns");
         let (depth, at_once) = match is_shallow {
             true => (SHALLOW, across),
-            false => (DEPTH, across.min(right.at_once().next_multiple_of(C))),
+            false => (DEPTH / K::WORDS * K::WORDS, across.min(right.at_once().next_multiple_of(C))),
         };
         let depth = depth * K::PER_WORD;
         let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut sums.lines);

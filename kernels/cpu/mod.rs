@@ -3,6 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+mod chunks;
 pub mod convolution;
 pub mod few;
 #[cfg(feature = "autodiff")]
@@ -17,6 +18,7 @@ pub mod pointwise;
 pub mod products;
 pub mod quantized;
 pub mod rope;
+pub mod rounded;
 pub mod tiles;
 
 pub use instructions::Instructions;

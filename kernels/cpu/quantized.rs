@@ -1,4 +1,4 @@
-//! Products with a packed matrix: it is read once, block by block, and unpacked in registers.
+//! Products of few rows with a packed matrix: it is read once, block by block, and unpacked in registers.
 //!
 //! A row is walked in chunks of 32 columns, several rows at a time: more streams of memory and independent sums. The
 //! chunk of a 4-bit row is 16 bytes whose low halves are its even columns, so the activations are laid out alike: the
@@ -24,7 +24,7 @@ pub fn products(weight: &PackedMatrix, x: &[f32], y: &mut [f32]) {
     products_with(Instructions::in_use(), weight, x, y);
 }
 
-fn products_with(body: Instructions, weight: &PackedMatrix, x: &[f32], y: &mut [f32]) {
+pub(super) fn products_with(body: Instructions, weight: &PackedMatrix, x: &[f32], y: &mut [f32]) {
     let [rows, cols] = weight.shape();
     let Quantization { bits, block } = weight.quantization();
     let laid_out: Vec<f32> = x.chunks(cols).flat_map(|x| lay_out(x, bits)).collect();

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 
 #[cfg(target_arch = "x86_64")]
 use super::amx::{Amx, Released, has_amx};
+use super::chunks::Chunks;
 use super::instructions::Instructions;
 
 /// Words of a row, at most.
@@ -166,6 +167,8 @@ pub enum Tiles {
     /// 16 rows of 16 pairs of bf16 at a time.
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// Chunks of whole numbers.
+    Chunks(Chunks),
 }
 
 impl Tiles {
@@ -195,6 +198,7 @@ impl Tiles {
                 let _released = Released;
                 body.run::<Amx, 32>();
             }
+            Self::Chunks(chunks) => chunks.run(body),
         }
     }
 }
@@ -361,7 +365,9 @@ macro_rules! vectors {
                 for (at, block) in (0..).step_by($lanes).zip(panel[..whole].chunks_mut($lanes)) {
                     $turn(&words[at..], stride, block, first);
                 }
-                turn(words, stride, $lanes, panel, first, whole);
+                if whole < panel.len() {
+                    turn(words, stride, $lanes, panel, first, whole);
+                }
             }
         }
     };

@@ -1,4 +1,5 @@
-//! Matrices of whole numbers in blocks, and the products with them: weights in 8 or 4 bits, activations in f32.
+//! Matrices of whole numbers in blocks, and the products with them: weights in 8 or 4 bits, activations in f32, many rows of
+//! them rounded to 16 bits.
 
 use std::fmt;
 use std::ops::Range;
@@ -11,11 +12,11 @@ use super::linear::uncounted;
 use crate::count;
 use crate::cpu::Instructions;
 use crate::cpu::host::{self, Values, is_host};
-use crate::cpu::quantized::{Unpack, products};
+use crate::cpu::quantized::{self, Unpack};
+use crate::cpu::rounded;
 
-/// So many rows of activations go through the kernel; from more on, panels of the matrix are unpacked for the
-/// product of floats.
-const FEW_ROWS: usize = 16;
+/// So many rows of activations read the matrix where it lies; for more its panels are laid out.
+const FEW_ROWS: usize = 4;
 /// Values of a panel: 16 MiB in f32.
 const PANEL: usize = 1 << 22;
 
@@ -374,8 +375,12 @@ impl PackedMatrix {
 
 /// `y = x Wᵀ`, `[..., cols] -> [..., rows]`, for a packed matrix `W` of `[rows, cols]`. It is never unpacked as a whole.
 ///
-/// Products are summed in f32 whatever the dtype of `x`, which the result gets. `W` is a constant to autodiff. On
-/// devices other than the CPU panels of it are unpacked on the host at every call: right, and slow.
+/// Products are summed in f32 whatever the dtype of `x`, which the result gets. `W` is a constant to autodiff.
+///
+/// More than four rows are rounded to 16 bits on the CPU, each 32 columns by a scale of their own: a value by at most 1.6e-5
+/// of the greatest magnitude among them. Sums of products are whole numbers there within those columns. Where blocks are
+/// neither 32 columns nor a multiple, nor a row, where gradients are wanted, and on other devices, panels of `W` are unpacked
+/// on the host at every call instead: right, and slow.
 ///
 /// # Panics
 /// If the last dimension of `x` is not `cols`.
@@ -390,10 +395,12 @@ pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> 
     if many == 0 || rows == 0 || cols == 0 {
         return Tensor::zeros(shape, (&device, dtype));
     }
-    let y = if many <= FEW_ROWS && is_host(&x) {
+    let y = if is_host(&x) && many <= FEW_ROWS {
         let mut y = vec![0.0; many * rows];
-        products(weight, &Values::of(x), &mut y);
+        quantized::products(weight, &Values::of(x), &mut y);
         host::tensor(y, shape)
+    } else if is_host(&x) && rounded::has_whole_chunks(weight) {
+        host::tensor(rounded::products(weight, &Values::of(x)), shape)
     } else {
         let x = x.cast(DType::F32);
         let height = (PANEL / cols).max(1);

@@ -39,16 +39,17 @@ fn literals() {
     assert_close(quantized_linear(x, &matrix), &[-1.0 - 5.0 + 6500.0], 0.0);
 }
 
-/// Few rows go through the kernel, many through panels; none is none.
+/// Few rows, many, and many that are multiplied as floats; none is none.
 #[test]
 fn products_equal_those_with_the_unpacked_matrix() {
     for (rows, cols) in [(1, 32), (5, 30), (37, 130), (64, 64)] {
         for quantization in SCHEMES {
             let matrix = PackedMatrix::pack(quantization, [rows, cols], &values(rows * cols, 1));
-            for many in [1, 2, FEW_ROWS, FEW_ROWS + 1] {
+            for many in [1, 2, FEW_ROWS, FEW_ROWS + 1, 40] {
                 let x = noise([many, cols], 2, &Device::flex());
                 let expected = floats(twin(x.clone(), &matrix));
-                assert_close(quantized_linear(x, &matrix), &expected, 1e-5);
+                let tolerance = if many <= FEW_ROWS { 1e-5 } else { 1.6e-5 * cols as f64 };
+                assert_close(quantized_linear(x, &matrix), &expected, tolerance);
             }
             let none = Tensor::<3>::zeros([2, 0, cols], &Device::flex());
             assert_eq!(quantized_linear(none, &matrix).dims(), [2, 0, rows]);
@@ -59,11 +60,11 @@ fn products_equal_those_with_the_unpacked_matrix() {
 #[test]
 fn a_matrix_of_several_panels_is_put_together_again() {
     let cols = 1 << 14;
-    let matrix =
-        PackedMatrix::pack(Quantization::INT4, [PANEL / cols + 3, cols], &values(PANEL + 3 * cols, 1));
+    let broken = Quantization { bits: Bits::Four, block: 48 };
+    let matrix = PackedMatrix::pack(broken, [PANEL / cols + 3, cols], &values(PANEL + 3 * cols, 1));
     let x = noise([FEW_ROWS + 1, cols], 2, &Device::flex());
     let few = quantized_linear(x.clone().narrow(0, 0, 2), &matrix);
-    assert_close(quantized_linear(x, &matrix).narrow(0, 0, 2), &floats(few), 5e-3);
+    assert_close(quantized_linear(x, &matrix).narrow(0, 0, 2), &floats(few), 2e-2);
 }
 
 #[test]
