@@ -330,6 +330,13 @@ fn doctor_finds_the_model_well() {
 fn doctor_names_the_kernels_in_use() {
     let told = stdout(volary().env("VOLARY_CPU", "plain").arg("doctor"));
     assert!(told.contains("ok  kernels    plain, of plain"), "{told}");
+    #[cfg(target_arch = "x86_64")]
+    {
+        let told = stdout(volary().env_remove("VOLARY_CPU").arg("doctor"));
+        let used = told.lines().find(|line| line.starts_with("ok  kernels")).unwrap();
+        let has_vnni = used.contains("kernels    avx512") && is_x86_feature_detected!("avx512vnni");
+        assert_eq!(used.contains(" + avx512vnni"), has_vnni, "{used}");
+    }
     let output = volary().env("VOLARY_CPU", "mmx").arg("doctor").output().unwrap();
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stdout).contains("VOLARY_CPU is `mmx`"));

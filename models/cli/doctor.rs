@@ -64,13 +64,14 @@ fn features() -> String {
     "not looked up on this architecture".into()
 }
 
-/// The instructions of this project's own kernels, which `VOLARY_CPU` chooses among.
+/// The instructions of this project's own kernels, which `VOLARY_CPU` chooses among, and what they use besides.
 fn kernels() -> Check {
     let name = "kernels";
     match Instructions::wanted() {
         Ok(wanted) => {
             let all: Vec<&str> = Instructions::all().into_iter().map(Instructions::name).collect();
-            Check { name, ok: true, found: format!("{}, of {}", wanted.name(), all.join(", ")) }
+            let used: Vec<&str> = [wanted.name()].into_iter().chain(wanted.besides()).collect();
+            Check { name, ok: true, found: format!("{}, of {}", used.join(" + "), all.join(", ")) }
         }
         Err(error) => Check { name, ok: false, found: error },
     }
