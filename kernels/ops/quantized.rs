@@ -15,8 +15,13 @@ use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::quantized::{self, Unpack};
 use crate::cpu::rounded;
 
-/// So many rows of activations read the matrix where it lies; for more its panels are laid out.
-const FEW_ROWS: usize = 4;
+/// So many rows of activations, in f32, read the matrix where it lies; for more panels of it are unpacked for the product of
+/// floats.
+const FEW_ROWS: usize = 16;
+/// So many rows are rounded, where the matrix has [`MANY_VALUES`].
+const MANY_ROWS: usize = 5;
+/// Of a matrix that activations are worth rounding for: products with smaller ones take no time, and stay those of floats.
+const MANY_VALUES: usize = 1 << 20;
 /// Values of a panel: 16 MiB in f32.
 const PANEL: usize = 1 << 22;
 
@@ -377,10 +382,10 @@ impl PackedMatrix {
 ///
 /// Products are summed in f32 whatever the dtype of `x`, which the result gets. `W` is a constant to autodiff.
 ///
-/// More than four rows are rounded to 16 bits on the CPU, each 32 columns by a scale of their own: a value by at most 1.6e-5
-/// of the greatest magnitude among them. Sums of products are whole numbers there within those columns. Where blocks are
-/// neither 32 columns nor a multiple, nor a row, where gradients are wanted, and on other devices, panels of `W` are unpacked
-/// on the host at every call instead: right, and slow.
+/// On the CPU five rows and more are rounded to 16 bits if `W` has a million values, each 32 columns by a scale of their own: a
+/// value by at most 1.6e-5 of the greatest magnitude among them. Sums of products are whole numbers there within those
+/// columns. Where blocks are neither 32 columns nor a multiple, nor a row, where gradients are wanted, and on other devices,
+/// panels of `W` are unpacked on the host at every call instead: right, and slow.
 ///
 /// # Panics
 /// If the last dimension of `x` is not `cols`.
@@ -395,12 +400,13 @@ pub fn quantized_linear<const D: usize>(x: Tensor<D>, weight: &PackedMatrix) -> 
     if many == 0 || rows == 0 || cols == 0 {
         return Tensor::zeros(shape, (&device, dtype));
     }
-    let y = if is_host(&x) && many <= FEW_ROWS {
+    let is_many = many >= MANY_ROWS && rows * cols >= MANY_VALUES;
+    let y = if is_host(&x) && is_many && rounded::has_whole_chunks(weight) {
+        host::tensor(rounded::products(weight, &Values::of(x)), shape)
+    } else if is_host(&x) && many <= FEW_ROWS {
         let mut y = vec![0.0; many * rows];
         quantized::products(weight, &Values::of(x), &mut y);
         host::tensor(y, shape)
-    } else if is_host(&x) && rounded::has_whole_chunks(weight) {
-        host::tensor(rounded::products(weight, &Values::of(x)), shape)
     } else {
         let x = x.cast(DType::F32);
         let height = (PANEL / cols).max(1);
