@@ -46,7 +46,16 @@ impl Sizes {
     }
 }
 
-/// `softmax(q kᵀ · scale) v` of each head: `[batch, queries, heads, d_value]`, as the next projection reads it. Queries, keys
+/// What is added to the scores of all heads, `[batch, heads, queries, keys]`; `-∞` hides a key.
+pub type Bias<'a> = Option<&'a Rows<f32>>;
+
+/// A score, and what is added to it: a key that is hidden is hidden, whatever its score is.
+#[inline(always)]
+fn biased<const FMA: bool>(score: f32, scale: f32, bias: f32) -> f32 {
+    if bias == f32::NEG_INFINITY { bias } else { fma::<FMA>(score, scale, bias) }
+}
+
+/// `softmax(q kᵀ · scale + bias) v` of each head: `[batch, queries, heads, d_value]`, as the next projection reads it. Queries, keys
 /// and values are read where they lie; each head of keys serves `group` heads of queries that follow each other. A query that
 /// sees no key gets zeros.
 ///
@@ -55,6 +64,7 @@ impl Sizes {
 pub fn attention<T: Number + Element>(
     query: &Rows<T>,
     [key, value]: [&Rows<T>; 2],
+    bias: Bias,
     [batch, heads, group]: [usize; 3],
     sizes: Sizes,
 ) -> Vec<T> {
@@ -78,7 +88,8 @@ pub fn attention<T: Number + Element>(
         let key = Columns::of(key.at([batch, head / group]), keys);
         let value = matmul::Rows::of(value.at([batch, head / group]));
         let query = query.at([batch, head]);
-        tiles.run(Part { query, key, value, first, sizes, scratch, out });
+        let bias = bias.map(|bias| bias.at([batch, head]));
+        tiles.run(Part { query, key, value, bias, first, sizes, scratch, out });
     });
     out
 }
@@ -91,8 +102,8 @@ pub fn attention<T: Number + Element>(
 pub fn of_few<T: Held + Element + Pod>(
     query: &[f32],
     [key, value]: [&Rows<T>; 2],
-    kv_heads: usize,
-    group: usize,
+    bias: Bias,
+    [kv_heads, group]: [usize; 2],
     sizes: Sizes,
     out: &mut [f32],
 ) {
@@ -110,7 +121,8 @@ pub fn of_few<T: Held + Element + Pod>(
         for (number, out) in (first..).zip(out.chunks_mut(rows * d_value)) {
             let place = [number / kv_heads, number % kv_heads];
             let query = &query[number * rows * d_head..][..rows * d_head];
-            let few = Few { query, key: key.at(place), value: value.at(place), sizes, out };
+            let bias = bias.map(|bias| (bias, [place[0], place[1] * group]));
+            let few = Few { query, key: key.at(place), value: value.at(place), bias, sizes, out };
             Instructions::in_use().run(few);
         }
     });
@@ -122,6 +134,8 @@ struct Few<'a, T> {
     query: &'a [f32],
     key: Strided<'a, T>,
     value: Strided<'a, T>,
+    /// With the place of the first head's.
+    bias: Option<(&'a Rows<f32>, [usize; 2])>,
     sizes: Sizes,
     /// `[rows, d_value]`
     out: &'a mut [f32],
@@ -132,18 +146,21 @@ impl<T: Held> instructions::Body for Few<'_, T> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let Self { query, key, value, sizes, out } = self;
+        let Self { query, key, value, bias, sizes, out } = self;
         let Sizes { queries, keys, d_head, d_value, scale, .. } = sizes;
         let rows = out.len() / d_value;
         let mut weights = vec![0.0_f32; rows * keys];
         for at in 0..keys {
             let key = key.row(at);
             for (query, weights) in query.chunks(d_head).zip(weights.chunks_mut(keys)) {
-                weights[at] = dot::<T, FMA>(query, key) * scale;
+                weights[at] = dot::<T, FMA>(query, key);
             }
         }
         for (row, weights) in weights.chunks_mut(keys.max(1)).enumerate() {
+            let bias =
+                bias.map(|(bias, [batch, head])| bias.at([batch, head + row / queries]).row(row % queries));
             let weights = &mut weights[..sizes.seen(row % queries)];
+            scale_scores::<FMA>(weights, scale, bias);
             // of scores that are all -∞ nothing is gathered
             let most = greatest(weights).max(f32::MIN);
             let total = exponentials::<FMA>(weights, most);
@@ -171,6 +188,8 @@ struct Part<'a, T> {
     query: Strided<'a, T>,
     key: Columns<'a, T>,
     value: matmul::Rows<'a, T>,
+    /// All of the head
+    bias: Option<Strided<'a, f32>>,
     /// The place of the first query of the part.
     first: usize,
     sizes: Sizes,
@@ -196,7 +215,7 @@ struct Scratch {
 
 impl<T: Number> ByTile for Part<'_, T> {
     fn run<K: Tile<C>, const C: usize>(self) {
-        let Self { query, key, value, first, sizes, scratch, mut out } = self;
+        let Self { query, key, value, bias, first, sizes, scratch, mut out } = self;
         let Sizes { d_head, d_value, .. } = sizes;
         let seen = sizes.seen(first + out.len() - 1);
         let [keys, values] = [(d_head, DEPTH * K::PER_WORD, seen), (seen, KEYS, d_value)]
@@ -204,7 +223,7 @@ impl<T: Number> ByTile for Part<'_, T> {
         keys.lay_out::<T, K, C>(&key, scratch.keys.of(keys.words()));
         values.lay_out::<T, K, C>(&value, scratch.values.of(values.words()));
         for (at, out) in out.chunks_mut(QUERIES).enumerate() {
-            scratch.block::<T, K, C>(query, first + at * QUERIES, [keys, values], sizes, out);
+            scratch.block::<T, K, C>(query, bias, first + at * QUERIES, [keys, values], sizes, out);
         }
     }
 }
@@ -263,6 +282,7 @@ impl Scratch {
     fn block<T: Number, K: Tile<C>, const C: usize>(
         &mut self,
         query: Strided<T>,
+        bias: Option<Strided<f32>>,
         first: usize,
         [keys, values]: [Panels; 2],
         sizes: Sizes,
@@ -298,8 +318,10 @@ impl Scratch {
                 if seen.is_empty() {
                     continue;
                 }
+                let bias = bias.map(|bias| &bias.row(first + row)[part.start..][..visible]);
                 let (greatest, total) = (&mut greatest[row], &mut totals[row]);
-                let factor = Instructions::in_use().run(Gather { scores: seen, scale, greatest, total });
+                let gather = Gather { scores: seen, scale, bias, greatest, total };
+                let factor = Instructions::in_use().run(gather);
                 if factor != 1.0 {
                     sums[row * width..][..width].iter_mut().for_each(|sum| *sum *= factor);
                 }
@@ -322,11 +344,24 @@ impl Scratch {
     }
 }
 
-/// Scores of a query become `exp(score · scale - greatest)`, where the greatest so far and the total follow. Gives what was gathered
+/// Scores become `score · scale + bias`.
+#[inline(always)]
+pub fn scale_scores<const FMA: bool>(scores: &mut [f32], scale: f32, bias: Option<&[f32]>) {
+    match bias {
+        None => scores.iter_mut().for_each(|score| *score *= scale),
+        Some(bias) => {
+            let each = scores.iter_mut().zip(bias);
+            each.for_each(|(score, &bias)| *score = biased::<FMA>(*score, scale, bias));
+        }
+    }
+}
+
+/// Scores of a query become `exp(score · scale + bias - greatest)`, where the greatest so far and the total follow. Gives what was gathered
 /// with the old one is to be taken times.
 struct Gather<'a> {
     scores: &'a mut [f32],
     scale: f32,
+    bias: Option<&'a [f32]>,
     greatest: &'a mut f32,
     total: &'a mut f32,
 }
@@ -336,7 +371,7 @@ impl instructions::Body for Gather<'_> {
 
     #[inline(always)]
     fn run<const FMA: bool>(self) -> f32 {
-        self.scores.iter_mut().for_each(|score| *score *= self.scale);
+        scale_scores::<FMA>(self.scores, self.scale, self.bias);
         let most = greatest(self.scores).max(*self.greatest);
         let factor = if *self.greatest == most { 1.0 } else { exp::<FMA>(*self.greatest - most) };
         *self.greatest = most;

@@ -1,9 +1,10 @@
 use burn::tensor::module::attention as scaled_dot_product;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Device, Int, Tensor};
+use burn::tensor::{Bool, DType, Device, Int, Tensor};
 
 use crate::count;
 use crate::cpu;
+use crate::cpu::attention::Bias;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{Rows, Values, by_type, is_host, tensor};
@@ -76,29 +77,37 @@ pub fn attention(
     count::add(batch * heads * queries * keys * (d_head + value.dims()[3]), 0);
     let mut resolved = Resolved::default();
     resolved.add(mask, [batch, heads, queries, keys], &query.device());
-    let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
-    let is_open = resolved.hidden.is_none() && resolved.bias.is_none();
-    if is_open && is_fast(&query, &key, &value) {
-        return by_bodies([query, key, value], resolved.causal, scale);
+    let shape = [batch, heads, queries, keys];
+    if is_fast(&query, &key, &value) {
+        let (causal, bias) = (resolved.causal, resolved.added(shape));
+        return by_bodies([query, key, value], bias, causal, scale);
     }
     #[cfg(feature = "autodiff")]
-    if is_open && d_head > 0 && [&query, &key, &value].into_iter().all(is_tracked) {
+    if resolved.bias.is_none() && d_head > 0 && [&query, &key, &value].into_iter().all(is_tracked) {
         let (sizes, _) = sizes(&query, &value, resolved.causal, scale);
-        return gradient::attention([query, key, value], sizes, |all| by_bodies(all, sizes.causal, scale));
+        let bias = resolved.added(shape);
+        return gradient::attention([query, key, value], bias.clone(), sizes, |all| {
+            by_bodies(all, bias, sizes.causal, scale)
+        });
     }
+    let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
-    let bias = resolved.bias.map(|bias| bias.cast(query.dtype()));
-    scaled_dot_product(query, key, value, resolved.hidden, bias, options)
+    let hidden = resolved.hidden.map(|hidden| hidden.expand(shape));
+    let bias = resolved.bias.map(|bias| bias.cast(query.dtype()).expand(shape));
+    scaled_dot_product(query, key, value, hidden, bias, options)
 }
 
 /// On the CPU, without gradients.
-fn by_bodies([query, key, value]: [Tensor<4>; 3], causal: bool, scale: Option<f64>) -> Tensor<4> {
-    let [_, _, queries, _] = query.dims();
+///
+/// - `bias`: in f32, `[batch, heads, queries, keys]`
+fn by_bodies(all: [Tensor<4>; 3], bias: Option<Tensor<4>>, causal: bool, scale: Option<f64>) -> Tensor<4> {
+    let [_, _, queries, _] = all[0].dims();
+    let bias = bias.map(Rows::held);
     match queries < FEW {
-        true => of_few(query, key, value, causal, scale),
-        false => on_cpu(query, key, value, causal, scale),
+        true => of_few(all, bias.as_ref(), causal, scale),
+        false => on_cpu(all, bias.as_ref(), causal, scale),
     }
 }
 
@@ -124,18 +133,18 @@ fn sizes(
 }
 
 /// Without a matrix of scores; nothing is copied that lies row by row.
-fn on_cpu(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
+fn on_cpu([query, key, value]: [Tensor<4>; 3], bias: Bias, causal: bool, scale: Option<f64>) -> Tensor<4> {
     let (sizes, [batch, heads, queries, d_value]) = sizes(&query, &value, causal, scale);
     let group = heads / key.dims()[1];
     by_type!(query.dtype(), T => {
         let [query, key, value] = [query, key, value].map(Rows::<T>::held);
-        let out = cpu::attention::attention(&query, [&key, &value], [batch, heads, group], sizes);
+        let out = cpu::attention::attention(&query, [&key, &value], bias, [batch, heads, group], sizes);
         tensor(out, [batch, queries, heads, d_value]).swap_dims(1, 2)
     })
 }
 
 /// For few queries; nothing of `key` and `value` is copied.
-fn of_few(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scale: Option<f64>) -> Tensor<4> {
+fn of_few([query, key, value]: [Tensor<4>; 3], bias: Bias, causal: bool, scale: Option<f64>) -> Tensor<4> {
     let (dtype, [_, heads, ..], [_, kv_heads, ..]) = (query.dtype(), query.dims(), key.dims());
     let (sizes, shape) = sizes(&query, &value, causal, scale);
     let mut out = vec![0.0; shape.iter().product()];
@@ -143,7 +152,7 @@ fn of_few(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: bool, scal
     by_type!(dtype, T => {
         let [key, value] = [key, value].map(Rows::<T>::held);
         let group = heads / kv_heads;
-        cpu::attention::of_few(&query, [&key, &value], kv_heads, group, sizes, &mut out);
+        cpu::attention::of_few(&query, [&key, &value], bias, [kv_heads, group], sizes, &mut out);
     });
     tensor(out, shape).cast(dtype)
 }
@@ -170,8 +179,9 @@ fn assert_fits(what: &str, dims: [usize; 4], scores: [usize; 4]) {
 #[derive(Default)]
 struct Resolved {
     causal: bool,
-    /// `true` hides the key; `[batch, heads, queries, keys]`.
+    /// `true` hides the key; `[batch, heads, queries, keys]`, where any axis may be 1.
     hidden: Option<Tensor<4, Bool>>,
+    /// As `hidden`.
     bias: Option<Tensor<4>>,
 }
 
@@ -189,7 +199,7 @@ impl Resolved {
                     let first = Tensor::<1, Int>::arange(first, device) - *window as i64; // that a query sees
                     let first = first.reshape([1, 1, queries, 1]);
                     let gone = key.expand([1, 1, queries, keys]).lower(first.expand([1, 1, queries, keys]));
-                    self.hide(gone, shape);
+                    self.hide(gone);
                 }
             }
             Mask::Prefix(prefix) => {
@@ -212,36 +222,62 @@ impl Resolved {
                     future
                         .expand([batch, 1, queries, keys])
                         .bool_and(beyond.expand([batch, 1, queries, keys])),
-                    shape,
                 );
             }
             Mask::Padding(real) => {
                 assert_eq!(real.dims(), [batch, keys], "a padding mask (left) is [batch, keys]");
-                self.hide(real.clone().bool_not().reshape([batch, 1, 1, keys]), shape);
+                self.hide(real.clone().bool_not().reshape([batch, 1, 1, keys]));
             }
             Mask::Visible(visible) => {
                 assert_fits("mask", visible.dims(), shape);
-                self.hide(visible.clone().bool_not(), shape);
+                self.hide(visible.clone().bool_not());
             }
             Mask::Bias(bias) => {
                 assert_fits("bias", bias.dims(), shape);
-                let bias = bias.clone().expand(shape);
                 self.bias = Some(match self.bias.take() {
-                    Some(sum) => sum + bias,
-                    None => bias,
+                    Some(sum) => {
+                        let both = common(sum.dims(), bias.dims());
+                        sum.expand(both) + bias.clone().expand(both)
+                    }
+                    None => bias.clone(),
                 });
             }
             Mask::All(masks) => masks.iter().for_each(|mask| self.add(mask, shape, device)),
         }
     }
 
-    fn hide(&mut self, hidden: Tensor<4, Bool>, shape: [usize; 4]) {
-        let hidden = hidden.expand(shape);
+    fn hide(&mut self, hidden: Tensor<4, Bool>) {
         self.hidden = Some(match self.hidden.take() {
-            Some(already) => already.bool_or(hidden),
+            Some(already) => {
+                let both = common(already.dims(), hidden.dims());
+                already.expand(both).bool_or(hidden.expand(both))
+            }
             None => hidden,
         });
     }
+
+    /// What is added to scores of this shape, in f32 and without gradients: `-∞` where a key is hidden. Nothing where it is alike
+    /// along an axis takes more room for it.
+    fn added(self, shape: [usize; 4]) -> Option<Tensor<4>> {
+        let Self { hidden, bias, .. } = self;
+        let bias = bias.map(|bias| bias.cast(DType::F32));
+        let added = match (hidden, bias) {
+            (None, bias) => bias?,
+            (Some(hidden), bias) => {
+                let hidden = if hidden.device().is_autodiff() { hidden.inner() } else { hidden };
+                let zeros = || Tensor::zeros(hidden.dims(), (&hidden.device(), DType::F32));
+                let bias = bias.unwrap_or_else(zeros);
+                let both = common(bias.dims(), hidden.dims());
+                bias.expand(both).mask_fill(hidden.expand(both), f64::NEG_INFINITY)
+            }
+        };
+        Some(added.expand(shape))
+    }
+}
+
+/// The axes that two have, of which each may be 1 in one of them.
+fn common(one: [usize; 4], other: [usize; 4]) -> [usize; 4] {
+    std::array::from_fn(|axis| if one[axis] == 1 { other[axis] } else { one[axis] })
 }
 
 #[cfg(test)]

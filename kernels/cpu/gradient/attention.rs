@@ -8,38 +8,41 @@ use rayon::prelude::*;
 
 use super::{Nodes, Operation, primitive};
 use crate::cpu::Instructions;
-use crate::cpu::attention::Sizes;
-use crate::cpu::host::{Values, tensor};
+use crate::cpu::attention::{Sizes, scale_scores};
+use crate::cpu::host::{self, Values, tensor};
 use crate::cpu::matmul::{Columns, Right, Rows, Sums, add, turned};
 use crate::cpu::pointwise::{Softmax, SoftmaxSlope};
 
 /// Queries whose scores are worked out at a time.
 const QUERIES: usize = 64;
 
-/// `softmax(q kᵀ · scale) v` of each head: `[batch, heads, queries, d_value]`.
+/// `softmax(q kᵀ · scale + bias) v` of each head: `[batch, heads, queries, d_value]`.
 ///
 /// - `query`: `[batch, heads, queries, d_head]`
 /// - `key`, `value`: `[batch, kv_heads, keys, ..]`, each serves `heads / kv_heads` heads of queries that follow each other
+/// - `bias`: of all scores, `[batch, heads, queries, keys]`, without gradients
 /// - `forward`: what gives it of tensors without gradients
 ///
 /// # Panics
 /// If not all are [`is_tracked`](super::is_tracked).
 pub fn attention(
     [query, key, value]: [Tensor<4>; 3],
+    bias: Option<Tensor<4>>,
     sizes: Sizes,
-    forward: impl Fn([Tensor<4>; 3]) -> Tensor<4>,
+    forward: impl FnOnce([Tensor<4>; 3]) -> Tensor<4>,
 ) -> Tensor<4> {
     let nodes = Nodes::of(&query).and(&key).and(&value);
     let inputs = [query, key, value].map(Tensor::inner);
     let out = forward(inputs.clone());
     let ([batch, heads, ..], [_, kv_heads, ..]) = (inputs[0].dims(), inputs[1].dims());
-    nodes.record(Attention { inputs: inputs.map(Values::of), batch, heads, kv_heads, sizes }, out)
+    nodes.record(Attention { inputs: inputs.map(Values::of), bias, batch, heads, kv_heads, sizes }, out)
 }
 
 #[derive(Clone, Debug)]
 struct Attention {
     /// Queries, keys and values.
     inputs: [Values; 3],
+    bias: Option<Tensor<4>>,
     batch: usize,
     heads: usize,
     kv_heads: usize,
@@ -48,10 +51,10 @@ struct Attention {
 
 impl Operation<3> for Attention {
     fn backward(self, gradient: FlexTensor, _: [bool; 3]) -> [Option<FlexTensor>; 3] {
-        let Self { inputs: [query, key, value], batch, heads, kv_heads, sizes } = self;
+        let Self { inputs: [query, key, value], bias, batch, heads, kv_heads, sizes } = self;
         let Sizes { queries, keys, d_head, d_value, .. } = sizes;
         let gradient = Values::of(Tensor::<4>::from_primitive::<Flex>(gradient));
-        let group = heads / kv_heads;
+        let (bias, group) = (bias.map(host::Rows::held), heads / kv_heads);
         let lengths = [group * queries * d_head, keys * d_head, keys * d_value].map(|length| length.max(1));
         let mut out = [&query, &key, &value].map(|values| vec![0.0; values.len()]);
         let [of_query, of_key, of_value] = &mut out;
@@ -66,6 +69,7 @@ impl Operation<3> for Attention {
                 key: &key[part(&key, lengths[1])],
                 value: &value[part(&value, lengths[2])],
                 gradient: &gradient[part(&gradient, group * queries * d_value)],
+                bias: bias.as_ref().map(|bias| (bias, [at / kv_heads, at % kv_heads * group])),
                 sizes,
             };
             group.backward(of_query, of_key, of_value);
@@ -90,6 +94,8 @@ struct Group<'a> {
     value: &'a [f32],
     /// `[heads, queries, d_value]`
     gradient: &'a [f32],
+    /// With the place of the first head's.
+    bias: Option<(&'a host::Rows<f32>, [usize; 2])>,
     sizes: Sizes,
 }
 
@@ -109,7 +115,9 @@ impl Group<'_> {
 
                 let mut weights = product(query, &key_columns, [count, d_head, keys]);
                 for (row, weights) in (first..).zip(weights.chunks_mut(keys)) {
-                    weights.iter_mut().for_each(|score| *score *= scale);
+                    let bias =
+                        self.bias.map(|(bias, [batch, first])| bias.at([batch, first + head]).row(row));
+                    scale_scores::<false>(weights, scale, bias);
                     weights[self.sizes.seen(row)..].fill(f32::NEG_INFINITY);
                 }
                 Instructions::in_use().run(Softmax { values: &mut weights, width: keys });
