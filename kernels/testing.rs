@@ -35,7 +35,7 @@ pub fn assert_close<const D: usize>(found: Tensor<D>, expected: &[f64], toleranc
 }
 
 /// Every value is the expected one in the tensor's type, or one next to it where the sum was off by no more than `tolerance`.
-#[cfg(feature = "cube-cpu")]
+#[cfg(any(feature = "cube-cpu", feature = "wgpu"))]
 #[track_caller]
 pub fn assert_rounded<const D: usize>(found: Tensor<D>, expected: &[f64], tolerance: f64) {
     let part = match found.dtype() {
@@ -52,6 +52,22 @@ pub fn assert_rounded<const D: usize>(found: Tensor<D>, expected: &[f64], tolera
             "value {index}: found {found}, expected {expected}"
         );
     }
+}
+
+/// The device that bodies of CubeCL are tested on.
+#[cfg(any(feature = "cube-cpu", feature = "wgpu"))]
+pub fn cube_device() -> Device {
+    #[cfg(feature = "wgpu")]
+    return Device::wgpu(burn::tensor::DeviceKind::DefaultDevice);
+    #[cfg(not(feature = "wgpu"))]
+    Device::cpu()
+}
+
+/// The types that [`cube_device`] computes in: WGSL has no bf16, and f16 only where the driver has it.
+#[cfg(any(feature = "cube-cpu", feature = "wgpu"))]
+pub fn cube_types() -> Vec<DType> {
+    let types = [DType::F32, DType::F16, DType::BF16];
+    types.into_iter().filter(|dtype| crate::cube::computes_in(&cube_device(), *dtype)).collect()
 }
 
 /// The gradient of a random projection of `f` at `at` is finite and equals central differences.

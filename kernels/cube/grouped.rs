@@ -550,11 +550,11 @@ mod tests {
     }
 }
 
-#[cfg(all(test, feature = "cube-cpu"))]
-mod cpu_tests {
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod device_tests {
     use super::super::held;
     use super::*;
-    use crate::testing::{assert_rounded, floats, noise};
+    use crate::testing::{assert_rounded, cube_device, cube_types, floats, noise};
     use burn::tensor::{Device, Tensor};
     use burn_cubecl::Cube;
     use cubecl::client::Client;
@@ -593,7 +593,7 @@ mod cpu_tests {
     }
 
     fn client() -> Client {
-        held(Tensor::<1>::zeros([1], &Device::cpu())).client
+        held(Tensor::<1>::zeros([1], &cube_device())).client
     }
 
     /// Plans of so few units as a CPU has, and the plan that is chosen.
@@ -656,9 +656,8 @@ mod cpu_tests {
             (&[2, 2, 2, 2, 2, 2, 2, 2, 0, 1, 0, 3], 20, 18),
             (&[70], 100, 9),
         ];
-        let cases = shapes
-            .into_iter()
-            .flat_map(|shape| [DType::F32, DType::BF16, DType::F16].map(|dtype| (shape, dtype)));
+        let cases =
+            shapes.into_iter().flat_map(|shape| cube_types().into_iter().map(move |dtype| (shape, dtype)));
         for (at, ((lengths, d_in, d_out), dtype)) in cases.enumerate() {
             let (offsets, seed) = (offsets(lengths), 10 * at as u64);
             let x = noise([offsets[lengths.len()], d_in], seed, &Device::flex()).cast(dtype);
@@ -669,7 +668,7 @@ mod cpu_tests {
                 let (is_turned, is_biased) = (turn % 2 == 1, (turn + at) % 4 < 2);
                 let bias = is_biased.then_some(&bias);
                 let expected = one_by_one(&x, &weight, bias, &offsets);
-                let device = Device::cpu();
+                let device = cube_device();
                 let weight = match is_turned {
                     true => weight.clone().swap_dims(1, 2).to_device(&device).swap_dims(1, 2),
                     false => weight.clone().to_device(&device),

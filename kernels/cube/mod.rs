@@ -1,15 +1,22 @@
 //! Bodies for the devices of CubeCL behind [`crate::ops`].
 
+pub mod attention;
 pub mod moe;
+pub mod norm;
+pub mod pointwise;
+pub mod rope;
+pub mod softmax;
 
 mod grouped;
 mod rows;
+mod together;
 
 use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::Cube;
-use burn_cubecl::kernel::into_contiguous_aligned;
+use burn_cubecl::kernel::{into_contiguous, into_contiguous_aligned};
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::calculate_cube_count_elemwise;
 use cubecl::client::Client;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
@@ -18,6 +25,36 @@ use cubecl::server::Handle;
 pub fn is_cube<const D: usize>(x: &Tensor<D>) -> bool {
     matches!(x.device().as_dispatch(), DispatchDevice::Cube(_))
         && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// Whether a tensor [`is_cube`], and so are those that it is taken with, which are of one type.
+pub fn is_cube_with<const D: usize, const E: usize>(x: &Tensor<D>, others: &[&Tensor<E>]) -> bool {
+    let mut pairs = others.iter().zip(others.iter().skip(1));
+    is_cube(x) && others.iter().all(|other| is_cube(other)) && pairs.all(|(a, b)| a.dtype() == b.dtype())
+}
+
+/// Whether a tensor has no values: there is nothing to launch.
+fn is_empty<const D: usize>(x: &Tensor<D>) -> bool {
+    x.shape().num_elements() == 0
+}
+
+/// A tensor as rows along its last axis, as they lie on its device.
+fn rows_of<const D: usize>(x: Tensor<D>) -> CubeTensor {
+    let width = x.dims()[D - 1];
+    let rows = x.shape().num_elements() / width;
+    held(x.reshape([rows, width]))
+}
+
+/// What `x` became, in its former shape.
+fn shaped<const D: usize, const E: usize>(x: CubeTensor, shape: [usize; D]) -> Tensor<D> {
+    Tensor::<E>::from_primitive::<Cube>(x).reshape(shape)
+}
+
+/// Whether a device of CubeCL computes in such values.
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+pub fn computes_in(device: &burn::tensor::Device, dtype: DType) -> bool {
+    let client = held(Tensor::<1>::zeros([1], device)).client;
+    client.properties().supports_type(burn::backend::cubecl::dtype_to_elem_type(dtype))
 }
 
 /// A tensor as it lies on its device.
@@ -35,8 +72,14 @@ fn by_rows(x: CubeTensor) -> CubeTensor {
     if lies_so { x } else { into_contiguous_aligned(x) }
 }
 
+/// A tensor whose values lie side by side, in order.
+fn side_by_side(x: CubeTensor) -> CubeTensor {
+    let lies_so = !x.meta.is_tiled() && x.is_contiguous();
+    if lies_so { x } else { into_contiguous(x) }
+}
+
 /// A tensor like `x`, of another shape, before it is written.
-fn empty(x: &CubeTensor, shape: [usize; 2]) -> CubeTensor {
+fn empty<const D: usize>(x: &CubeTensor, shape: [usize; D]) -> CubeTensor {
     let shape = Shape::from(shape);
     let memory = x.client.empty(shape.num_elements() * x.dtype.size());
     CubeTensor::new_contiguous(x.client.clone(), x.device.clone(), shape, memory, x.dtype)
@@ -49,6 +92,17 @@ fn width(x: &CubeTensor, lengths: &[usize]) -> usize {
         width * size <= grouped::READ && lengths.iter().all(|length| length.is_multiple_of(*width))
     });
     widths.max().unwrap_or(1)
+}
+
+/// A cube for each of so many rows, and more where a device has not as many in one direction: those do nothing.
+fn cubes(rows: usize, client: &Client) -> CubeCount {
+    calculate_cube_count_elemwise(client, rows, CubeDim::new_1d(1))
+}
+
+/// Cubes for so many units, and their units.
+fn by_unit(units: usize, client: &Client) -> (CubeCount, CubeDim) {
+    let cube = CubeDim::new(client, units);
+    (calculate_cube_count_elemwise(client, units, cube), cube)
 }
 
 /// What places within all of the tensors are counted in.

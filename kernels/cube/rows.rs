@@ -125,27 +125,26 @@ fn combine_kernel<F: Float, N: Size>(
     }
 }
 
-#[cfg(all(test, feature = "cube-cpu"))]
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
 mod tests {
     use super::super::held;
     use super::*;
-    use crate::testing::{assert_close, assert_rounded, floats, noise};
-    use burn::tensor::{DType, Device, Tensor};
+    use crate::testing::{assert_close, assert_rounded, cube_device, cube_types, floats, noise};
+    use burn::tensor::{Device, Tensor};
     use burn_cubecl::Cube;
-
-    const TYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
     /// Whole tensors, and parts of rows of others.
     fn on_device(x: &Tensor<2>) -> [CubeTensor; 2] {
         let [_, width] = x.dims();
-        let x = x.clone().to_device(&Device::cpu());
+        let x = x.clone().to_device(&cube_device());
         [held(x.clone()), held(Tensor::cat(vec![x.clone(), x], 1).narrow(1, 0, width))]
     }
 
     #[test]
     fn rows_are_gathered() {
         let from = [3, 0, 0, 6, 1];
-        for (dtype, width) in TYPES.into_iter().flat_map(|dtype| [1, 7, 64, 100].map(|width| (dtype, width)))
+        for (dtype, width) in
+            cube_types().into_iter().flat_map(|dtype| [1, 7, 64, 100].map(|width| (dtype, width)))
         {
             let x = noise([7, width], 1, &Device::flex()).cast(dtype);
             let values = floats(x.clone());
@@ -160,7 +159,8 @@ mod tests {
     #[test]
     fn rows_are_summed_up() {
         let places = [4, u32::MAX, 2, 0, u32::MAX, u32::MAX, 1, 3];
-        for (dtype, width) in TYPES.into_iter().flat_map(|dtype| [1, 7, 64, 100].map(|width| (dtype, width)))
+        for (dtype, width) in
+            cube_types().into_iter().flat_map(|dtype| [1, 7, 64, 100].map(|width| (dtype, width)))
         {
             let rows = noise([5, width], 1, &Device::flex()).cast(dtype);
             let weights = noise([4, 2], 2, &Device::flex());
@@ -171,7 +171,7 @@ mod tests {
                     expected[choice / 2 * width + at] += mix[choice] * values[place as usize * width + at];
                 }
             }
-            let weights = held(weights.to_device(&Device::cpu()));
+            let weights = held(weights.to_device(&cube_device()));
             for rows in on_device(&rows) {
                 let found = combine(rows, weights.clone(), &places);
                 assert_rounded(Tensor::<2>::from_primitive::<Cube>(found), &expected, 1e-6);

@@ -5,6 +5,8 @@ use crate::cpu::Instructions;
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::pointwise::Finish;
+#[cfg(feature = "cube")]
+use crate::cube::{is_cube_with, pointwise};
 
 /// A pointwise non-linearity, named as checkpoints' configurations name it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -58,12 +60,17 @@ impl Activation {
 
     /// Applies the activation to every element; the shape stays.
     ///
-    /// On the CPU, in vectors and in place where nobody else holds `x`; errors are at most `3e-7 |y| + 1e-8`. Gradients in
-    /// f32 are by a body of ours, too. On other devices, and for gradients of other types, it is composed of Burn's operations.
+    /// On the CPU, in vectors and in place where nobody else holds `x`; errors are at most `3e-7 |y| + 1e-8`. On a GPU in one
+    /// launch, in f32. Gradients in f32 on the CPU are by a body of ours, too. For other gradients, and on other devices, it is
+    /// composed of Burn's operations.
     pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
         #[cfg(feature = "autodiff")]
         if is_tracked(&x) {
             return gradient::activated(x, self);
+        }
+        #[cfg(feature = "cube")]
+        if is_cube_with::<D, D>(&x, &[]) {
+            return pointwise::finish(x, None, self, None);
         }
         match is_host(&x) && self != Self::Relu {
             true => finish(x, None, Some(self), None),
@@ -71,11 +78,15 @@ impl Activation {
         }
     }
 
-    /// `act(x + bias)`: `x` `[..., width]`, `bias` `[width]`; on the CPU in one pass.
+    /// `act(x + bias)`: `x` `[..., width]`, `bias` `[width]`; on the CPU in one pass, on a GPU in one launch.
     ///
     /// # Panics
     /// If the widths differ.
     pub fn biased<const D: usize>(self, x: Tensor<D>, bias: Option<Tensor<1>>) -> Tensor<D> {
+        #[cfg(feature = "cube")]
+        if is_cube_with(&x, bias.as_ref().as_slice()) {
+            return pointwise::finish(x, bias, self, None);
+        }
         match (is_host(&x), bias) {
             (true, bias) => finish(x, bias, Some(self), None),
             (false, Some(bias)) => self.forward(x + bias.unsqueeze()),
@@ -83,7 +94,7 @@ impl Activation {
         }
     }
 
-    /// `act(gate) * x`, of the same shape; on the CPU in one pass.
+    /// `act(gate) * x`, of the same shape; on the CPU in one pass, on a GPU in one launch.
     ///
     /// # Panics
     /// If the shapes differ.
@@ -92,6 +103,10 @@ impl Activation {
         #[cfg(feature = "autodiff")]
         if is_tracked(&gate) && is_tracked(&x) {
             return gradient::gated(gate, x, self);
+        }
+        #[cfg(feature = "cube")]
+        if is_cube_with(&gate, &[&gate, &x]) {
+            return pointwise::finish(gate, None, self, Some(x));
         }
         match is_host(&gate) && is_host(&x) && gate.dtype() == x.dtype() {
             true => finish(gate, None, Some(self), Some(x)),

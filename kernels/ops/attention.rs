@@ -8,6 +8,10 @@ use crate::cpu::attention::Bias;
 #[cfg(feature = "autodiff")]
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{Rows, Values, by_type, is_host, tensor};
+#[cfg(feature = "cube")]
+use crate::cube::softmax::Seen;
+#[cfg(feature = "cube")]
+use crate::cube::{self, is_cube, is_cube_with};
 
 /// Fewer queries read keys and values where they lie: there is nothing to gain from laying them out.
 const FEW: usize = 16;
@@ -90,12 +94,18 @@ pub fn attention(
             by_bodies(all, bias, sizes.causal, scale)
         });
     }
-    let options = AttentionModuleOptions { scale, is_causal: resolved.causal, ..Default::default() };
+    let Resolved { causal, hidden, bias } = resolved;
+    let (hidden, bias) = (hidden.map(|hidden| hidden.expand(shape)), bias.map(|bias| bias.expand(shape)));
+    #[cfg(feature = "cube")]
+    if is_cube_with(&query, &[&query, &key, &value]) && bias.as_ref().is_none_or(is_cube) {
+        let scale = scale.unwrap_or(1.0 / (d_head as f64).sqrt());
+        return cube::attention::attention(query, key, value, Seen { causal, hidden, bias }, scale);
+    }
+    let options = AttentionModuleOptions { scale, is_causal: causal, ..Default::default() };
     // Burn's grouped path panics under autodiff and is unchecked on CubeCL: expand always.
     let key = repeat_heads(key, heads / kv_heads);
     let value = repeat_heads(value, heads / kv_heads);
-    let hidden = resolved.hidden.map(|hidden| hidden.expand(shape));
-    let bias = resolved.bias.map(|bias| bias.cast(query.dtype()).expand(shape));
+    let bias = bias.map(|bias| bias.cast(query.dtype()));
     scaled_dot_product(query, key, value, hidden, bias, options)
 }
 

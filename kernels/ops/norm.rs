@@ -7,14 +7,16 @@ use crate::cpu::Instructions;
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::{self, Values, is_host};
 use crate::cpu::norm::{GroupNorm, RowNorm};
+#[cfg(feature = "cube")]
+use crate::cube::{self, is_cube_with};
 
 /// Layer normalisation (Ba et al. 2016): `(x - mean) / √(variance + eps) * weight + bias` over the last axis.
 ///
 /// - `x`: `[..., width]`
 /// - `weight`, `bias`: `[width]`
 ///
-/// On the CPU in place where nobody else holds `x`; half precision is normalised in f32 and rounded at the end. Gradients in f32
-/// are by a body of ours, too. On other devices, and for gradients of other types, it is Burn's.
+/// On the CPU in place where nobody else holds `x`; half precision is normalised in f32 and rounded at the end. On a GPU in one
+/// launch. Gradients in f32 on the CPU are by a body of ours, too. Other gradients, and other devices, have Burn's.
 ///
 /// # Panics
 /// If `weight` or `bias` is not as wide as `x`.
@@ -27,6 +29,10 @@ pub fn layer_norm<const D: usize>(
     #[cfg(feature = "autodiff")]
     if is_tracked(&x) && is_tracked(&weight) && bias.as_ref().is_none_or(is_tracked) {
         return gradient::layer_norm(x, weight, bias, eps);
+    }
+    #[cfg(feature = "cube")]
+    if is_cube_with(&x, &[&weight, bias.as_ref().unwrap_or(&weight)]) {
+        return cube::norm::by_row(x, weight, bias, eps, true);
     }
     match is_host(&x) {
         true => Rows::layer(weight, bias, eps).change(x),
@@ -84,9 +90,9 @@ pub fn layer_norm_of_sum<const D: usize>(
 /// - `x`: `[..., width]`
 /// - `weight`: `[width]`
 ///
-/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`.
-/// Gradients in f32 are by a body of ours, too. On other devices, and for gradients of other types, it is composed of tensor
-/// operations.
+/// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`, on a
+/// GPU in one launch. Gradients in f32 on the CPU are by a body of ours, too. For other gradients, and on other devices, it is
+/// composed of tensor operations.
 ///
 /// # Panics
 /// If `weight` is not as wide as `x`.
@@ -97,6 +103,10 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     #[cfg(feature = "autodiff")]
     if is_tracked(&x) && is_tracked(&weight) {
         return gradient::rms_norm(x, weight, eps);
+    }
+    #[cfg(feature = "cube")]
+    if is_cube_with(&x, &[&weight]) {
+        return cube::norm::by_row(x, weight, None, eps, false);
     }
     let dtype = x.dtype();
     if let DType::F16 | DType::BF16 = dtype {
@@ -187,7 +197,7 @@ impl Rows {
 /// - `weight`, `bias`: `[channels]`
 ///
 /// Half precision is normalised in f32 and rounded at the end. On the CPU it works in place where nobody else holds `x`, the
-/// activation included; where gradients are wanted, and on other devices, it is composed of tensor operations.
+/// activation included, and on a GPU in one launch; where gradients are wanted, and on other devices, it is composed of tensor operations.
 ///
 /// # Panics
 /// If `x` has fewer than two dimensions, `n_groups` does not divide the channels, or `weight` or `bias` are not theirs.
@@ -225,6 +235,10 @@ pub fn group_norm<const D: usize>(
                 activation,
             });
         });
+    }
+    #[cfg(feature = "cube")]
+    if is_cube_with(&x, &[&weight, &bias]) {
+        return cube::norm::by_group(x, weight, bias, n_groups, eps, activation);
     }
     let dtype = x.dtype();
     let [weight, bias] = [weight, bias].map(|factor| factor.cast(DType::F32));

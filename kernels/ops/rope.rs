@@ -21,9 +21,11 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use crate::cpu::gradient::{self, is_tracked};
 use crate::cpu::host::is_host;
 use crate::cpu::rope::Turns;
+#[cfg(feature = "cube")]
+use crate::cube::{self, is_cube_with};
 
 /// Which two channels of a head turn together.
-#[derive(Config, Debug, Copy, PartialEq, Eq)]
+#[derive(Config, Debug, Copy, PartialEq, Eq, Hash)]
 pub enum Pairing {
     /// Channels `i` and `i + d_rot / 2`: `rotate_half` of Hugging Face's LLaMA and GPT-NeoX.
     Half,
@@ -291,8 +293,8 @@ impl Rope {
 
     /// Turns queries or keys, `[batch, heads, seq, d_head]`, by their positions; the shape stays.
     ///
-    /// Computed in f32 whatever the dtype of `x`, which the result has again; on the CPU in one pass, where no gradients are
-    /// wanted.
+    /// Computed in f32 whatever the dtype of `x`, which the result has again; where no gradients are
+    /// wanted, on the CPU in one pass and on a GPU in one launch.
     ///
     /// # Panics
     /// If the heads are narrower than `d_rot`, `positions` does not fit the sequence, or a position is beyond
@@ -311,6 +313,10 @@ impl Rope {
         if is_tracked(&x) {
             let [cos, sin] = [cos, sin].map(Tensor::inner);
             return gradient::turned(x, Turns { cos, sin, pairing: self.pairing });
+        }
+        #[cfg(feature = "cube")]
+        if is_cube_with(&x, &[&cos, &sin]) {
+            return cube::rope::turn(x, cos, sin, self.pairing);
         }
         let dtype = x.dtype();
         let rest = (d_rot < d_head).then(|| x.clone().narrow(3, d_rot, d_head - d_rot));

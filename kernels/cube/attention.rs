@@ -1,0 +1,104 @@
+//! Attention: by the flash kernel of `cubek-attention` where it can be had, else as two products with all that is between
+//! them in one launch.
+//!
+//! Burn's `module::attention` never takes the flash kernel without its feature `autotune`, nor where a scale or a bias is given,
+//! and composes scale, masks and softmax of a launch each. Here the kernel is asked for by name: a scale goes into the queries,
+//! and queries are filled up at the front, where causal masks stay as they are. It takes half precision on tensor cores, enough
+//! queries, and no mask but a causal one; its products are in f16 even of bf16.
+
+use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{DType, Tensor};
+use burn_cubecl::Cube;
+use burn_cubecl::kernel::attention::{self, AttentionStrategy};
+use cubecl::ir::{ElemType, FloatKind};
+use cubek_attention::forward::routines::blackbox_accelerated::BlackboxAcceleratedStrategy;
+
+use super::held;
+use super::softmax::{self, Seen};
+
+/// `softmax(q kᵀ · scale + mask) v`: `[batch, heads, queries, d_head] -> [batch, heads, queries, d_value]`.
+///
+/// - `key`, `value`: `[batch, kv_heads, keys, _]`, where `kv_heads` divides `heads`; the cache is not copied for them
+pub fn attention(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, seen: Seen, scale: f64) -> Tensor<4> {
+    let ([batch, heads, queries, _], [_, _, keys, d_value]) = (query.dims(), value.dims());
+    let shape = [batch, heads, queries, d_value];
+    if keys * shape.iter().product::<usize>() == 0 {
+        return Tensor::zeros(shape, (&query.device(), query.dtype()));
+    }
+    if let Some((strategy, rows)) = flash_strategy(&query, &value, &seen) {
+        let keys_values = [key.clone(), value.clone()];
+        if let Some(out) = flash(query.clone(), keys_values, seen.causal, scale, strategy, rows) {
+            return out;
+        }
+    }
+    composed(query, key, value, seen, scale)
+}
+
+/// As two products.
+fn composed(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, seen: Seen, scale: f64) -> Tensor<4> {
+    let [batch, heads, queries, d_head] = query.dims();
+    let [_, kv_heads, keys, d_value] = value.dims();
+    let rows = heads / kv_heads * queries; // of the queries that share keys
+    // of unscaled products f16 may not hold the largest
+    let (query, scale) = if query.dtype() == DType::F16 { (query * scale, 1.0) } else { (query, scale) };
+    let products = query.reshape([batch, kv_heads, rows, d_head]).matmul(key.swap_dims(2, 3));
+    let shares = softmax::scores(products.reshape([batch, heads, queries, keys]), scale, seen);
+    let out = shares.reshape([batch, kv_heads, rows, keys]).matmul(value);
+    out.reshape([batch, heads, queries, d_value])
+}
+
+/// Rows and columns of a fragment, and what a head's width is a multiple of.
+const FRAGMENT: usize = 16;
+
+/// How the flash kernel works, and of how many queries it takes a multiple, where it can be had.
+fn flash_strategy(query: &Tensor<4>, value: &Tensor<4>, seen: &Seen) -> Option<(AttentionStrategy, usize)> {
+    let [_, _, queries, d_head] = query.dims();
+    let widths = [d_head, value.dims()[3]];
+    let is_open = seen.hidden.is_none() && seen.bias.is_none();
+    let is_half = matches!(query.dtype(), DType::F16 | DType::BF16);
+    if !is_open || !is_half || queries < 2 * FRAGMENT || !widths.iter().all(|width| width % FRAGMENT == 0) {
+        return None;
+    }
+    let [value, sum] = [FloatKind::F16, FloatKind::F32].map(ElemType::Float);
+    let client = held(query.clone()).client;
+    let has_them = client.properties().features.matmul.cmma.iter().any(|config| {
+        (config.a_type, config.b_type, config.cd_type) == (value, value, sum) && config.m as usize == FRAGMENT
+    });
+    let num_planes = if queries < 8 * FRAGMENT { 2 } else { 4 };
+    let strategy = BlackboxAcceleratedStrategy { num_planes, seq_q: 1, seq_kv: 1 };
+    let rows = usize::from(num_planes) * FRAGMENT;
+    has_them.then_some((AttentionStrategy::FlashBlackboxAccelerated(strategy), rows))
+}
+
+/// By the flash kernel, which divides products by `√d_head` and has a key and a value for every query head. None where it
+/// does not take these sizes.
+///
+/// - `rows`: of how many queries it takes a multiple
+fn flash(
+    query: Tensor<4>,
+    keys_values: [Tensor<4>; 2],
+    causal: bool,
+    scale: f64,
+    strategy: AttentionStrategy,
+    rows: usize,
+) -> Option<Tensor<4>> {
+    let [batch, heads, queries, d_head] = query.dims();
+    let factor = scale * (d_head as f64).sqrt();
+    let query = if (factor - 1.0).abs() < 1e-6 { query } else { query * factor };
+    let missing = queries.next_multiple_of(rows) - queries;
+    let query = match missing {
+        0 => query,
+        _ => {
+            let none = Tensor::zeros([batch, heads, missing, d_head], (&query.device(), query.dtype()));
+            Tensor::cat(vec![none, query], 2)
+        }
+    };
+    let [key, value] = keys_values.map(|x| {
+        let [_, kv_heads, keys, width] = x.dims();
+        let x = x.unsqueeze_dim::<5>(2).expand([batch, kv_heads, heads / kv_heads, keys, width]);
+        held(x.reshape([batch, heads, keys, width]))
+    });
+    let options = AttentionModuleOptions { is_causal: causal, ..Default::default() };
+    let out = attention::attention(held(query), key, value, None, None, options, strategy).ok()?;
+    Some(Tensor::<4>::from_primitive::<Cube>(out).narrow(2, missing, queries))
+}

@@ -1,0 +1,219 @@
+//! Normalised rows and groups of channels, each read and written by one cube. Sums are in f32.
+
+use burn::backend::cubecl::dtype_to_elem_type;
+use burn::tensor::Tensor;
+use cubecl::prelude::*;
+
+use super::pointwise::activated;
+use super::together::{Fold, Team, fold};
+use super::{address_type, by_rows, cubes, empty, held, is_empty, rows_of, shaped, side_by_side, width};
+use crate::ops::Activation;
+
+/// Units that share a row, at most.
+const OF_ROW: usize = 256;
+/// Units that share a group of channels, at most.
+const OF_GROUP: usize = 1024;
+
+/// `(x - mean) / √(variance + eps) * weight + bias` of each row, or `x / √(mean(x²) + eps) * weight` if it is not
+/// `centred`: `[..., width]`, the shape stays.
+///
+/// - `weight`, `bias`: `[width]`, of one type
+///
+/// # Panics
+/// If these are not as wide.
+pub fn by_row<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Option<Tensor<1>>,
+    eps: f64,
+    centred: bool,
+) -> Tensor<D> {
+    let shape = x.dims();
+    let widths = [weight.dims()[0], bias.as_ref().map_or(shape[D - 1], |bias| bias.dims()[0])];
+    assert_eq!(widths, [shape[D - 1]; 2], "widths of weight and bias (left) and of what is normalised");
+    if is_empty(&x) {
+        return x;
+    }
+    let (x, weight, bias) = (by_rows(rows_of(x)), by_rows(held(weight)), bias.map(held));
+    let [rows, length] = x.meta.shape().dims();
+    let stride = x.meta.strides()[0];
+    let out = empty(&x, [rows, length]);
+    let read = width(&x, &[length, stride]).min(width(&weight, &[length]));
+    let (client, dtypes) = (x.client.clone(), [x.dtype, weight.dtype].map(dtype_to_elem_type));
+    let team = Team::new(length / read, OF_ROW, &client);
+    // SAFETY: a cube reads and writes within a row that there is, and what has its width.
+    unsafe {
+        by_row_kernel::launch_unchecked(
+            &client,
+            cubes(rows, &client),
+            team.cube(),
+            address_type(&[&x, &out]),
+            read,
+            x.into_buffer_arg(),
+            weight.into_buffer_arg(),
+            bias.map(|bias| by_rows(bias).into_buffer_arg()).into(),
+            out.clone().into_buffer_arg(),
+            rows,
+            length,
+            stride,
+            eps as f32,
+            centred,
+            team,
+            dtypes,
+        );
+    }
+    shaped::<D, 2>(out, shape)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn by_row_kernel<F: Float, G: Float, N: Size>(
+    x: &[Vector<F, N>],
+    weight: &[Vector<G, N>],
+    bias: ComptimeOption<&[Vector<G, N>]>,
+    out: &mut [Vector<F, N>],
+    rows: usize,
+    length: usize,
+    stride: usize,
+    eps: f32,
+    #[comptime] centred: bool,
+    #[comptime] team: Team,
+    #[define(F, G)] _dtypes: [ElemType; 2],
+) {
+    let row = CUBE_POS as usize;
+    if row < rows {
+        let vectors = length / N::value();
+        let start = row * (stride / N::value());
+        let mut shared = Shared::<[f32]>::new_slice(comptime!(team.parts()));
+        let mut mean = 0.0f32;
+        if comptime!(centred) {
+            mean = mean_of(x, start, vectors, &mut shared, team);
+        }
+        let factor = factor_of(x, start, vectors, mean, eps, &mut shared, team);
+        for at in range_stepped(UNIT_POS as usize, vectors, CUBE_DIM as usize) {
+            let value = Vector::<f32, N>::cast_from(x[start + at]) - Vector::new(mean);
+            let value = value * Vector::new(factor) * Vector::cast_from(weight[at]);
+            let bias: ComptimeOption<Vector<f32, N>> = bias.as_ref().map(|bias| Vector::cast_from(bias[at]));
+            out[row * vectors + at] = Vector::cast_from(value + bias.unwrap_or(Vector::new(0.0)));
+        }
+    }
+}
+
+/// The mean of a cube's vectors.
+#[cube]
+fn mean_of<F: Float, N: Size>(
+    x: &[Vector<F, N>],
+    start: usize,
+    vectors: usize,
+    shared: &mut Shared<[f32]>,
+    #[comptime] team: Team,
+) -> f32 {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    for at in range_stepped(UNIT_POS as usize, vectors, CUBE_DIM as usize) {
+        sum += Vector::cast_from(x[start + at]);
+    }
+    fold(sum.vector_sum(), shared, team, Fold::Sum) / f32::cast_from(vectors * N::value())
+}
+
+/// `1 / √(mean((x - mean)²) + eps)` of a cube's vectors.
+#[cube]
+fn factor_of<F: Float, N: Size>(
+    x: &[Vector<F, N>],
+    start: usize,
+    vectors: usize,
+    mean: f32,
+    eps: f32,
+    shared: &mut Shared<[f32]>,
+    #[comptime] team: Team,
+) -> f32 {
+    let mut sum = Vector::<f32, N>::new(0.0);
+    for at in range_stepped(UNIT_POS as usize, vectors, CUBE_DIM as usize) {
+        let value = Vector::<f32, N>::cast_from(x[start + at]) - Vector::new(mean);
+        sum += value * value;
+    }
+    let sum = fold(sum.vector_sum(), shared, team, Fold::Sum);
+    1.0 / (sum / f32::cast_from(vectors * N::value()) + eps).sqrt()
+}
+
+/// Each of `n_groups` groups of channels normalised over its channels and places, scaled and moved by channel, and through the
+/// activation: `[batch, channels, ...]`, the shape stays.
+///
+/// - `weight`, `bias`: `[channels]`, of one type
+pub fn by_group<const D: usize>(
+    x: Tensor<D>,
+    weight: Tensor<1>,
+    bias: Tensor<1>,
+    n_groups: usize,
+    eps: f64,
+    activation: Option<Activation>,
+) -> Tensor<D> {
+    if is_empty(&x) {
+        return x;
+    }
+    let shape = x.dims();
+    let (batch, channels) = (shape[0], shape[1]);
+    let places = shape[2..].iter().product();
+    let x = side_by_side(held(x.reshape([batch, channels, places])));
+    let [weight, bias] = [weight, bias].map(|factor| by_rows(held(factor)));
+    let out = empty(&x, [batch, channels, places]);
+    let read = width(&x, &[places]);
+    let (groups, length) = (batch * n_groups, channels / n_groups * places);
+    let (client, dtypes) = (x.client.clone(), [x.dtype, weight.dtype].map(dtype_to_elem_type));
+    let team = Team::new(length / read, OF_GROUP, &client);
+    // SAFETY: a cube reads and writes within a group that there is, and what its channels have.
+    unsafe {
+        by_group_kernel::launch_unchecked(
+            &client,
+            cubes(groups, &client),
+            team.cube(),
+            address_type(&[&x, &out]),
+            read,
+            x.into_buffer_arg(),
+            weight.into_buffer_arg(),
+            bias.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            groups,
+            n_groups,
+            length,
+            places,
+            eps as f32,
+            activation,
+            team,
+            dtypes,
+        );
+    }
+    shaped::<D, 3>(out, shape)
+}
+
+#[cube(launch_unchecked, address_type = "dynamic")]
+fn by_group_kernel<F: Float, G: Float, N: Size>(
+    x: &[Vector<F, N>],
+    weight: &[G],
+    bias: &[G],
+    out: &mut [Vector<F, N>],
+    groups: usize,
+    n_groups: usize,
+    length: usize,
+    places: usize,
+    eps: f32,
+    #[comptime] activation: Option<Activation>,
+    #[comptime] team: Team,
+    #[define(F, G)] _dtypes: [ElemType; 2],
+) {
+    let group = CUBE_POS as usize;
+    if group < groups {
+        let vectors = length / N::value();
+        let start = group * vectors;
+        let of_channel = places / N::value();
+        let first = group % n_groups * (vectors / of_channel);
+        let mut shared = Shared::<[f32]>::new_slice(comptime!(team.parts()));
+        let mean = mean_of(x, start, vectors, &mut shared, team);
+        let factor = factor_of(x, start, vectors, mean, eps, &mut shared, team);
+        for at in range_stepped(UNIT_POS as usize, vectors, CUBE_DIM as usize) {
+            let channel = first + at / of_channel;
+            let scale = factor * f32::cast_from(weight[channel]);
+            let value = Vector::<f32, N>::cast_from(x[start + at]) - Vector::new(mean);
+            let value = value * Vector::new(scale) + Vector::new(f32::cast_from(bias[channel]));
+            out[start + at] = Vector::cast_from(activated(value, activation));
+        }
+    }
+}
