@@ -70,6 +70,16 @@ pub fn cube_types() -> Vec<DType> {
     types.into_iter().filter(|dtype| crate::cube::computes_in(&cube_device(), *dtype)).collect()
 }
 
+/// A tensor on [`cube_device`]: as it is, as a part of longer rows, and with its first two axes turned.
+#[cfg(any(feature = "cube-cpu", feature = "wgpu"))]
+pub fn on_cube<const D: usize>(x: &Tensor<D>) -> [Tensor<D>; 3] {
+    let width = x.dims()[D - 1];
+    let there = x.clone().to_device(&cube_device());
+    let part = Tensor::cat(vec![there.clone(), there.clone()], D - 1).narrow(D - 1, 0, width);
+    let turned = x.clone().swap_dims(0, 1).to_device(&cube_device()).swap_dims(0, 1);
+    [there, part, turned]
+}
+
 /// The gradient of a random projection of `f` at `at` is finite and equals central differences.
 #[track_caller]
 pub fn assert_gradient<const D: usize, const E: usize>(

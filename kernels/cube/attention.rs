@@ -102,3 +102,73 @@ fn flash(
     let out = attention::attention(held(query), key, value, None, None, options, strategy).ok()?;
     Some(Tensor::<4>::from_primitive::<Cube>(out).narrow(2, missing, queries))
 }
+
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod tests {
+    use super::*;
+    use crate::ops::{self, Mask};
+    use crate::testing::{assert_rounded, cube_device, cube_types, floats, noise, on_cube};
+    use burn::tensor::{Bool, Device};
+
+    fn masks(device: &Device, [batch, heads, queries, keys]: [usize; 4]) -> Vec<Mask> {
+        let drawn = |shape, seed| noise::<4>(shape, seed, device);
+        let real: Tensor<2, Bool> = drawn([1, 1, batch, keys], 4).greater_elem(-0.3).reshape([batch, keys]);
+        let visible = drawn([batch, 1, queries, keys], 5).greater_elem(0.4); // some see nothing
+        vec![
+            Mask::Full,
+            Mask::Causal,
+            Mask::Window(2),
+            Mask::Prefix(vec![3; batch]),
+            Mask::Padding(real.clone()),
+            Mask::Visible(visible),
+            Mask::Bias(drawn([1, heads, queries, keys], 6)),
+            Mask::All(vec![Mask::Causal, Mask::Padding(real), Mask::Bias(drawn([1, heads, 1, keys], 7))]),
+        ]
+    }
+
+    /// Beside that of the CPU: every mask, one query and several, shared keys, odd lengths, parts of caches.
+    #[test]
+    fn attention_is_that_of_the_cpu() {
+        let sizes = [(1, 2, 2, 1, 1, 3), (2, 4, 2, 3, 5, 7), (2, 2, 1, 8, 8, 8)];
+        for (batch, heads, kv_heads, queries, keys, d_head) in sizes {
+            for dtype in cube_types() {
+                let flex = Device::flex();
+                let query = noise([batch, heads, queries, d_head], 1, &flex).cast(dtype) * 2.0;
+                let [key, value] =
+                    [2, 3].map(|seed| noise([batch, kv_heads, keys, d_head], seed, &flex).cast(dtype));
+                let shape = [batch, heads, queries, keys];
+                for (at, (here, there)) in
+                    masks(&flex, shape).into_iter().zip(masks(&cube_device(), shape)).enumerate()
+                {
+                    let [q, k, v] = [&query, &key, &value].map(|x| x.clone().cast(DType::F32));
+                    let scale = [None, Some(0.7)][at % 2];
+                    let expected = floats(ops::attention(q, k, v, &here, scale));
+                    let [query, key, value] = [&query, &key, &value]
+                        .map(|x| on_cube(x).into_iter().nth(at % 3).expect("one of three"));
+                    let found = ops::attention(query, key, value, &there, scale);
+                    let tolerance = if dtype == DType::F32 { 1e-5 } else { 4e-3 };
+                    assert_rounded(found, &expected, tolerance);
+                }
+            }
+        }
+        let none = Tensor::zeros([1, 2, 0, 4], &cube_device());
+        let query = Tensor::ones([1, 2, 3, 4], &cube_device());
+        assert_eq!(floats(ops::attention(query, none.clone(), none, &Mask::Full, None)), [0.0; 24]);
+    }
+
+    /// By its body without tensor cores: what is put before the queries, and into them, changes nothing.
+    #[test]
+    fn flash_is_that_of_the_cpu() {
+        for (queries, keys, causal) in [(5, 9, true), (32, 32, true), (33, 20, false)] {
+            let flex = Device::flex();
+            let query = noise([2, 4, queries, 16], 1, &flex);
+            let [key, value] = [2, 3].map(|seed| noise([2, 2, keys, 16], seed, &flex));
+            let mask = if causal { Mask::Causal } else { Mask::Full };
+            let expected = ops::attention(query.clone(), key.clone(), value.clone(), &mask, Some(0.7));
+            let [query, key, value] = [query, key, value].map(|x| x.to_device(&cube_device()));
+            let found = flash(query, [key, value], causal, 0.7, AttentionStrategy::FlashUnit, 32);
+            let found = found.expect("such sizes are taken");
+            assert_rounded(found, &floats(expected), 1e-5);
+        }
+    }
+}

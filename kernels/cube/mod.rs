@@ -1,4 +1,19 @@
-//! Bodies for the devices of CubeCL behind [`crate::ops`].
+//! Bodies for the devices of CubeCL behind [`crate::ops`], where Burn composes several launches: norms, activations with what
+//! is around them, rotary embedding, softmax, attention, and sparse experts. They are for inference: where gradients are
+//! wanted, tensor operations are composed.
+//!
+//! They are run without a GPU, and tested so beside those of the CPU, in two ways:
+//! - with the feature `wgpu`, through WGSL on Mesa's lavapipe (22.3 does): f32 and f16, without planes' own operations, tensor
+//!   cores or bf16, which WGSL does not have. Burn's feature `vulkan`, which compiles to SPIR-V itself, crashed there;
+//! - with the feature `cube-cpu`, on CubeCL's own CPU runtime, whose build downloads LLVM: all three types.
+//!
+//! On NVIDIA GPUs they are compiled for, and not yet measured.
+//!
+//! CUDA graphs are there in Burn 0.22.1: `graph_prepare`, `graph_start_capture`, `graph_stop_capture` and `graph_replay` of
+//! its `Backend`, by `cubecl-cuda` 0.11. (`Device::capture` is something else: it records operations, not launches.) Decoding
+//! does not use them. A replay repeats launches with the very numbers they were recorded with, but every token's differ: where
+//! the cache is written and how much of it is read, places in the rotary table, and the lists of rows that sparse experts
+//! bring from the host. These would have to come from memory of the device, as they do nowhere yet.
 
 pub mod attention;
 pub mod moe;

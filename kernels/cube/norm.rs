@@ -217,3 +217,81 @@ fn by_group_kernel<F: Float, G: Float, N: Size>(
         }
     }
 }
+
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod tests {
+    use crate::ops::{Activation, group_norm, layer_norm, rms_norm};
+    use crate::testing::{
+        assert_close, assert_rounded, cube_device, cube_types, floats, noise, on_cube, tensor,
+    };
+    use burn::tensor::{DType, Device, Tensor};
+
+    /// Beside those of the CPU: odd widths, one value, wide rows, parts of others, far from zero, in half precision.
+    #[test]
+    fn rows_are_those_of_the_cpu() {
+        for (seed, shape) in (0..).zip([[1, 1, 1], [2, 3, 5], [1, 70, 33], [3, 2, 1032]]) {
+            for dtype in cube_types() {
+                let x = (noise(shape, seed, &Device::flex()) + 3.0).cast(dtype);
+                let factors = [8, 9].map(|seed| noise([shape[2]], seed, &Device::flex()).cast(dtype));
+                let [weight, bias] = factors.clone().map(|factor| factor.cast(DType::F32));
+                let exact = x.clone().cast(DType::F32);
+                let centred = floats(layer_norm(exact.clone(), weight.clone(), Some(bias), 1e-5));
+                let expected = floats(rms_norm(exact, weight, 1e-5));
+                let [weight, bias] = factors.map(|factor| factor.to_device(&cube_device()));
+                for x in on_cube(&x) {
+                    let found = layer_norm(x.clone(), weight.clone(), Some(bias.clone()), 1e-5);
+                    assert_rounded(found, &centred, 1e-5);
+                    assert_rounded(rms_norm(x, weight.clone(), 1e-5), &expected, 1e-5);
+                }
+            }
+        }
+    }
+
+    /// More rows than a device may have cubes in one direction; weights of another type; none.
+    #[test]
+    fn rows_may_be_many_or_none() {
+        let device = cube_device();
+        let x = tensor([1, 3], &[2.0, -2.0, 2.0], &device).repeat_dim(0, 70_000);
+        let weight = tensor([3], &[1.0, 2.0, -1.0], &device);
+        let found = rms_norm(x, weight.clone(), 0.0).narrow(0, 69_990, 10);
+        assert_close(found, &[1.0, -2.0, -1.0].repeat(10), 1e-6);
+        for dtype in cube_types() {
+            let x = tensor([1, 3], &[2.0, -2.0, 2.0], &device).cast(dtype);
+            assert_close(
+                layer_norm(x * 0.0, weight.clone(), Some(weight.clone()), 1.0),
+                &[1.0, 2.0, -1.0],
+                0.0,
+            );
+        }
+        assert_eq!(rms_norm(Tensor::<2>::zeros([0, 3], &device), weight, 0.1).dims(), [0, 3]);
+    }
+
+    #[test]
+    fn groups_are_those_of_the_cpu() {
+        let cases = [
+            ([1, 1, 1, 1], 1),
+            ([2, 6, 3, 5], 3),
+            ([1, 4, 33, 32], 2),
+            ([2, 8, 1, 17], 8),
+            ([1, 4, 2, 4], 2),
+        ];
+        for (at, (shape, n_groups)) in cases.into_iter().enumerate() {
+            for dtype in cube_types() {
+                let x = (noise(shape, at as u64, &Device::flex()) + 3.0).cast(dtype);
+                let factors = [8, 9].map(|seed| noise([shape[1]], seed, &Device::flex()).cast(dtype));
+                let [weight, bias] = factors.clone().map(|factor| factor.cast(DType::F32));
+                let activation = [None, Some(Activation::Silu)][at % 2];
+                let exact = x.clone().cast(DType::F32);
+                let expected = floats(group_norm(exact, weight, bias, n_groups, 1e-5, activation));
+                let [weight, bias] = factors.map(|factor| factor.to_device(&cube_device()));
+                for x in on_cube(&x) {
+                    let found = group_norm(x, weight.clone(), bias.clone(), n_groups, 1e-5, activation);
+                    assert_rounded(found, &expected, 2e-5);
+                }
+            }
+        }
+        let ones = Tensor::ones([4], &cube_device());
+        let none = Tensor::<3>::zeros([2, 4, 0], &cube_device());
+        assert_eq!(group_norm(none, ones.clone(), ones, 2, 1e-5, None).dims(), [2, 4, 0]);
+    }
+}

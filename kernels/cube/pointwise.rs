@@ -114,3 +114,43 @@ pub fn activated<N: Size>(x: Vector<f32, N>, #[comptime] activation: Option<Acti
 fn times_sigmoid<N: Size>(x: Vector<f32, N>, at: Vector<f32, N>) -> Vector<f32, N> {
     x / (Vector::new(1.0) + (-at).exp())
 }
+
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod tests {
+    use crate::ops::Activation;
+    use crate::testing::{assert_rounded, cube_device, cube_types, floats, noise, on_cube};
+    use burn::tensor::{DType, Device, Tensor};
+
+    const ALL: [Activation; 6] = [
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::QuickGelu,
+        Activation::Silu,
+        Activation::Relu,
+        Activation::Tanh,
+    ];
+
+    /// Beside those of the CPU: odd widths, one value, parts of others, large values, in half precision.
+    #[test]
+    fn activations_are_those_of_the_cpu() {
+        for (seed, shape) in (0..).zip([[1, 1], [5, 7], [3, 64]]) {
+            for dtype in cube_types() {
+                let x = (noise(shape, seed, &Device::flex()) * 40.0).cast(dtype);
+                let factors = noise(shape, 8, &Device::flex()).cast(dtype);
+                let bias = noise([shape[1]], 9, &Device::flex()).cast(dtype);
+                for activation in ALL {
+                    let [x32, factors32] = [&x, &factors].map(|x| x.clone().cast(DType::F32));
+                    let of_cpu = activation.biased(x32.clone(), Some(bias.clone().cast(DType::F32)));
+                    let [biased, gated] = [of_cpu, activation.gated(x32, factors32)].map(floats);
+                    let bias = bias.clone().to_device(&cube_device());
+                    for (x, factors) in on_cube(&x).into_iter().zip(on_cube(&factors)) {
+                        assert_rounded(activation.biased(x.clone(), Some(bias.clone())), &biased, 1e-5);
+                        assert_rounded(activation.gated(x, factors), &gated, 1e-5);
+                    }
+                }
+            }
+        }
+        let none = Tensor::<2>::zeros([0, 3], &cube_device());
+        assert_eq!(Activation::Silu.forward(none).dims(), [0, 3]);
+    }
+}

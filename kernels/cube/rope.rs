@@ -105,3 +105,38 @@ fn turn_kernel<F: Float, N: Size>(
         }
     }
 }
+
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod tests {
+    use crate::ops::{Pairing, Positions, RopeConfig};
+    use crate::testing::{assert_rounded, cube_device, cube_types, floats, noise, on_cube};
+    use burn::tensor::{DType, Device, Int, Tensor};
+
+    /// Beside that of the CPU: whole heads and parts of them, odd widths, one table for all rows of the batch and one for each.
+    #[test]
+    fn heads_are_turned_as_on_the_cpu() {
+        for (seed, (d_rot, d_head)) in (0..).zip([(2, 2), (8, 8), (6, 7), (16, 24)]) {
+            for (dtype, pairing) in cube_types()
+                .into_iter()
+                .flat_map(|dtype| [Pairing::Half, Pairing::Interleaved].map(|pairing| (dtype, pairing)))
+            {
+                let rope = |device: &Device| RopeConfig::new(d_rot, 12).with_pairing(pairing).init(device);
+                let x = noise([2, 3, 5, d_head], seed, &Device::flex()).cast(dtype);
+                let each = |device: &Device| {
+                    let each = [[3, 0, 11, 2, 1], [5, 6, 7, 8, 9]];
+                    Positions::Each(Tensor::<2, Int>::from_data(each, device))
+                };
+                let positions: [&dyn Fn(&Device) -> Positions; 2] = [&|_| Positions::From(4), &each];
+                for positions in positions {
+                    let flex = Device::flex();
+                    let exact = x.clone().cast(DType::F32);
+                    let expected = floats(rope(&flex).apply(exact, &positions(&flex)));
+                    for x in on_cube(&x) {
+                        let found = rope(&cube_device()).apply(x, &positions(&cube_device()));
+                        assert_rounded(found, &expected, 1e-6);
+                    }
+                }
+            }
+        }
+    }
+}

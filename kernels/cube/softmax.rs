@@ -212,3 +212,36 @@ fn score<F: Float, H: Int, G: Float, N: Size>(
     }
     value
 }
+
+#[cfg(all(test, any(feature = "cube-cpu", feature = "wgpu")))]
+mod tests {
+    use crate::ops::softmax;
+    use crate::testing::{
+        assert_close, assert_rounded, cube_device, cube_types, floats, noise, on_cube, tensor,
+    };
+    use burn::tensor::{DType, Device, Tensor};
+
+    #[test]
+    fn shares_are_those_of_the_cpu() {
+        for (seed, shape) in (0..).zip([[1, 1], [3, 5], [70, 33], [2, 1032]]) {
+            for dtype in cube_types() {
+                let x = (noise(shape, seed, &Device::flex()) * 20.0).cast(dtype);
+                let expected = floats(softmax(x.clone().cast(DType::F32)));
+                for x in on_cube(&x) {
+                    assert_rounded(softmax(x), &expected, 1e-6);
+                }
+            }
+        }
+        assert_eq!(softmax(Tensor::<2>::zeros([0, 4], &cube_device())).dims(), [0, 4]);
+    }
+
+    /// 1 : 2 : 4, and what is hidden gets nothing, not even where all is.
+    #[test]
+    fn literals() {
+        let (ln_2, hidden) = (2.0_f64.ln(), f64::NEG_INFINITY);
+        let values = [0.0, ln_2, 2.0 * ln_2, 7.0, hidden, 7.0, hidden, hidden, hidden];
+        let sevenths = [1.0, 2.0, 4.0].map(|part| part / 7.0);
+        let expected = [&sevenths[..], &[0.5, 0.0, 0.5], &[0.0; 3]].concat();
+        assert_close(softmax(tensor([3, 3], &values, &cube_device())), &expected, 1e-6);
+    }
+}
