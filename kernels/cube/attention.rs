@@ -9,8 +9,9 @@
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::Cube;
-use burn_cubecl::kernel::attention::{self, AttentionStrategy};
+use burn_cubecl::kernel::attention::flash_attention;
 use cubecl::ir::{ElemType, FloatKind};
+use cubek_attention::forward::launch::{BlueprintStrategy, Strategy};
 use cubek_attention::forward::routines::blackbox_accelerated::BlackboxAcceleratedStrategy;
 
 use super::held;
@@ -50,13 +51,13 @@ fn composed(query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, seen: Seen, scal
 /// Rows and columns of a fragment, and what a head's width is a multiple of.
 const FRAGMENT: usize = 16;
 
-/// How the flash kernel works, and of how many queries it takes a multiple, where it can be had.
-fn flash_strategy(query: &Tensor<4>, value: &Tensor<4>, seen: &Seen) -> Option<(AttentionStrategy, usize)> {
-    let [_, _, queries, d_head] = query.dims();
-    let widths = [d_head, value.dims()[3]];
-    let is_open = seen.hidden.is_none() && seen.bias.is_none();
+/// How the flash kernel works, and of how many queries it takes a multiple, where it can be had and every query sees a key.
+fn flash_strategy(query: &Tensor<4>, value: &Tensor<4>, seen: &Seen) -> Option<(Strategy, usize)> {
+    let ([_, _, queries, d_head], [_, _, keys, d_value]) = (query.dims(), value.dims());
     let is_half = matches!(query.dtype(), DType::F16 | DType::BF16);
-    if !is_open || !is_half || queries < 2 * FRAGMENT || !widths.iter().all(|width| width % FRAGMENT == 0) {
+    let is_open = seen.hidden.is_none() && seen.bias.is_none() && (!seen.causal || queries <= keys);
+    let fits = queries >= 2 * FRAGMENT && [d_head, d_value].iter().all(|width| width % FRAGMENT == 0);
+    if !(is_half && is_open && fits) {
         return None;
     }
     let [value, sum] = [FloatKind::F16, FloatKind::F32].map(ElemType::Float);
@@ -67,7 +68,7 @@ fn flash_strategy(query: &Tensor<4>, value: &Tensor<4>, seen: &Seen) -> Option<(
     let num_planes = if queries < 8 * FRAGMENT { 2 } else { 4 };
     let strategy = BlackboxAcceleratedStrategy { num_planes, seq_q: 1, seq_kv: 1 };
     let rows = usize::from(num_planes) * FRAGMENT;
-    has_them.then_some((AttentionStrategy::FlashBlackboxAccelerated(strategy), rows))
+    has_them.then_some((Strategy::BlackboxAccelerated(BlueprintStrategy::Inferred(strategy)), rows))
 }
 
 /// By the flash kernel, which divides products by `√d_head` and has a key and a value for every query head. None where it
@@ -79,7 +80,7 @@ fn flash(
     keys_values: [Tensor<4>; 2],
     causal: bool,
     scale: f64,
-    strategy: AttentionStrategy,
+    strategy: Strategy,
     rows: usize,
 ) -> Option<Tensor<4>> {
     let [batch, heads, queries, d_head] = query.dims();
@@ -99,7 +100,7 @@ fn flash(
         held(x.reshape([batch, heads, keys, width]))
     });
     let options = AttentionModuleOptions { is_causal: causal, ..Default::default() };
-    let out = attention::attention(held(query), key, value, None, None, options, strategy).ok()?;
+    let out = flash_attention(held(query), key, value, None, None, options, strategy).ok()?;
     Some(Tensor::<4>::from_primitive::<Cube>(out).narrow(2, missing, queries))
 }
 
@@ -166,7 +167,8 @@ mod tests {
             let mask = if causal { Mask::Causal } else { Mask::Full };
             let expected = ops::attention(query.clone(), key.clone(), value.clone(), &mask, Some(0.7));
             let [query, key, value] = [query, key, value].map(|x| x.to_device(&cube_device()));
-            let found = flash(query, [key, value], causal, 0.7, AttentionStrategy::FlashUnit, 32);
+            let strategy = Strategy::Unit(BlueprintStrategy::Inferred(()));
+            let found = flash(query, [key, value], causal, 0.7, strategy, 32);
             let found = found.expect("such sizes are taken");
             assert_rounded(found, &floats(expected), 1e-5);
         }
