@@ -79,7 +79,7 @@ fn by_row_kernel<F: Float, G: Float, N: Size>(
     #[comptime] team: Team,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let row = CUBE_POS as usize;
+    let row = CUBE_POS;
     if row < rows {
         let vectors = length / N::value();
         let start = row * (stride / N::value());
@@ -199,7 +199,7 @@ fn by_group_kernel<F: Float, G: Float, N: Size>(
     #[comptime] team: Team,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let group = CUBE_POS as usize;
+    let group = CUBE_POS;
     if group < groups {
         let vectors = length / N::value();
         let start = group * vectors;

@@ -73,7 +73,7 @@ fn finish_kernel<F: Float, G: Float, N: Size>(
     #[comptime] activation: Activation,
     #[define(F, G)] _dtypes: [ElemType; 2],
 ) {
-    let at = ABSOLUTE_POS as usize;
+    let at = ABSOLUTE_POS;
     let vectors = length / N::value();
     if at < rows * vectors {
         let row = at / vectors;
@@ -100,7 +100,7 @@ pub fn activated<N: Size>(x: Vector<f32, N>, #[comptime] activation: Option<Acti
         // x / 2 (1 + tanh(u)) = x σ(2u), which does not cancel
         Some(Activation::GeluTanh) => {
             let cubic = x + x * x * x * Vector::new(0.044715);
-            times_sigmoid(x, cubic * Vector::new(1.595_769_1))
+            times_sigmoid(x, cubic * Vector::new(1.595_769))
         }
         Some(Activation::QuickGelu) => times_sigmoid(x, x * Vector::new(1.702)),
         Some(Activation::Silu) => times_sigmoid(x, x),

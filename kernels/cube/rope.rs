@@ -81,7 +81,7 @@ fn turn_kernel<F: Float, N: Size>(
     let size = N::value();
     let turning = pairs / size;
     let items = turning + rest / size;
-    let at = ABSOLUTE_POS as usize;
+    let at = ABSOLUTE_POS;
     if at < rows * items {
         let row = at / items;
         let item = at % items;

@@ -125,7 +125,7 @@ fn softmax_kernel<F: Float, H: Int, G: Float, N: Size>(
     #[comptime] team: Team,
     #[define(F, H, G)] _dtypes: [ElemType; 3],
 ) {
-    let row = CUBE_POS as usize;
+    let row = CUBE_POS;
     if row < rows {
         let vectors = length / N::value();
         let query = row % queries;
@@ -204,9 +204,7 @@ fn score<F: Float, H: Int, G: Float, N: Size>(
             of_lane = f32::min_value();
         }
         if comptime!(causal) {
-            if key + place.queries >= place.end {
-                of_lane = f32::min_value();
-            }
+            of_lane = select(key + place.queries >= place.end, f32::min_value(), of_lane);
         }
         value.insert(lane, of_lane);
     }

@@ -55,6 +55,7 @@ fn both(a: f32, b: f32, #[comptime] fold: Fold) -> f32 {
 ///
 /// - `shared`: as many values as [`Team::parts`]
 #[cube]
+#[allow(clippy::manual_is_multiple_of, reason = "of Rust's own: it is not for kernels")]
 pub fn fold(value: f32, shared: &mut Shared<[f32]>, #[comptime] team: Team, #[comptime] fold: Fold) -> f32 {
     let unit = UNIT_POS as usize;
     let lanes = comptime!(team.lanes);
