@@ -321,10 +321,11 @@ vectors!(avx512, "avx512f", 16, sixteen, _mm512_setzero_ps, _mm512_fmadd_ps, _mm
 #[allow(clippy::needless_range_loop)] // several arrays side by side
 fn pairs<const R: usize, const M: usize>(rows: [&[bf16]; R], x: [&[bf16]; M]) -> [[f32; M]; R] {
     use std::arch::x86_64::{
-        __m512, __m512bh, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_reduce_add_ps,
-        _mm512_setzero_ps,
+        __m512, __m512bh, _MM_HINT_T1, _mm_prefetch, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_ps,
+        _mm512_reduce_add_ps, _mm512_setzero_ps,
     };
 
+    /// Of a line of memory.
     const LANES: usize = 32;
     let cols = rows.iter().chain(&x).map(|row| row.len()).min().unwrap_or(0);
     let mut sums = [[[_mm512_setzero_ps(); 2]; M]; R];
@@ -337,6 +338,8 @@ fn pairs<const R: usize, const M: usize>(rows: [&[bf16]; R], x: [&[bf16]; M]) ->
         for half in 0..2 {
             let at = at + half * LANES;
             for r in 0..R {
+                // rows are too short for the machine to foresee those that come next
+                _mm_prefetch::<_MM_HINT_T1>(rows[r].as_ptr().wrapping_add(R * cols + at).cast());
                 let row = load(rows[r], at);
                 for m in 0..M {
                     sums[r][m][half] = _mm512_dpbf16_ps(sums[r][m][half], row, load(x[m], at));

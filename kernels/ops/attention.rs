@@ -49,6 +49,10 @@ pub enum Mask {
 ///
 /// Returns `[batch, heads, queries, d_head]`. A query that may attend to no key gets zeros.
 ///
+/// On the CPU scores are never held as a whole, whatever the mask is. Gradients in f32 on the CPU work them out once more, block by
+/// block, unless something is added to them, which may want gradients itself. On a GPU it is the flash kernel for many queries in
+/// half precision that nothing but a causal mask hides, else two products with one launch between them. Otherwise Burn's.
+///
 /// # Panics
 /// - If `key` or `value` does not fit `query`, or `heads` is not a multiple of `kv_heads`.
 /// - If [`Mask::Prefix`] has not one length per row, [`Mask::Padding`] is not `[batch, keys]`, or an axis of

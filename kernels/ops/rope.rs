@@ -293,8 +293,8 @@ impl Rope {
 
     /// Turns queries or keys, `[batch, heads, seq, d_head]`, by their positions; the shape stays.
     ///
-    /// Computed in f32 whatever the dtype of `x`, which the result has again; where no gradients are
-    /// wanted, on the CPU in one pass and on a GPU in one launch.
+    /// Computed in f32 whatever the dtype of `x`, which the result has again: on the CPU in one pass, gradients in f32 included, on a
+    /// GPU in one launch where no gradients are wanted.
     ///
     /// # Panics
     /// If the heads are narrower than `d_rot`, `positions` does not fit the sequence, or a position is beyond
