@@ -202,14 +202,7 @@ fn what_is_kept_is_what_is_planned() {
     let (config, dense) = llama(device);
     let mut models = vec![dense, mixtral(config.clone(), 2, device), m6(2, device), switch(device)];
     for mlp in [MlpForm::Plain, MlpForm::Gated] {
-        for activation in [
-            Activation::Relu,
-            Activation::Gelu,
-            Activation::GeluTanh,
-            Activation::Silu,
-            Activation::QuickGelu,
-            Activation::Tanh,
-        ] {
+        for activation in Activation::ALL {
             models.push(dense_t5(mlp, activation, device));
         }
     }

@@ -16,6 +16,7 @@ use cubek_attention::forward::routines::blackbox_accelerated::BlackboxAccelerate
 
 use super::held;
 use super::softmax::{self, Seen};
+use crate::ops::repeat_heads;
 
 /// `softmax(q kᵀ · scale + mask) v`: `[batch, heads, queries, d_head] -> [batch, heads, queries, d_value]`.
 ///
@@ -95,9 +96,8 @@ fn flash(
         }
     };
     let [key, value] = keys_values.map(|x| {
-        let [_, kv_heads, keys, width] = x.dims();
-        let x = x.unsqueeze_dim::<5>(2).expand([batch, kv_heads, heads / kv_heads, keys, width]);
-        held(x.reshape([batch, heads, keys, width]))
+        let [_, kv_heads, ..] = x.dims();
+        held(repeat_heads(x, heads / kv_heads))
     });
     let options = AttentionModuleOptions { is_causal: causal, ..Default::default() };
     let out = flash_attention(held(query), key, value, None, None, options, strategy).ok()?;

@@ -121,15 +121,6 @@ mod tests {
     use crate::testing::{assert_rounded, cube_device, cube_types, floats, noise, on_cube};
     use burn::tensor::{DType, Device, Tensor};
 
-    const ALL: [Activation; 6] = [
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::QuickGelu,
-        Activation::Silu,
-        Activation::Relu,
-        Activation::Tanh,
-    ];
-
     /// Beside those of the CPU: odd widths, one value, parts of others, large values, in half precision.
     #[test]
     fn activations_are_those_of_the_cpu() {
@@ -138,7 +129,7 @@ mod tests {
                 let x = (noise(shape, seed, &Device::flex()) * 40.0).cast(dtype);
                 let factors = noise(shape, 8, &Device::flex()).cast(dtype);
                 let bias = noise([shape[1]], 9, &Device::flex()).cast(dtype);
-                for activation in ALL {
+                for activation in Activation::ALL {
                     let [x32, factors32] = [&x, &factors].map(|x| x.clone().cast(DType::F32));
                     let of_cpu = activation.biased(x32.clone(), Some(bias.clone().cast(DType::F32)));
                     let [biased, gated] = [of_cpu, activation.gated(x32, factors32)].map(floats);

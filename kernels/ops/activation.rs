@@ -27,6 +27,10 @@ pub enum Activation {
 }
 
 impl Activation {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Gelu, Self::GeluTanh, Self::QuickGelu, Self::Silu, Self::Relu, Self::Tanh];
+
     /// The names that [`Activation::from_name`] knows.
     pub const NAMES: &[&str] = &[
         "gelu",
@@ -188,15 +192,6 @@ mod tests {
     use crate::testing::{assert_close, assert_gradient, floats, noise, tensor};
     use burn::tensor::Device;
 
-    const ALL: [Activation; 6] = [
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::QuickGelu,
-        Activation::Silu,
-        Activation::Relu,
-        Activation::Tanh,
-    ];
-
     /// Values of `torch.nn.functional` at -3, -1, 0, 0.5 and 2.
     #[test]
     fn literals() {
@@ -218,7 +213,7 @@ mod tests {
     fn half_precision_is_within_rounding_of_f32() {
         let x = tensor([9], &[-60.0, -5.0, -3.0, -1.0, -0.25, 0.0, 0.5, 2.0, 60.0], &Device::flex());
         for (dtype, tolerance) in [(DType::F16, 5e-3), (DType::BF16, 4e-2)] {
-            for activation in ALL {
+            for activation in Activation::ALL {
                 let expected = floats(activation.forward(x.clone()));
                 let found = floats(activation.forward(x.clone().cast(dtype)));
                 for (found, expected) in found.iter().zip(&expected) {
@@ -234,7 +229,7 @@ mod tests {
 
     #[test]
     fn gradients_match_finite_differences() {
-        for activation in ALL {
+        for activation in Activation::ALL {
             assert_gradient(|x| activation.forward(x), [5], &[-3.0, -1.0, -0.2, 0.5, 2.0]);
         }
     }
@@ -247,7 +242,7 @@ mod tests {
             let factors = noise(y.dims(), 2, &device);
             floats(x.grad(&(y * factors).sum().backward()).unwrap())
         };
-        for activation in ALL {
+        for activation in Activation::ALL {
             let x = (noise([70, 301], 1, &device) * 8.0).detach().require_grad();
             let other = noise([70, 301], 3, &device).require_grad();
             let expected = gradient(&x, activation.composed(x.clone()));
@@ -285,7 +280,7 @@ mod tests {
             let factors = x.clone() * 0.5 - 1.0;
             let sum = x.clone() + bias.clone().unsqueeze();
             assert_close(add_bias(x.clone(), bias.clone()), &floats(sum.clone()), 0.0);
-            for activation in ALL {
+            for activation in Activation::ALL {
                 let composed = activation.composed(x.clone());
                 assert_close(activation.forward(x.clone()), &floats(composed.clone()), 2e-6);
                 let biased = activation.biased(x.clone(), Some(bias.clone()));

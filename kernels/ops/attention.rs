@@ -84,8 +84,8 @@ pub fn attention(
     );
     count::add(batch * heads * queries * keys * (d_head + value.dims()[3]), 0);
     let mut resolved = Resolved::default();
-    resolved.add(mask, [batch, heads, queries, keys], &query.device());
     let shape = [batch, heads, queries, keys];
+    resolved.add(mask, shape, &query.device());
     if is_fast(&query, &key, &value) {
         let (causal, bias) = (resolved.causal, resolved.added(shape));
         return by_bodies([query, key, value], bias, causal, scale);
@@ -172,7 +172,7 @@ fn of_few([query, key, value]: [Tensor<4>; 3], bias: Bias, causal: bool, scale: 
 }
 
 /// Repeats every head `times` times in a row: `[batch, heads, seq, d] -> [batch, heads * times, seq, d]`.
-fn repeat_heads(x: Tensor<4>, times: usize) -> Tensor<4> {
+pub(crate) fn repeat_heads(x: Tensor<4>, times: usize) -> Tensor<4> {
     if times == 1 {
         return x;
     }

@@ -16,6 +16,8 @@ mod softmax;
 pub use activation::Activation;
 pub(crate) use activation::finished;
 pub use add::add;
+#[cfg(feature = "cube")]
+pub(crate) use attention::repeat_heads;
 pub use attention::{Mask, attention};
 pub use codebook::nearest;
 pub use convolution::convolution;
